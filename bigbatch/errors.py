@@ -1,0 +1,58 @@
+"""Mistakes that the user can mend, as values: what was given, what is allowed, what is nearest.
+
+Every layer of the project raises `UserError` for a mistake in its arguments. The layer above
+prefixes the field with its own name and may collect the problems of several parts, so that a
+config shows all of its mistakes at once. The command prints them and exits with status 2.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One mistake.
+
+    Attributes:
+      field: dotted name of the argument or config field, e.g. `policy.batch_size`.
+      given: the value that was given.
+      allowed: what would be allowed, in words, with its unit.
+      nearest: the valid value nearest to what was given; None where there is no such thing.
+    """
+
+    field: str
+    given: object
+    allowed: str
+    nearest: object = None
+
+    def __str__(self) -> str:
+        text = f"{self.field}: given {self.given!r}; allowed: {self.allowed}"
+        return text if self.nearest is None else f"{text}; nearest: {self.nearest!r}"
+
+    def under(self, prefix: str) -> "Problem":
+        """The same problem seen from one level further out: `prefix.field`."""
+        return dataclasses.replace(self, field=f"{prefix}.{self.field}" if self.field else prefix)
+
+
+class UserError(ValueError):
+    """One or more mistakes that the user can mend.
+
+    Attributes:
+      problems: the mistakes, at least one.
+    """
+
+    def __init__(self, problems: Problem | Iterable[Problem]):
+        self.problems: tuple[Problem, ...] = (
+            (problems,) if isinstance(problems, Problem) else tuple(problems)
+        )
+        super().__init__("\n".join(map(str, self.problems)))
+
+
+def nearest_name(name: str, names: Sequence[str]) -> str | None:
+    """The entry of `names` that is spelled most like `name`, or None if none is close.
+
+    >>> nearest_name("increse", ["decay", "increase"])
+    'increase'
+    """
+    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
