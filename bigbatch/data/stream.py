@@ -1,0 +1,132 @@
+"""The example stream: any range of a run's training examples, as a pure function of the seed.
+
+Position p of a run is example p mod N of epoch p // N, N the number of training examples. Which
+image it shows is the epoch's permutation of that; how the image is changed is random bits keyed by
+(seed, epoch, offset). So a range can be made directly, in any order, by any number of workers, and
+where it is cut changes nothing.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+
+from bigbatch.data import augment as augment_lib
+from bigbatch.data.augment import Augment
+from bigbatch.data.random import Purpose, epoch_key, permute, random_bits
+from bigbatch.data.sets import Arrays
+from bigbatch.errors import Problem, UserError
+
+# Orders and random bits are computed for aligned runs of so many offsets and kept for a while,
+# because NumPy takes about as long for a few as for a thousand. A run of offsets takes 128 kB.
+_CHUNK_EXAMPLES = 2**14
+_KEPT_CHUNKS = 64
+_MAX_WORD = 2**32 - 1
+NO_AUGMENT = Augment()
+
+
+def examples(
+    data: Arrays,
+    seed: int,
+    first_example: int,
+    num_examples: int,
+    augment: Augment = NO_AUGMENT,
+) -> dict[str, np.ndarray]:
+    """The training examples of positions [first_example, first_example + num_examples).
+
+    Args:
+      data: the training part, N examples.
+      seed: of the run, from 0 to 2^32 - 1.
+      first_example: position of the first, from 0 on; past 2^31 too.
+      num_examples: how many, from 0 on; the range may cross epochs and be larger than N.
+      augment: what to change at random in the images.
+
+    Returns:
+      `image`: uint8[num_examples, H, W, C]; `label`: int32[num_examples]. New arrays.
+
+    Raises:
+      UserError: seed, position or number out of range, or a change that the images do not allow.
+    """
+    _check(data, seed, first_example, num_examples)
+    augment.check(data.images.shape[1:])
+    index = indices(len(data), seed, first_example, num_examples)
+    images = data.images.take(index, axis=0)
+    if augment:
+        spans = list(_spans(len(data), first_example, num_examples))
+        chunks = [_bits(len(data), seed, epoch, chunk)[:, part] for epoch, chunk, part in spans]
+        place, coin = np.concatenate(chunks, axis=1) if chunks else np.zeros((2, 0), np.uint32)
+        images = augment_lib.apply(augment, images, (place, coin))
+    return {"image": images, "label": data.labels.take(index)}
+
+
+def indices(train_examples: int, seed: int, first_example: int, num_examples: int) -> np.ndarray:
+    """Which training examples the positions [first_example, first_example + num_examples) show.
+
+    Args:
+      train_examples: N, in the training part.
+      seed: of the run, from 0 to 2^32 - 1.
+      first_example: position of the first.
+      num_examples: how many positions.
+
+    Returns:
+      int64[num_examples] in [0, N). In each epoch [e * N, (e + 1) * N) every one comes once.
+    """
+    chunks = [
+        _order(train_examples, seed, epoch, chunk)[part]
+        for epoch, chunk, part in _spans(train_examples, first_example, num_examples)
+    ]
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+
+
+def _spans(
+    train_examples: int, first_example: int, num_examples: int
+) -> Iterator[tuple[int, int, slice]]:
+    """Cut a range of positions at the edges of epochs and chunks: (epoch, chunk, its offsets)."""
+    position, end = first_example, first_example + num_examples
+    while position < end:
+        epoch, offset = divmod(position, train_examples)
+        chunk, start = divmod(offset, _CHUNK_EXAMPLES)
+        chunk_end = min((chunk + 1) * _CHUNK_EXAMPLES, train_examples)
+        count = min(end - position, chunk_end - offset)
+        yield epoch, chunk, slice(start, start + count)
+        position += count
+
+
+def _offsets(train_examples: int, chunk: int) -> np.ndarray:
+    start = chunk * _CHUNK_EXAMPLES
+    return np.arange(start, min(start + _CHUNK_EXAMPLES, train_examples), dtype=np.uint32)
+
+
+@functools.lru_cache(maxsize=_KEPT_CHUNKS)
+def _order(train_examples: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
+    """int64[offsets of the chunk]: the epoch's permutation of them. Read-only."""
+    key = epoch_key(np, seed, epoch)
+    order = permute(np, _offsets(train_examples, chunk), train_examples, key).astype(np.int64)
+    order.setflags(write=False)
+    return order
+
+
+@functools.lru_cache(maxsize=_KEPT_CHUNKS)
+def _bits(train_examples: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
+    """uint32[2, offsets of the chunk]: the random words that change the images. Read-only."""
+    offsets = _offsets(train_examples, chunk)
+    bits = np.stack(random_bits(np, seed, Purpose.AUGMENTATION, epoch, offsets))
+    bits.setflags(write=False)
+    return bits
+
+
+def _check(data: Arrays, seed: int, first_example: int, num_examples: int) -> None:
+    problems = []
+    last_position = (_MAX_WORD + 1) * len(data) - 1
+    for field, given, most in (
+        ("seed", seed, _MAX_WORD),
+        ("first_example", first_example, last_position),
+        ("num_examples", num_examples, last_position),
+    ):
+        if isinstance(given, bool) or not isinstance(given, int | np.integer):
+            problems.append(Problem(field, given, "a whole number"))
+        elif not 0 <= given <= most:
+            allowed = f"a whole number from 0 to {most:,}"
+            problems.append(Problem(field, given, allowed, min(max(int(given), 0), most)))
+    if problems:
+        raise UserError(problems)
