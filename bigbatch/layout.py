@@ -1,0 +1,243 @@
+"""The layout: how each update's examples are cut into microbatches over the devices.
+
+The only part of the arithmetic that knows the hardware. It works in whole ghost batches: an update
+of n ghost batches over D devices puts q = ceil(n / D) on the fullest device, and q is covered by
+microbatches of a few fixed shapes, so that a batch size is never compiled.
+
+>>> layout = make_layout([128, 640, 3200, 5120], ghost_batch_examples=128, devices=1,
+...                      microbatch_examples_per_device=1024)
+>>> layout.microbatches(3200)[-1]
+Microbatch(offset_examples=2560, num_examples=640, examples_per_device=640)
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bigbatch.checks import Checks
+
+MAX_SHAPES = 3
+# Costs, in units of one ghost batch computed on one device. A call is the host's dispatch; a
+# compilation is minutes on an accelerator and seconds on a CPU, whose ghost batches are slower.
+CALL_COST = 0.25
+COMPILATION_COST = 1000.0
+_MAX_CANDIDATES = 14
+# Loads up to this many largest microbatches are covered optimally; beyond, full ones come first.
+_EXACT_MICROBATCHES = 4
+
+
+class Microbatch(NamedTuple):
+    """One call of accumulate: a run of consecutive examples of the update.
+
+    Attributes:
+      offset_examples: of its first example within the update.
+      num_examples: how many of the update's examples it holds.
+      examples_per_device: its shape. Over all devices it computes devices * examples_per_device
+        examples; those past `num_examples` are masked, in whole ghost batches.
+    """
+
+    offset_examples: int
+    num_examples: int
+    examples_per_device: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Microbatches for any batch size that is a multiple of the ghost batch.
+
+    Attributes:
+      ghost_batch_examples: the examples that share batch-norm statistics, all on one device.
+      devices: how many share every microbatch.
+      shapes: examples per device of each microbatch shape, largest first, at most three.
+    """
+
+    ghost_batch_examples: int
+    devices: int
+    shapes: tuple[int, ...]
+
+    def microbatches(self, batch_size: int) -> tuple[Microbatch, ...]:
+        """Cuts one update into microbatches, largest first.
+
+        Consecutive ghost batches lie in consecutive microbatches and, within one, on consecutive
+        devices. Only the last microbatch can hold masked ghost batches, at its end.
+
+        Args:
+          batch_size: examples of the update, a multiple of `ghost_batch_examples`.
+
+        Raises:
+          UserError: it is no multiple.
+        """
+        _check_multiples([batch_size], self.ghost_batch_examples)
+        microbatches, offset = [], 0
+        for ghosts in _cover(self._load(batch_size), self._shapes_ghosts()):
+            examples = ghosts * self.ghost_batch_examples
+            held = min(batch_size - offset, examples * self.devices)
+            microbatches.append(Microbatch(offset, held, examples))
+            offset += held
+        return tuple(microbatches)
+
+    def computed_examples(self, batch_size: int) -> int:
+        """Examples that the devices compute for one update, the masked ones included."""
+        cover = _cover(self._load(batch_size), self._shapes_ghosts())
+        return sum(cover) * self.ghost_batch_examples * self.devices
+
+    def masked_share(self, plan_or_batch_sizes: Any) -> float:
+        """Masked examples / computed examples over a whole run, from 0 to below 1."""
+        sizes, counts = _sizes(plan_or_batch_sizes)
+        computed = sum(
+            self.computed_examples(size) * count
+            for size, count in zip(sizes.tolist(), counts.tolist(), strict=True)
+        )
+        return 1 - int(sizes @ counts) / computed
+
+    def _load(self, batch_size: int) -> int:
+        return math.ceil(batch_size // self.ghost_batch_examples / self.devices)
+
+    def _shapes_ghosts(self) -> tuple[int, ...]:
+        return tuple(shape // self.ghost_batch_examples for shape in self.shapes)
+
+
+def make_layout(
+    plan_or_batch_sizes: Any,
+    *,
+    ghost_batch_examples: int,
+    devices: int,
+    microbatch_examples_per_device: int,
+) -> Layout:
+    """Chooses the microbatch shapes for a whole run.
+
+    The chosen set of at most three shapes has the lowest cost, in units of one ghost batch
+    computed on one device:
+
+        sum over updates of (ghost batches computed + CALL_COST * calls) + COMPILATION_COST * shapes
+
+    among sets from a few candidates: the limit and its halves, the commonest loads, their
+    remainders and even splits.
+
+    Args:
+      plan_or_batch_sizes: a plan, or the batch size in examples of each update.
+      ghost_batch_examples: examples that share batch-norm statistics.
+      devices: how many devices share the work.
+      microbatch_examples_per_device: the most that a device can compute in one call.
+
+    Raises:
+      UserError: the limit or a batch size is no multiple of the ghost batch.
+    """
+    checks = Checks()
+    allowed = "a whole number, at least 1"
+    good = checks.whole("ghost_batch_examples", ghost_batch_examples, allowed)
+    checks.whole("devices", devices, allowed)
+    field = "microbatch_examples_per_device"
+    if checks.whole(field, microbatch_examples_per_device, allowed) and good:
+        multiple = max(1, microbatch_examples_per_device // ghost_batch_examples)
+        checks.require(
+            microbatch_examples_per_device % ghost_batch_examples == 0,
+            field,
+            microbatch_examples_per_device,
+            f"a multiple of the {ghost_batch_examples} examples of a ghost batch",
+            multiple * ghost_batch_examples,
+        )
+    checks.done()
+    sizes, counts = _sizes(plan_or_batch_sizes)
+    _check_multiples(sizes.tolist(), ghost_batch_examples)
+    loads, inverse = np.unique(-(-(sizes // ghost_batch_examples) // devices), return_inverse=True)
+    weights = np.bincount(inverse, counts)
+    limit = min(microbatch_examples_per_device // ghost_batch_examples, int(loads[-1]))
+    shapes = _choose_shapes(loads, weights, limit)
+    return Layout(
+        int(ghost_batch_examples),
+        int(devices),
+        tuple(shape * int(ghost_batch_examples) for shape in shapes),
+    )
+
+
+def _sizes(plan_or_batch_sizes: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The distinct batch sizes and how many updates have each."""
+    sizes = getattr(plan_or_batch_sizes, "batch_sizes", plan_or_batch_sizes)
+    return np.unique(np.asarray(sizes, np.int64), return_counts=True)
+
+
+def _check_multiples(sizes: Sequence[int], ghost_batch_examples: int) -> None:
+    checks = Checks()
+    for size in sizes:
+        nearest = max(1, round(size / ghost_batch_examples)) * ghost_batch_examples
+        checks.require(
+            size == nearest,
+            "batch_size",
+            size,
+            f"a multiple of the {ghost_batch_examples} examples of a ghost batch",
+            nearest,
+        )
+    checks.done()
+
+
+def _candidates(loads: NDArray[np.int64], weights: NDArray[Any], limit: int) -> list[int]:
+    """Shapes, in ghost batches, that may be worth compiling."""
+    halves = [math.ceil(limit / 2**i) for i in range(limit.bit_length())]
+    work: dict[int, float] = {}
+    for load, weight in zip(loads.tolist(), weights.tolist(), strict=True):
+        calls = math.ceil(load / limit)
+        for shape in {math.ceil(load / calls), load % limit} - {0}:
+            work[shape] = work.get(shape, 0.0) + weight * load
+    common = sorted(work, key=lambda shape: -work[shape])
+    return sorted(list(dict.fromkeys(halves[:3] + common + halves))[:_MAX_CANDIDATES], reverse=True)
+
+
+def _choose_shapes(loads: NDArray[np.int64], weights: NDArray[Any], limit: int) -> tuple[int, ...]:
+    candidates = _candidates(loads, weights, limit)
+    sets = [
+        shapes
+        for count in range(1, MAX_SHAPES + 1)
+        for shapes in itertools.combinations(candidates, count)
+    ]
+    tops = np.array([shapes[0] for shapes in sets])
+    costs = _cover_costs(min(int(loads[-1]), _EXACT_MICROBATCHES * limit), sets)
+    total = COMPILATION_COST * np.array([len(shapes) for shapes in sets])
+    for load, weight in zip(loads.tolist(), weights.tolist(), strict=True):
+        full = np.maximum(0, -(-(load - len(costs) + 1) // tops))
+        rest = costs[load - full * tops, np.arange(len(sets))]
+        total += weight * (rest + full * (tops + CALL_COST))
+    return sets[int(np.argmin(total))]
+
+
+def _cover_costs(largest_load: int, sets: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+    """The least cost of covering each load with microbatches of each set of shapes.
+
+    Dynamic programme over the load: its last microbatch is one of the shapes.
+
+    Returns:
+      float64[largest_load + 1, len(sets)].
+    """
+    # Sets with fewer shapes repeat their last one, so that all fit one array.
+    shapes = np.array([(*s, *[s[-1]] * (MAX_SHAPES - len(s))) for s in sets]).T
+    column = np.arange(len(sets))
+    costs = np.zeros((largest_load + 1, len(sets)))
+    for load in range(1, largest_load + 1):
+        costs[load] = np.min(costs[np.maximum(load - shapes, 0), column] + shapes, axis=0)
+        costs[load] += CALL_COST
+    return costs
+
+
+@functools.lru_cache(maxsize=4096)
+def _cover(load: int, shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The cheapest microbatches, in ghost batches per device, that hold `load`; largest first."""
+    costs = _cover_table(_EXACT_MICROBATCHES * shapes[0], shapes)
+    full = max(0, -(-(load - len(costs) + 1) // shapes[0]))
+    chosen = [shapes[0]] * full
+    rest = load - full * shapes[0]
+    while rest > 0:
+        best = min(shapes, key=lambda shape: costs[max(rest - shape, 0)] + shape)
+        chosen.append(best)
+        rest -= best
+    return tuple(sorted(chosen, reverse=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _cover_table(largest_load: int, shapes: tuple[int, ...]) -> list[float]:
+    return _cover_costs(largest_load, [shapes])[:, 0].tolist()
