@@ -49,6 +49,10 @@ class UserError(ValueError):
         super().__init__("\n".join(map(str, self.problems)))
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, in words for the user: what happened, where, and what to try."""
+
+
 def nearest_name(name: str, names: Sequence[str]) -> str | None:
     """The entry of `names` that is spelled most like `name`, or None if none is close.
 

@@ -1,0 +1,172 @@
+"""Calls a constructor with values from a config, and says everything that is wrong with them.
+
+The signature of the constructor (a function or a dataclass) is the only description of a part of a
+config: its parameters are the fields, its annotations their types, its defaults their defaults.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from bigbatch.errors import Problem, UserError, nearest_name
+
+
+def bind(
+    constructor: Callable[..., Any],
+    fields: Mapping[str, Any],
+    problems: list[Problem],
+    *,
+    prefix: str = "",
+    context: Mapping[str, Any] | None = None,
+    call: bool = True,
+) -> Any:
+    """Builds `constructor(**fields)`, or adds to `problems` all that keeps it from being built.
+
+    Args:
+      constructor: annotated keyword parameters, which raises `UserError` for values out of range.
+      fields: values by parameter name, as read from a config.
+      problems: grows by what is wrong.
+      prefix: dotted name of this part of the config.
+      context: values that the caller knows and the config does not give; those that the constructor
+        has no parameter for are left out.
+      call: False only checks the names and types of the fields.
+
+    Returns:
+      What the constructor returns; None if there was a problem or it was not called.
+    """
+    hints = typing.get_type_hints(constructor)
+    parameters = inspect.signature(constructor).parameters
+    given_context = {k: v for k, v in (context or {}).items() if k in parameters}
+    names = [name for name in parameters if name not in given_context]
+    found: list[Problem] = []
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name not in names:
+            allowed = "one of " + ", ".join(names) if names else "no field at all"
+            found.append(Problem(name, value, allowed, nearest_name(name, names)))
+            continue
+        converted = convert(value, hints[name])
+        if isinstance(converted, Mismatch):
+            found.append(Problem(name, value, converted.allowed, converted.nearest))
+        else:
+            values[name] = converted
+    for name in names:
+        if name not in fields and parameters[name].default is inspect.Parameter.empty:
+            found.append(Problem(name, "nothing", f"{describe(hints[name])}; the field is required"))
+    result = None
+    if call and not found:
+        try:
+            result = constructor(**values, **given_context)
+        except UserError as error:
+            found.extend(error.problems)
+    problems.extend(problem.under(prefix) if prefix else problem for problem in found)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """A value that is not of the annotated type.
+
+    Attributes:
+      allowed: the type in words.
+      nearest: the value of that type that was probably meant, or None.
+    """
+
+    allowed: str
+    nearest: Any = None
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """The value as the type that `hint` names, or a `Mismatch`.
+
+    Only conversions that lose nothing are made: an integer to a float, a list to a tuple.
+
+    >>> convert([1, 2], tuple[float, ...])
+    (1.0, 2.0)
+    >>> convert(32.0, int)
+    Mismatch(allowed='a whole number', nearest=32)
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            converted = convert(value, option)
+            if not isinstance(converted, Mismatch):
+                return converted
+        nearest = convert(value, arguments[0])
+        return Mismatch(describe(hint), nearest.nearest)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        return Mismatch(describe(hint), nearest_name(str(value), [str(a) for a in arguments]))
+    if origin in (tuple, Sequence, list):
+        return _convert_sequence(value, hint, origin, arguments)
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        return dict(value) if isinstance(value, Mapping) else Mismatch(describe(hint))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float) and isinstance(value, bool):
+        return Mismatch(describe(hint))
+    if hint is type(None):
+        return None if value is None else Mismatch("nothing")
+    if isinstance(value, hint):
+        return value
+    return Mismatch(describe(hint), _probably_meant(value, hint))
+
+
+def _convert_sequence(value: Any, hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        converted = convert(value, arguments[0])
+        return Mismatch(describe(hint), None if isinstance(converted, Mismatch) else (converted,))
+    if origin is not tuple or arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(arguments) != len(value):
+        return Mismatch(describe(hint))
+    converted_all = tuple(convert(v, a) for v, a in zip(value, arguments, strict=True))
+    if any(isinstance(converted, Mismatch) for converted in converted_all):
+        return Mismatch(describe(hint))
+    return converted_all
+
+
+def _probably_meant(value: Any, hint: Any) -> Any:
+    """The value that a string such as "0.1" or a float such as 32.0 stands for, or None."""
+    if hint not in (int, float):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return round(number) if hint is int else number
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "True or False",
+    type(None): "None",
+}
+
+
+def describe(hint: Any) -> str:
+    """A type in words.
+
+    >>> describe(tuple[float, ...])
+    'a tuple, each entry a number'
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in arguments)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (tuple, Sequence, list):
+        if origin is tuple and arguments[-1] is not Ellipsis:
+            return f"a tuple of {len(arguments)} entries, each {describe(arguments[0])}"
+        return f"a tuple, each entry {describe(arguments[0])}"
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        return "a group of fields"
+    return _NAMES.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,321 @@
+"""Configs: nested plain values, read into one typed and validated value.
+
+Nothing is believed, and all mistakes are reported together. Config files and the command line are
+read in `bigbatch.config_file`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from bigbatch import models
+from bigbatch.binding import bind
+from bigbatch.data import sets
+from bigbatch.data.augment import Augment
+from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.plan import Plan, make_plan
+from bigbatch.policy import POLICIES, Policy
+from bigbatch.transform import TRANSFORMATIONS
+
+UNITS = ("epochs", "examples", "updates")
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """An interval in epochs, examples or updates.
+
+    Attributes:
+      value: how many of the unit.
+      unit: "epochs", "examples" or "updates".
+    """
+
+    value: float
+    unit: str
+
+    def due(self, first_example: int, batch_size: int, update: int, train_examples: int) -> bool:
+        """Whether an interval ends within an update.
+
+        Args:
+          first_example: position at which the update starts.
+          batch_size: its examples.
+          update: its number, from 0.
+          train_examples: of an epoch.
+        """
+        if self.unit == "updates":
+            return (update + 1) % self.value == 0
+        length = self.value * (train_examples if self.unit == "epochs" else 1)
+        return (first_example + batch_size) // length > first_example // length
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer; its learning rate and momentum come from the policy.
+
+    Attributes:
+      name: see `bigbatch.optimizer`.
+      weight_decay: coefficient of the L2 penalty.
+    """
+
+    name: Literal["sgd", "momentum", "nesterov"]
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.weight_decay < 0:
+            raise UserError(Problem("weight_decay", self.weight_decay, "a number >= 0", 0.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The data set and what is changed at random in its training images.
+
+    Attributes:
+      name: see `bigbatch.data.sets`.
+      train_examples: use only the first so many; None for all.
+      directory: where tensorflow-datasets keeps its files; None for its default.
+      flip: mirror half of the images.
+      pad_pixels: pad and crop by so many.
+    """
+
+    name: str
+    train_examples: int | None = None
+    directory: str | None = None
+    flip: bool = False
+    pad_pixels: int = 0
+
+    def __post_init__(self) -> None:
+        self.augment.check(self.info.image_shape)
+
+    @property
+    def info(self) -> sets.Info:
+        """What is known of the data set without its files."""
+        return sets.info(self.name, train_examples=self.train_examples)
+
+    @property
+    def augment(self) -> Augment:
+        """What is changed at random."""
+        return Augment(flip=self.flip, pad_pixels=self.pad_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fields:
+    """The plain fields at the top of a config."""
+
+    epochs: float
+    ghost_batch_examples: int
+    microbatch_examples_per_device: int
+    evaluation_batch_examples: int
+    seed: int = 0
+    log_every_epochs: float | None = None
+    log_every_examples: int | None = None
+    log_every_updates: int | None = None
+    evaluate_every_epochs: float | None = None
+    evaluate_every_examples: int | None = None
+    evaluate_every_updates: int | None = None
+    checkpoint_every_epochs: float | None = None
+    checkpoint_every_examples: int | None = None
+    checkpoint_every_updates: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name in ("ghost_batch_examples", "evaluation_batch_examples"):
+            if getattr(self, name) < 1:
+                problems.append(Problem(name, getattr(self, name), "a whole number >= 1", 1))
+        if not 0 <= self.seed < 2**32:
+            nearest = min(max(self.seed, 0), 2**32 - 1)
+            problems.append(Problem("seed", self.seed, "a whole number from 0 to 2^32 - 1", nearest))
+        if not 0 < self.epochs < float("inf"):
+            problems.append(Problem("epochs", self.epochs, "a number > 0"))
+        ghost, microbatch = max(self.ghost_batch_examples, 1), self.microbatch_examples_per_device
+        if microbatch < ghost or microbatch % ghost:
+            allowed = f"a multiple of ghost_batch_examples = {ghost}"
+            nearest = max(1, round(microbatch / ghost)) * ghost
+            problems.append(Problem("microbatch_examples_per_device", microbatch, allowed, nearest))
+        for stem in ("log_every", "evaluate_every", "checkpoint_every"):
+            given = {n: v for n, v in self._intervals(stem).items() if v is not None}
+            if len(given) != 1:
+                allowed = "exactly one of " + ", ".join(self._intervals(stem))
+                problems.append(Problem(stem, given or "nothing", allowed))
+            problems += [
+                Problem(name, value, "a number > 0", 1)
+                for name, value in given.items()
+                if not value > 0
+            ]
+        if problems:
+            raise UserError(problems)
+
+    def _intervals(self, stem: str) -> dict[str, float | None]:
+        return {f"{stem}_{unit}": getattr(self, f"{stem}_{unit}") for unit in UNITS}
+
+    def every(self, stem: str) -> Every:
+        """The interval that is given in one of three units."""
+        name, value = next((n, v) for n, v in self._intervals(stem).items() if v is not None)
+        assert value is not None
+        return Every(value, name.rpartition("_")[2])
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A validated config.
+
+    Attributes:
+      experiment: name of the experiment in its file.
+      seed: of the initial parameters, the order of the examples and their augmentation.
+      epochs: length of the run.
+      ghost_batch_examples: examples that share batch-norm statistics.
+      microbatch_examples_per_device: the largest share of a microbatch that a device is given; a
+        hardware quantity, without influence on the result.
+      evaluation_batch_examples: examples evaluated at a time.
+      data: the data set.
+      model: a config of `bigbatch.models`.
+      optimizer: the optimizer.
+      plan: every update's batch size and hyperparameters.
+      policy: what the plan was made from.
+      source_plan: the plan of the policy before any transformation.
+      log_every: interval of the training records.
+      evaluate_every: interval of the evaluations.
+      checkpoint_every: interval of the checkpoints.
+      tree: the plain nested values that all this was read from.
+    """
+
+    experiment: str
+    seed: int
+    epochs: float
+    ghost_batch_examples: int
+    microbatch_examples_per_device: int
+    evaluation_batch_examples: int
+    data: DataConfig
+    model: models.WideResNetConfig
+    optimizer: OptimizerConfig
+    policy: Policy
+    plan: Plan
+    source_plan: Plan
+    log_every: Every
+    evaluate_every: Every
+    checkpoint_every: Every
+    tree: Mapping[str, Any]
+
+
+_GROUPS = ("data", "model", "optimizer", "policy")
+
+
+def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
+    """Reads nested values into a `Config`.
+
+    Args:
+      tree: the fields, as in a config file. `model` and `policy` name one of `models.MODELS` and
+        `policy.POLICIES`, and hold its arguments beside the name; `transformations` is a list of
+        such groups for `transform.TRANSFORMATIONS`, applied in the order written.
+      experiment: its name, for the records.
+
+    Returns:
+      The config.
+
+    Raises:
+      UserError: with every mistake that was found.
+    """
+    problems: list[Problem] = []
+    groups: dict[str, Mapping[str, Any]] = {}
+    for name in _GROUPS:
+        value = tree.get(name)
+        if not isinstance(value, Mapping):
+            problems.append(Problem(name, "nothing" if value is None else value, "a group of fields"))
+        groups[name] = value if isinstance(value, Mapping) else {}
+    fields = _bind_top(tree, problems)
+    data = bind(DataConfig, groups["data"], problems, prefix="data") if groups["data"] else None
+    model = _bind_named(models.MODELS, groups["model"], "model", problems, {})
+    optimizer = (
+        bind(OptimizerConfig, groups["optimizer"], problems, prefix="optimizer")
+        if groups["optimizer"]
+        else None
+    )
+    context = {
+        "train_examples": data.info.train_examples if data else None,
+        "epochs": fields.epochs if fields else None,
+    }
+    source = _bind_named(POLICIES, groups["policy"], "policy", problems, context)
+    policy = source
+    for group in _transformations(tree, problems):
+        prefix = f"transformations.{group.get('name', 'nothing')}"
+        policy = _bind_named(
+            TRANSFORMATIONS, group, prefix, problems, {**context, "policy": policy}
+        )
+    plan = source_plan = None
+    if not problems:
+        plan = _plan(policy, fields, data, problems)
+        source_plan = plan if policy is source else _plan(source, fields, data, problems)
+    if not problems and optimizer.name == "sgd" and plan.hypers["momentum"].any():
+        allowed = "0 with optimizer.name = 'sgd', which has no momentum"
+        problems.append(Problem("policy.momentum", plan.hypers["momentum"].max(), allowed, 0))
+    if problems:
+        raise UserError(problems)
+    return Config(
+        experiment=experiment,
+        seed=fields.seed,
+        epochs=fields.epochs,
+        ghost_batch_examples=fields.ghost_batch_examples,
+        microbatch_examples_per_device=fields.microbatch_examples_per_device,
+        evaluation_batch_examples=fields.evaluation_batch_examples,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        policy=policy,
+        plan=plan,
+        source_plan=source_plan,
+        log_every=fields.every("log_every"),
+        evaluate_every=fields.every("evaluate_every"),
+        checkpoint_every=fields.every("checkpoint_every"),
+        tree=tree,
+    )
+
+
+def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:
+    """Binds the plain fields; groups count among the names that a misspelt one is compared with."""
+    fields = [field.name for field in dataclasses.fields(_Fields)]
+    names = [*fields, *_GROUPS, "transformations"]
+    for name in [name for name in tree if name not in names]:
+        allowed = "a field of the config: " + ", ".join(names)
+        problems.append(Problem(name, tree[name], allowed, nearest_name(name, names)))
+    return bind(_Fields, {n: v for n, v in tree.items() if n in fields}, problems)
+
+
+def _bind_named(
+    registry: Mapping[str, Any],
+    group: Mapping[str, Any],
+    prefix: str,
+    problems: list[Problem],
+    context: Mapping[str, Any],
+) -> Any:
+    """Binds the constructor that the group's field `name` names."""
+    name = group.get("name", "nothing")
+    if name not in registry:
+        allowed = "one of " + ", ".join(registry)
+        nearest = nearest_name(str(name), list(registry))
+        problems.append(Problem(f"{prefix}.name", name, allowed, nearest))
+        return None
+    arguments = {field: value for field, value in group.items() if field != "name"}
+    # Without what it is applied to, a transformation is not called, but its fields are checked.
+    call = None not in context.values()
+    return bind(registry[name], arguments, problems, prefix=prefix, context=context, call=call)
+
+
+def _transformations(tree: Mapping[str, Any], problems: list[Problem]) -> list[Mapping[str, Any]]:
+    """The groups of the list `transformations`."""
+    value = tree.get("transformations", ())
+    if isinstance(value, list | tuple) and all(isinstance(group, Mapping) for group in value):
+        return list(value)
+    allowed = "a list of groups of fields, each with a name"
+    problems.append(Problem("transformations", value, allowed))
+    return []
+
+
+def _plan(policy: Policy, fields: _Fields, data: DataConfig, problems: list[Problem]) -> Any:
+    try:
+        return make_plan(
+            policy,
+            train_examples=data.info.train_examples,
+            epochs=fields.epochs,
+            batch_multiple_examples=fields.ghost_batch_examples,
+        )
+    except UserError as error:
+        problems.extend(error.problems)
+        return None

@@ -1,0 +1,59 @@
+"""The log of a run: one JSON object a line, ordered by update.
+
+Values leave the device one update late. By then the next update has been sent, so reading them
+never makes the device wait.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from bigbatch import workdir
+
+
+class MetricsLog:
+    """Appends records to a file.
+
+    Args:
+      path: the file; it is made if it does not exist.
+    """
+
+    def __init__(self, path: Path):
+        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; a kill leaves whole lines, at worst a last one cut short."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes sure that what was written outlives a loss of power."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def truncate(path: Path, *, last_update: int) -> None:
+    """Removes, atomically, records of later updates than a checkpoint, and a line cut short.
+
+    Args:
+      path: the log; nothing happens if it does not exist.
+      last_update: the number of updates done at the checkpoint.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            update = json.loads(line)["update"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if update <= last_update:
+            kept.append(line + "\n")
+    workdir.write_text(path, "".join(kept))

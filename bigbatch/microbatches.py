@@ -1,0 +1,70 @@
+"""From the example stream to microbatches on the devices."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from bigbatch import step
+from bigbatch.layout import Layout, Microbatch
+from bigbatch.plan import Plan
+
+
+class Request(NamedTuple):
+    """One microbatch of one update.
+
+    Attributes:
+      first_example: position in the stream of its first example.
+      part: its place in the update, and its shape.
+    """
+
+    first_example: int
+    part: Microbatch
+
+
+def requests(plan: Plan, layout: Layout, first_update: int) -> Iterator[Request]:
+    """All microbatches from an update on, in order."""
+    for update in range(first_update, plan.num_updates):
+        row = plan.row(update)
+        for part in layout.microbatches(row.batch_size):
+            yield Request(row.first_example + part.offset_examples, part)
+
+
+def place(
+    examples: Mapping[str, np.ndarray], size: int, ghost_batch_examples: int | None, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """Puts examples on the devices, filled up with masked ones.
+
+    Args:
+      examples: arrays [n, ...] of one length.
+      size: examples in the microbatch, n or more; a multiple of the devices.
+      ghost_batch_examples: adds `ghost_mask` if given.
+      mesh: the devices.
+
+    Returns:
+      The arrays, [size, ...], zeros after the first n, sharded over the mesh; with `weight`,
+      float32[size], and `ghost_mask`, float32[size // ghost_batch_examples], 1 or 0 for masked.
+    """
+    present = len(next(iter(examples.values())))
+    padded = {
+        name: array
+        if present == size
+        else np.concatenate([array, np.zeros((size - present, *array.shape[1:]), array.dtype)])
+        for name, array in examples.items()
+    }
+    sharding = NamedSharding(mesh, step.SHARDED)
+    placed = jax.device_put(padded, sharding)
+    placed["weight"] = _mask(present, size, sharding)
+    if ghost_batch_examples is not None:
+        ghosts = (present // ghost_batch_examples, size // ghost_batch_examples)
+        placed["ghost_mask"] = _mask(*ghosts, sharding)
+    return placed
+
+
+@functools.lru_cache(maxsize=256)
+def _mask(present: int, size: int, sharding: NamedSharding) -> jax.Array:
+    """float32[size] on the devices: ones, then zeros. Few differ in a run, so they are kept."""
+    return jax.device_put((np.arange(size) < present).astype(np.float32), sharding)

@@ -1,0 +1,111 @@
+"""The compiled programs of a run, all made before its first update.
+
+Programs are compiled ahead of time for the exact shapes, so a call that would need another
+compilation is an error and not a pause of a minute.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from bigbatch import step
+from bigbatch.task import Examples, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The programs of one task, optimizer and mesh.
+
+    Attributes:
+      accumulate: examples per device -> compiled `step.accumulate` (the accumulator is donated).
+      apply_update: compiled `step.apply_update` (state and accumulator are donated).
+      evaluate: compiled `step.evaluate`.
+      empty_accumulator: makes the accumulator that the first update starts with.
+    """
+
+    accumulate: Mapping[int, Callable]
+    apply_update: Callable
+    evaluate: Callable
+    empty_accumulator: Callable[[], step.Accumulator]
+
+    @property
+    def compilations(self) -> int:
+        """The number of compiled programs."""
+        return len(self.accumulate) + 2
+
+
+@functools.cache
+def compile_programs(
+    task: Task,
+    optimizer: optax.GradientTransformationExtraArgs,
+    mesh: Mesh,
+    *,
+    example_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...],
+    hyper_names: tuple[str, ...],
+    examples_per_device: tuple[int, ...],
+    evaluation_examples_per_device: int,
+    ghost_batch_examples: int,
+) -> Programs:
+    """Compiles everything that a run will call.
+
+    Args:
+      task: what is trained.
+      optimizer: from `optimizer.make_optimizer`.
+      mesh: the devices.
+      example_shapes: name, shape and dtype of what the stream gives for one example.
+      hyper_names: the names of the hyperparameters that the plan gives.
+      examples_per_device: the microbatch shapes, from the layout.
+      evaluation_examples_per_device: each device's share of an evaluation microbatch.
+      ghost_batch_examples: examples that share batch-norm statistics.
+
+    Returns:
+      The programs. Equal arguments return the same ones without compiling anew.
+    """
+    replicated, sharded = (NamedSharding(mesh, spec) for spec in (step.REPLICATED, step.SHARDED))
+
+    def microbatch(share: int) -> Examples:
+        examples = mesh.size * share
+        leaves = {name: ((examples, *shape), dtype) for name, shape, dtype in example_shapes}
+        leaves["weight"] = ((examples,), np.dtype(np.float32))
+        if share % ghost_batch_examples == 0:
+            leaves["ghost_mask"] = ((examples // ghost_batch_examples,), np.dtype(np.float32))
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
+            for name, (shape, dtype) in leaves.items()
+        }
+
+    def with_sharding(tree, sharding):
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        )
+
+    state = with_sharding(
+        jax.eval_shape(functools.partial(step.init_state, task, optimizer), jax.random.key(0)),
+        replicated,
+    )
+    empty = functools.partial(
+        step.empty_accumulator, task, state, microbatch(examples_per_device[0]), mesh
+    )
+    accumulator = with_sharding(jax.eval_shape(empty), sharded)
+    precision = jax.tree.leaves(state.params)[0].dtype
+    hyper = {name: jax.ShapeDtypeStruct((), precision, sharding=replicated) for name in hyper_names}
+    accumulate = jax.jit(functools.partial(step.accumulate, task=task, mesh=mesh), donate_argnums=1)
+    apply_update = jax.jit(
+        functools.partial(step.apply_update, task=task, optimizer=optimizer, mesh=mesh),
+        donate_argnums=(0, 1),
+    )
+    evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
+    return Programs(
+        accumulate={
+            share: accumulate.lower(state, accumulator, microbatch(share)).compile()
+            for share in examples_per_device
+        },
+        apply_update=apply_update.lower(state, accumulator, hyper).compile(),
+        evaluate=evaluate.lower(state, microbatch(evaluation_examples_per_device)).compile(),
+        empty_accumulator=empty,
+    )

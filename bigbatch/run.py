@@ -1,0 +1,109 @@
+"""A prepared run: the parts of a config, put together for the devices that are there."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from bigbatch import step
+from bigbatch.config import Config
+from bigbatch.data.sets import DataSet, load
+from bigbatch.layout import Layout, make_layout
+from bigbatch.optimizer import hyper_names, make_optimizer
+from bigbatch.plan import Plan
+from bigbatch.programs import Programs, compile_programs
+from bigbatch.task import image_classification
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that stays the same from the first update to the last.
+
+    Attributes:
+      config: what was asked for.
+      plan: every update's batch size and hyperparameters.
+      layout: how each update is cut into microbatches.
+      data: the data set.
+      mesh: the devices.
+      programs: the compiled functions.
+      hyper_names: the hyperparameters that the optimizer takes.
+      evaluation_examples_per_device: each device's share of an evaluation microbatch.
+      init_state: makes the state before the first update, replicated over the devices.
+    """
+
+    config: Config
+    plan: Plan
+    layout: Layout
+    data: DataSet
+    mesh: Mesh
+    programs: Programs
+    hyper_names: tuple[str, ...]
+    evaluation_examples_per_device: int
+    init_state: Callable[[], step.State]
+
+
+def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
+    """Loads the data, lays the plan out over the devices and compiles every program.
+
+    Args:
+      config: a validated config.
+      plan: the config's plan, or the one that the working directory holds.
+      mesh: the devices; None for all there are.
+
+    Returns:
+      What training and evaluation need.
+
+    Raises:
+      UserError: the data is missing or does not fit, or the layout cannot be formed.
+    """
+    mesh = step.data_mesh() if mesh is None else mesh
+    data = load(
+        config.data.name,
+        train_examples=config.data.train_examples,
+        data_dir=config.data.directory,
+    )
+    layout = make_layout(
+        plan,
+        ghost_batch_examples=config.ghost_batch_examples,
+        devices=mesh.size,
+        microbatch_examples_per_device=config.microbatch_examples_per_device,
+    )
+    module = config.model.module(
+        num_classes=data.num_classes, ghost_batch_examples=config.ghost_batch_examples
+    )
+    task = image_classification(module, data.image_shape, data.mean, data.std)
+    optimizer = make_optimizer(config.optimizer.name, weight_decay=config.optimizer.weight_decay)
+    evaluation_examples_per_device = -(-config.evaluation_batch_examples // mesh.size)
+    programs = compile_programs(
+        task,
+        optimizer,
+        mesh,
+        example_shapes=(
+            ("image", data.image_shape, np.dtype(np.uint8)),
+            ("label", (), np.dtype(np.int32)),
+        ),
+        hyper_names=hyper_names(config.optimizer.name),
+        examples_per_device=layout.shapes,
+        evaluation_examples_per_device=evaluation_examples_per_device,
+        ghost_batch_examples=config.ghost_batch_examples,
+    )
+
+    def init_state() -> step.State:
+        initialise = jax.jit(functools.partial(step.init_state, task, optimizer))
+        state = initialise(jax.random.key(config.seed))
+        return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
+
+    return Run(
+        config=config,
+        plan=plan,
+        layout=layout,
+        data=data,
+        mesh=mesh,
+        programs=programs,
+        hyper_names=hyper_names(config.optimizer.name),
+        evaluation_examples_per_device=evaluation_examples_per_device,
+        init_state=init_state,
+    )

@@ -1,0 +1,218 @@
+"""The two compiled functions of a run: accumulate and apply_update.
+
+An update of any batch size is k calls of `accumulate`, one a microbatch, and one of
+`apply_update`. The number k is a loop on the host, so a batch size is never compiled. Gradients
+travel as sums and counts and are divided once, at the very end; there is no mean of means.
+
+Every device sums its own share: the leaves of the accumulator carry a leading axis of length
+`devices`, sharded over the mesh axis `data`. So `accumulate` needs no collective at all, and
+`apply_update` needs exactly one all-reduce. (With replicated parameters `shard_map` would put a
+reduction into the gradient itself; marking them as varying over `data` prevents that.)
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bigbatch.task import Examples, PyTree, Sums, Task
+
+DATA_AXIS = "data"
+REPLICATED = PartitionSpec()
+SHARDED = PartitionSpec(DATA_AXIS)
+
+
+class State(NamedTuple):
+    """Everything that an update changes, replicated over the devices."""
+
+    params: PyTree
+    running_statistics: PyTree
+    optimizer: optax.OptState
+
+
+class Accumulator(NamedTuple):
+    """Sums over the microbatches of one update so far; leaves are [devices, ...].
+
+    Attributes:
+      gradients: of the summed loss, like the parameters.
+      sums: what the loss returns.
+      ghost_statistics: summed over the ghost batches, like the running statistics.
+      ghost_batches: how many there were, as a float, so that one all-reduce carries everything.
+    """
+
+    gradients: PyTree
+    sums: Sums
+    ghost_statistics: PyTree
+    ghost_batches: jax.Array
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of the given devices, by default all there are, along the axis `data`."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+    )
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state before the first update."""
+    params, running_statistics = task.init(key)
+    return State(params, running_statistics, optimizer.init(params))
+
+
+def empty_accumulator(task: Task, state: State, examples: Examples, mesh: Mesh) -> Accumulator:
+    """An accumulator of zeros for microbatches that look like `examples` (shapes are enough)."""
+    outputs, _ = jax.eval_shape(
+        functools.partial(task.apply, train=True), state.params, state.running_statistics, examples
+    )
+    sums = jax.eval_shape(task.loss, outputs, examples)
+    count = jax.ShapeDtypeStruct((), sums["count"].dtype)
+    shapes = Accumulator(state.params, sums, state.running_statistics, count)
+    sharding = NamedSharding(mesh, SHARDED)
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=sharding), shapes
+    )
+
+
+def accumulate(
+    state: State, accumulator: Accumulator, microbatch: Examples, *, task: Task, mesh: Mesh
+) -> Accumulator:
+    """Adds one microbatch's gradients, sums and ghost statistics to the accumulator.
+
+    Args:
+      state: the state at the start of the update; only read.
+      accumulator: the sums so far.
+      microbatch: arrays [examples, ...] sharded over `data`: whatever the task reads, among it
+        `"weight"`, 0 for a masked example; and `"ghost_mask"`, [ghost batches], 1 or 0. Only whole
+        ghost batches are masked, and a masked one adds exactly 0.
+      task: what is trained.
+      mesh: the devices, along `data`.
+
+    Returns:
+      The sums with this microbatch added.
+    """
+
+    def on_device(
+        params: PyTree, running: PyTree, accumulator: Accumulator, microbatch: Examples
+    ) -> Accumulator:
+        params, running = jax.lax.pcast((params, running), DATA_AXIS, to="varying")
+
+        def summed_loss(params: PyTree) -> tuple[jax.Array, tuple[Sums, PyTree]]:
+            outputs, ghost_statistics = task.apply(params, running, microbatch, True)
+            sums = task.loss(outputs, microbatch)
+            return sums["loss"], (sums, ghost_statistics)
+
+        gradients, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(params)
+        mask = microbatch["ghost_mask"]
+        ghost_statistics = jax.tree.map(
+            lambda leaf: jnp.tensordot(mask.astype(leaf.dtype), leaf, 1), ghost_statistics
+        )
+        addend = Accumulator(gradients, sums, ghost_statistics, jnp.sum(mask))
+        return jax.tree.map(lambda total, leaf: total + leaf[None], accumulator, addend)
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(REPLICATED, REPLICATED, SHARDED, SHARDED),
+        out_specs=SHARDED,
+    )(state.params, state.running_statistics, accumulator, microbatch)
+
+
+def apply_update(
+    state: State,
+    accumulator: Accumulator,
+    hyper: Mapping[str, jax.Array],
+    *,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[State, Accumulator, Sums]:
+    """Turns the sums of one update into the next state.
+
+    Args:
+      state: the state at the start of the update.
+      accumulator: the sums over all of its microbatches.
+      hyper: scalars by name (`learning_rate`, `momentum`, ...), traced: another value is no other
+        program.
+      task: what is trained.
+      optimizer: from `optimizer.make_optimizer`.
+      mesh: the devices, along `data`.
+
+    Returns:
+      The next state, the accumulator emptied, and the loss's sums over the whole update.
+    """
+
+    def on_device(
+        state: State, accumulator: Accumulator, hyper: Mapping[str, jax.Array]
+    ) -> tuple[State, Accumulator, Sums]:
+        total = jax.lax.psum(jax.tree.map(lambda leaf: leaf[0], accumulator), DATA_AXIS)
+        count = total.sums["count"]
+        gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
+        injected = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, **hyper})
+        changes, optimizer_state = optimizer.update(gradients, injected, state.params)
+        running = advance_running_statistics(
+            state.running_statistics,
+            total.ghost_statistics,
+            total.ghost_batches,
+            decay=task.running_decay,
+        )
+        next_state = State(optax.apply_updates(state.params, changes), running, optimizer_state)
+        return next_state, jax.tree.map(jnp.zeros_like, accumulator), total.sums
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(REPLICATED, SHARDED, REPLICATED),
+        out_specs=(REPLICATED, SHARDED, REPLICATED),
+    )(state, accumulator, hyper)
+
+
+def advance_running_statistics(
+    running: PyTree, ghost_sums: PyTree, ghost_batches: jax.Array, *, decay: float
+) -> PyTree:
+    """Moves the running statistics by one update of K ghost batches, whatever their order.
+
+    r <- d^K r + (1 - d^K) * (mean over the K): as far as K single steps with decay d would go.
+
+    Args:
+      running: statistics before the update.
+      ghost_sums: the same, summed over the update's ghost batches.
+      ghost_batches: K, a float scalar.
+      decay: d, a number in (0, 1).
+
+    Returns:
+      The statistics after the update.
+    """
+    kept = decay**ghost_batches
+    return jax.tree.map(
+        lambda r, s: kept * r + (1 - kept) * (s / ghost_batches), running, ghost_sums
+    )
+
+
+def evaluate(state: State, microbatch: Examples, *, task: Task, mesh: Mesh) -> Sums:
+    """The loss's sums over one microbatch of test examples, with the running statistics.
+
+    Args:
+      state: only its parameters and running statistics are read.
+      microbatch: as in `accumulate`; single examples may be masked by their weight.
+      task: what is trained.
+      mesh: the devices, along `data`.
+
+    Returns:
+      What the loss returns, each leaf [devices]: every device's own sums.
+    """
+
+    def on_device(params: PyTree, running: PyTree, microbatch: Examples) -> Sums:
+        outputs, _ = task.apply(params, running, microbatch, False)
+        return jax.tree.map(lambda leaf: leaf[None], task.loss(outputs, microbatch))
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(REPLICATED, REPLICATED, SHARDED),
+        out_specs=SHARDED,
+    )(state.params, state.running_statistics, microbatch)

@@ -1,0 +1,252 @@
+"""The training loop: a plan, a stream of examples and two compiled functions.
+
+It may be killed at any moment. Called again on the same working directory it continues from the
+newest checkpoint, and ends with the same parameters: bit for bit on the same devices.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from tqdm import tqdm
+
+from bigbatch import metrics, microbatches, step, workdir
+from bigbatch.checkpoint import Checkpoints, params_sha256
+from bigbatch.data import stream
+from bigbatch.data.prefetch import Prefetch
+from bigbatch.errors import RunError
+from bigbatch.evaluate import evaluate
+from bigbatch.plan import Row
+from bigbatch.run import Run
+from bigbatch.task import Examples, Sums
+
+# Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
+_MICROBATCHES_IN_FLIGHT = 4
+
+
+class Progress(NamedTuple):
+    """How far a run is, in plain numbers; a checkpoint keeps it beside the state.
+
+    Attributes:
+      updates: done so far.
+      seconds: spent so far, over all resumes.
+      loss_sum: training loss summed over the examples since the last record of the log.
+      count: those examples.
+      record_seconds: when that record was written, in the same seconds.
+      train_loss: of that record.
+      test_loss: of the last evaluation.
+      test_accuracy: likewise.
+    """
+
+    updates: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    count: float = 0.0
+    record_seconds: float = 0.0
+    train_loss: float = math.nan
+    test_loss: float = math.nan
+    test_accuracy: float = math.nan
+
+
+def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str, Any]:
+    """Trains the run's plan to its end, from wherever the working directory stands.
+
+    Args:
+      run: from `run.prepare`.
+      directory: a working directory that was claimed for this run.
+      show_progress: whether to draw a progress bar on standard error.
+
+    Returns:
+      What was written to result.json.
+
+    Raises:
+      RunError: the loss is no longer finite.
+    """
+    files = workdir.Workdir(directory)
+    with Checkpoints(files.checkpoints) as checkpoints:
+        state, progress = restore(run, checkpoints)
+        metrics.truncate(files.metrics, last_update=progress.updates)
+        with metrics.MetricsLog(files.metrics) as log, _bar(run, progress, show_progress) as bar:
+            state, progress = _loop(run, state, progress, checkpoints, log, bar)
+    result = {
+        "updates": run.plan.num_updates,
+        "examples": run.plan.num_examples,
+        "test_accuracy": progress.test_accuracy,
+        "test_loss": progress.test_loss,
+        "train_loss": progress.train_loss,
+        "seconds": round(progress.seconds, 3),
+        "compilations": run.programs.compilations,
+        "params_sha256": params_sha256(state.params),
+    }
+    workdir.write_json(files.result, result)
+    return result
+
+
+def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
+    """The state and progress of the newest checkpoint, or of the start."""
+    state = run.init_state()
+    latest = checkpoints.latest()
+    if latest is None:
+        return state, Progress()
+    update, record = latest
+    return checkpoints.restore(update, state), Progress(**record["progress"])
+
+
+def updates(run: Run, state: step.State, first_update: int) -> Iterator[tuple[Row, step.State, Sums]]:
+    """Runs the plan from an update on.
+
+    Args:
+      run: from `run.prepare`.
+      state: the state before that update; its buffers are given away.
+      first_update: its number.
+
+    Yields:
+      For each update its row of the plan, the state after it and its loss's sums, both still being
+      computed. The state is given away by asking for the next one.
+    """
+
+    def produce(request: microbatches.Request) -> tuple[int, Examples]:
+        share = request.part.examples_per_device
+        examples = stream.examples(
+            run.data.train,
+            run.config.seed,
+            request.first_example,
+            request.part.num_examples,
+            run.config.data.augment,
+        )
+        size = run.mesh.size * share
+        return share, microbatches.place(
+            examples, size, run.config.ghost_batch_examples, run.mesh
+        )
+
+    # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
+    # than it has threads; there each update is waited for.
+    one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
+    replicated = NamedSharding(run.mesh, step.REPLICATED)
+    precision = jax.tree.leaves(state.params)[0].dtype
+    accumulator = run.programs.empty_accumulator()
+    requests = microbatches.requests(run.plan, run.layout, first_update)
+    with Prefetch(produce, requests, max_in_flight=_MICROBATCHES_IN_FLIGHT) as parts:
+        for update in range(first_update, run.plan.num_updates):
+            row = run.plan.row(update)
+            for _ in run.layout.microbatches(row.batch_size):
+                share, examples = next(parts)
+                accumulator = run.programs.accumulate[share](state, accumulator, examples)
+            hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
+            state, accumulator, sums = run.programs.apply_update(
+                state, accumulator, jax.device_put(hyper, replicated)
+            )
+            if one_at_a_time:
+                jax.block_until_ready(state)
+            yield row, state, sums
+
+
+def _loop(
+    run: Run,
+    state: step.State,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    log: metrics.MetricsLog,
+    bar: tqdm,
+) -> tuple[step.State, Progress]:
+    """Runs the updates that are left, and logs, evaluates and saves in between."""
+    config, train_examples = run.config, run.plan.train_examples
+    start_s = time.monotonic() - progress.seconds
+    late: tuple[Row, Sums] | None = None
+    for row, state, sums in updates(run, state, progress.updates):
+        # The update before this one: the device has finished it or will not wait for us.
+        if late is not None:
+            progress = _record(run, progress, *late, log, time.monotonic() - start_s)
+        late = row, sums
+        bar.update(row.batch_size)
+        bar.set_postfix(batch_size=row.batch_size, loss=progress.train_loss, refresh=False)
+        span = row.first_example, row.batch_size, row.update, train_examples
+        is_last = row.update + 1 == run.plan.num_updates
+        evaluation_due = is_last or config.evaluate_every.due(*span)
+        checkpoint_due = is_last or config.checkpoint_every.due(*span)
+        if evaluation_due or checkpoint_due:
+            progress = _record(run, progress, *late, log, time.monotonic() - start_s)
+            late = None
+        if evaluation_due:
+            test = evaluate(run, state)
+            log.write(_position(run, row) | test)
+            progress = progress._replace(**test)
+        if checkpoint_due:
+            progress = progress._replace(seconds=time.monotonic() - start_s)
+            record = {
+                "progress": progress._asdict(),
+                "examples": row.first_example + row.batch_size,
+                "plan": run.plan.fingerprint,
+                "seed": config.seed,
+            }
+            log.sync()
+            checkpoints.save(row.update + 1, state, record)
+    return state, progress
+
+
+def _record(
+    run: Run, progress: Progress, row: Row, sums: Sums, log: metrics.MetricsLog, now_s: float
+) -> Progress:
+    """Adds an update's sums to the progress, and writes a record where one is due."""
+    loss, count = float(sums["loss"]), float(sums["count"])
+    if not math.isfinite(loss):
+        raise RunError(_diverged(progress, row, loss))
+    progress = progress._replace(
+        updates=row.update + 1,
+        loss_sum=progress.loss_sum + loss,
+        count=progress.count + count,
+    )
+    span = row.first_example, row.batch_size, row.update, run.plan.train_examples
+    if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
+        return progress
+    train_loss = progress.loss_sum / progress.count
+    rate = progress.count / max(now_s - progress.record_seconds, 1e-9)
+    log.write(
+        _position(run, row) | {"train_loss": train_loss, "examples_per_s": round(rate, 1)}
+    )
+    return progress._replace(
+        loss_sum=0.0, count=0.0, record_seconds=now_s, train_loss=train_loss
+    )
+
+
+def _position(run: Run, row: Row) -> dict[str, Any]:
+    """What every record of the log says of the time at which it was written."""
+    examples = row.first_example + row.batch_size
+    return {
+        "update": row.update + 1,
+        "examples": examples,
+        "epoch": examples / run.plan.train_examples,
+        "batch_size": row.batch_size,
+        **row.hyper,
+        "noise_scale": row.noise_scale,
+    }
+
+
+def _diverged(progress: Progress, row: Row, loss: float) -> str:
+    """What to say when the loss is not finite."""
+    hyper = ", ".join(f"{name} {value:g}" for name, value in row.hyper.items())
+    return (
+        f"the training loss became {loss} in update {row.update} (epoch {row.epoch:.3g}, batch size "
+        f"{row.batch_size}, {hyper}, noise scale {row.noise_scale:.4g}); the last finite one that "
+        f"was logged is {progress.train_loss:.4g}. Checkpoints of earlier updates are kept. A lower "
+        "policy.learning_rate, a warm-up or a lower momentum is what usually helps."
+    )
+
+
+def _bar(run: Run, progress: Progress, show: bool) -> tqdm:
+    """A progress bar over the examples of the whole plan."""
+    done = progress.updates
+    at_end = done == run.plan.num_updates
+    initial = run.plan.num_examples if at_end else int(run.plan.first_examples[done])
+    return tqdm(
+        total=run.plan.num_examples,
+        initial=initial,
+        unit=" examples",
+        unit_scale=True,
+        disable=not show,
+    )

@@ -1,0 +1,52 @@
+"""Handwritten digits: the paper's schedules in seconds.
+
+    bigbatch compare --config=configs/digits.py --workdir=runs/digits
+
+1,437 training images of 8x8 pixels, Wide ResNet 10-1. The noise scale falls by 5 at epochs 9, 18
+and 24 of 30, as in the paper at 30, 60 and 80 %.
+"""
+
+from ml_collections import ConfigDict
+
+_TRANSFORMATIONS = {
+    "decay": [],
+    "hybrid": [{"name": "grow_batch", "max_batch_size": 160, "until_epoch": 18}],
+    "increase": [{"name": "grow_batch", "max_batch_size": 320}],
+    "increase_lr": [
+        {"name": "scale", "factor": 5},
+        {"name": "grow_batch", "max_batch_size": 320},
+    ],
+    "increase_momentum": [
+        {"name": "scale", "factor": 2},
+        {"name": "raise_momentum", "momentum": 0.95},
+        {"name": "grow_batch", "max_batch_size": 320},
+    ],
+}
+EXPERIMENTS = tuple(_TRANSFORMATIONS)
+
+
+def get_config(experiment: str) -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,
+            "epochs": 30,
+            "ghost_batch_examples": 32,
+            "data": {"name": "digits"},
+            "model": {"name": "wide_resnet", "depth": 10, "width": 1, "strides": (2, 1, 1)},
+            "optimizer": {"name": "momentum", "weight_decay": 5e-4},
+            "policy": {
+                "name": "step_decay",
+                "learning_rate": 0.1,
+                "batch_size": 32,
+                "momentum": 0.9,
+                "boundaries_epochs": (9, 18, 24),
+                "factor": 0.2,
+            },
+            "transformations": _TRANSFORMATIONS[experiment],
+            "microbatch_examples_per_device": 160,
+            "evaluation_batch_examples": 360,
+            "log_every_updates": 1,
+            "evaluate_every_epochs": 1,
+            "checkpoint_every_epochs": 10,
+        }
+    )
