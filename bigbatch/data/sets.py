@@ -105,6 +105,7 @@ _INFOS = {
         ),
     )
 }
+NAMES = tuple(_INFOS)
 _TOO_LARGE_FOR_ARRAYS = ("imagenet2012",)
 
 

@@ -117,16 +117,19 @@ def _bits(train_examples: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
 
 def _check(data: Arrays, seed: int, first_example: int, num_examples: int) -> None:
     problems = []
-    last_position = (_MAX_WORD + 1) * len(data) - 1
+    end = (_MAX_WORD + 1) * len(data)
     for field, given, most in (
         ("seed", seed, _MAX_WORD),
-        ("first_example", first_example, last_position),
-        ("num_examples", num_examples, last_position),
+        ("first_example", first_example, end),
+        ("num_examples", num_examples, end),
     ):
         if isinstance(given, bool) or not isinstance(given, int | np.integer):
             problems.append(Problem(field, given, "a whole number"))
         elif not 0 <= given <= most:
             allowed = f"a whole number from 0 to {most:,}"
             problems.append(Problem(field, given, allowed, min(max(int(given), 0), most)))
+    if not problems and first_example + num_examples > end:
+        allowed = f"a range that ends before epoch 2^32: at most {end - first_example:,} examples"
+        problems.append(Problem("num_examples", num_examples, allowed, end - first_example))
     if problems:
         raise UserError(problems)

@@ -1,6 +1,7 @@
 """Small data sets from the files of tensorflow-datasets, read without TensorFlow."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,24 +25,35 @@ def read(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarray
     # A slow import, which most runs do not need.
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    builder = tfds.builder(name, data_dir=data_dir)
     try:
         if not builder.is_prepared():
             raise FileNotFoundError(builder.data_path)
         source = builder.as_data_source(split=split)
     except (FileNotFoundError, NotImplementedError) as error:
-        where = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
-        command = (
-            f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{where}, '
-            "file_format='array_record').download_and_prepare()\""
-        )
-        allowed = (
-            f"a data set that is on disk: no ArrayRecord files in {builder.data_path}. Get them, "
-            f"once and with TensorFlow installed, by: {command}"
-        )
-        raise UserError(Problem("name", name, allowed, "digits")) from error
+        raise UserError(_missing(name, data_dir, builder)) from error
     images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
     labels = np.empty(len(source), np.int64)
     for i, example in enumerate(source):
         images[i], labels[i] = example["image"], example["label"]
     return images, labels
+
+
+def _missing(name: str, data_dir: str | Path | None, builder: Any) -> Problem:
+    """What is missing of a data set, and the command that gets it."""
+    if builder.is_prepared():
+        what = f"the files in {builder.data_path} are {builder.info.file_format.value} files"
+        directory = "another data_dir"
+    else:
+        what = f"there are no files in {builder.data_path}"
+        directory = "that place"
+    where = None if data_dir is None else str(data_dir)
+    command = (
+        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
+        f"data_dir={where!r}, file_format='array_record').download_and_prepare()\""
+    )
+    allowed = (
+        f"a data set that is on disk as array_record files ({what}; once, with TensorFlow and a "
+        f"network, make them in {directory}: {command})"
+    )
+    return Problem("name", name, allowed, "digits")
