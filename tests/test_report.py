@@ -1,0 +1,305 @@
+"""Reading runs, and the files of a report."""
+
+import base64
+import html.parser
+import json
+import math
+import statistics
+import struct
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+import scipy.stats
+from report_runs import DECAY, falling_loss, write_run
+
+from bigbatch.errors import UserError
+from bigbatch.report import read_run, summarise, write_report
+from bigbatch.report.summary import Estimate, difference
+
+MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+INCREASE = [(2, 20, 0.1), (2, 100, 0.1)]
+CONTROL = [(4, 100, 0.1)]
+
+
+def log_lines(path):
+    return (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return write_run(tmp_path, "decay", 0, DECAY, falling_loss(0, epochs=4))
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory):
+    """Three seeds of a reference, of an experiment alike and of one with a larger loss."""
+    root = tmp_path_factory.mktemp("runs")
+    made = []
+    experiments = {"control": (CONTROL, 0.8), "decay": (DECAY, 0.0), "increase": (INCREASE, 0.0)}
+    for number, (name, (stages, offset)) in enumerate(experiments.items()):
+        for seed in range(4):
+            loss = falling_loss(10 * number + seed, offset=offset, epochs=4)
+            accuracy = 0.9 + 0.01 * seed - 0.1 * offset
+            config = {"policy": {"batch_size": stages[-1][1], "steps": {}}, "model": {"depth": 16}}
+            made.append(
+                write_run(
+                    root, name, seed, stages, loss, config=config, accuracy=lambda _, a=accuracy: a
+                )
+            )
+    return made
+
+
+@pytest.fixture(scope="module")
+def report(run_dirs, tmp_path_factory):
+    return write_report(run_dirs, tmp_path_factory.mktemp("out") / "deep" / "report")
+
+
+def table_of(markdown):
+    """{experiment: {column: text}} of the only table."""
+    rows = [line[2:-2].split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+
+
+def test_the_report_says_what_the_runs_say(run_dirs, report):
+    assert report.warnings == ()
+    assert report.page.name == "report.html"
+    rows = table_of(report.table.read_text())
+    assert list(rows) == ["decay", "control", "increase"]
+    assert [row["updates"] for row in rows.values()] == ["200", "40", "120"]
+    assert [row["fewer updates"] for row in rows.values()] == ["1.0x", "5.0x", "1.7x"]
+    sd = statistics.stdev([90, 91, 92, 93])
+    assert rows["decay"]["test accuracy, %"] == f"91.50 ± {sd:.2f}"
+    assert {row["runs"] for row in rows.values()} == {"4"}
+    assert rows["decay"]["examples/s"] == "500"
+    assert rows["decay"]["seconds"] == "8.0"
+    assert rows["decay"]["curve gap"] == MISSING
+
+    decay, control, increase = report.summary.experiments
+    last_epoch = [
+        statistics.fmean(r["train_loss"] for r in rows_of(run) if r["epoch"] > 3.001)
+        for run in run_dirs[4:8]
+    ]
+    assert decay.train_loss.mean == pytest.approx(statistics.fmean(last_epoch))
+    assert decay.train_loss.sd == pytest.approx(statistics.stdev(last_epoch))
+    assert control.gap.rms > 4
+    assert control.gap.rms_p == control.gap.smallest_p
+    assert increase.gap.rms < 2
+    assert not control.equal_noise
+    assert increase.equal_noise
+    markdown = report.table.read_text()
+    assert "5.0 times fewer updates than decay (40 against 200)" in markdown
+    assert (
+        f"not at decay's noise scale; test accuracy difference {MINUS}8.00 ± 2.23 points"
+        in markdown
+    )
+
+
+def rows_of(path):
+    rows = map(json.loads, log_lines(path))
+    return [row for row in rows if "train_loss" in row]
+
+
+def test_curves_are_geometric_means_with_a_band_of_one_deviation(run_dirs):
+    runs = [read_run(path) for path in run_dirs[4:8]]
+    curves = summarise(runs).reference.curves
+    # 4 epochs are drawn with 5 points each, so a bin is 10 records of one update of 20 examples.
+    logs = np.array(
+        [np.log(run.training["train_loss"].reshape(20, 10).mean(axis=1)) for run in runs]
+    )
+    np.testing.assert_allclose(curves.epochs, 0.1 + 0.2 * np.arange(20))
+    np.testing.assert_allclose(curves.updates, 5 + 10 * np.arange(20))
+    np.testing.assert_allclose(np.log(curves.loss), logs.mean(axis=0))
+    np.testing.assert_allclose(np.log(curves.high / curves.loss), logs.std(axis=0, ddof=1))
+    np.testing.assert_allclose(np.log(curves.loss / curves.low), logs.std(axis=0, ddof=1))
+
+
+def test_the_difference_of_accuracies_has_welchs_interval():
+    own, other = [91.0, 92.5, 90.7, 91.1], [90.0, 90.2, 90.1]
+    got = difference(Estimate.of(own), Estimate.of(other))
+    expected = scipy.stats.ttest_ind(own, other, equal_var=False).confidence_interval(0.95)
+    assert got.mean - got.half_width == pytest.approx(expected.low)
+    assert got.mean + got.half_width == pytest.approx(expected.high)
+    assert math.isnan(difference(Estimate.of(own), Estimate.of([90.0])).half_width)
+    assert difference(Estimate.of([90.0] * 3), Estimate.of([91.0] * 3)).half_width == 0
+
+
+class _Page(html.parser.HTMLParser):
+    """Collects what a page refers to, and fails on tags that are not closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.sources, self.tags, self.text = [], [], set(), ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_needs_no_network_and_holds_what_the_table_holds(run_dirs, report):
+    text = report.page.read_text()
+    page = _Page(text)
+    assert all(source.startswith("data:") for source in page.sources)
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "script" not in page.tags
+    images = [s.partition("base64,")[2] for s in page.sources if s.startswith("data:image/svg")]
+    assert len(images) == 7
+    for image in images:
+        assert xml.etree.ElementTree.fromstring(base64.b64decode(image)).tag.endswith("svg")
+    for row in table_of(report.table.read_text()).values():
+        for cell in row.values():
+            assert cell in page.text
+    assert "policy.batch_size" in page.text
+    assert "model.depth" not in page.text  # the same everywhere
+    assert "increase: 120 updates, 4 epochs" in page.text
+    assert all(str(path) in page.text for path in run_dirs)
+
+
+def test_figures_are_1600_pixels_wide(report):
+    names = [path.name for path in report.figures]
+    assert names == ["growing_batch.png", "curve_gap.png", "schedules.png", "test_accuracy.png"]
+    for path in report.figures:
+        head = path.read_bytes()[:24]
+        assert head[:8] == b"\x89PNG\r\n\x1a\n"
+        assert struct.unpack(">I", head[16:20]) == (1600,)
+
+
+def test_a_report_of_the_same_runs_is_the_same_bytes(run_dirs, report, tmp_path):
+    again = write_report(run_dirs, tmp_path)
+    assert again.page.read_bytes() == report.page.read_bytes()
+    assert again.table.read_bytes() == report.table.read_bytes()
+
+
+def test_names_cannot_break_the_page_or_the_table(tmp_path):
+    name = "a <b>|&\"'_x_"
+    for seed in range(2):
+        path = write_run(tmp_path, f"run{seed}", seed, DECAY, falling_loss(seed, epochs=4))
+        config = json.loads((path / "config.json").read_text()) | {"experiment": name}
+        (path / "config.json").write_text(json.dumps(config))
+    report = write_report(sorted(tmp_path.glob("run*/*")), tmp_path / "out")
+    page = _Page(report.page.read_text())
+    assert "b" not in page.tags
+    assert name in page.text
+    assert r"a \<b\>\|&" in report.table.read_text()
+
+
+def test_unfinished_runs_are_left_out_and_named(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path, "decay", seed, DECAY, falling_loss(seed, epochs=4), finished=seed < 2)
+    write_run(tmp_path, "slow", 0, INCREASE, falling_loss(7, epochs=4), finished=False)
+    report = write_report(sorted(tmp_path.glob("*/*")), tmp_path / "out")
+    rows = table_of(report.table.read_text())
+    assert rows["decay"]["runs"] == "2 (+1 unfinished)"
+    assert rows["slow"]["runs"] == "1 (unfinished)"
+    assert rows["slow"]["updates"] == "120"
+    text = "\n".join(report.warnings)
+    assert "seed_2: result.json is missing" in text
+    assert "decay: 1 of 3 runs are not finished" in text
+    assert "slow: no run is finished" in text
+    assert "slow: no run is finished" in _Page(report.page.read_text()).text
+    assert "slow: no run is finished" in report.table.read_text()
+
+
+def test_runs_of_other_sizes_are_reported_and_named(tmp_path):
+    for seed in range(2):
+        loss = falling_loss(seed, epochs=6)
+        write_run(tmp_path, "decay", seed, DECAY, loss)
+        write_run(tmp_path, "small", seed, DECAY, loss, train_examples=500)
+        write_run(tmp_path, "longer", seed, [(6, 20, 0.1)], loss)
+    summary = write_report(sorted(tmp_path.glob("*/*")), tmp_path / "out").summary
+    gaps = {experiment.name: experiment.gap for experiment in summary.experiments}
+    assert gaps["small"] is None
+    assert gaps["longer"].epochs.max() == 3
+    assert any("small: trained on 500 examples and decay on 1,000" in w for w in summary.warnings)
+    assert any("longer: planned for 6 epochs and decay for 4" in w for w in summary.warnings)
+
+
+def test_runs_that_are_no_repetitions_are_named(tmp_path):
+    write_run(tmp_path / "a", "decay", 0, DECAY, falling_loss(0, epochs=4))
+    write_run(tmp_path / "b", "decay", 0, INCREASE, falling_loss(1, epochs=4), config={"x": 1})
+    text = "\n".join(write_report(sorted(tmp_path.glob("*/*/*")), tmp_path / "out").warnings)
+    assert "decay: 2 runs have the seed 0" in text
+    assert "decay: its runs differ in the config field x" in text
+    assert "decay: its runs have different plans" in text
+
+
+@pytest.mark.parametrize("num_lines", [1, 3])
+def test_a_run_that_has_just_begun_is_reported(run_dir, tmp_path, num_lines):
+    (run_dir / "result.json").unlink()
+    (run_dir / "metrics.jsonl").write_text("".join(log_lines(run_dir)[:num_lines]))
+    report = write_report([run_dir], tmp_path / "out")
+    assert [path.name for path in report.figures] == [
+        "growing_batch.png",
+        "schedules.png",
+        "test_accuracy.png",
+    ]
+    assert table_of(report.table.read_text())["decay"]["training loss at the end"] == MISSING
+
+
+def test_a_diverged_experiment_is_reported(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "decay", seed, DECAY, falling_loss(seed, epochs=4))
+        write_run(tmp_path, "wild", seed, DECAY, lambda _: math.nan, accuracy=lambda _: math.nan)
+    report = write_report(sorted(tmp_path.glob("*/*")), tmp_path / "out")
+    rows = table_of(report.table.read_text())
+    assert rows["wild"]["training loss at the end"] == rows["wild"]["test accuracy, %"] == MISSING
+    assert any("training loss is not finite from update 1 on" in w for w in report.warnings)
+
+
+def test_a_run_named_twice_counts_once_and_an_earlier_report_is_no_run(run_dir, tmp_path):
+    out = run_dir.parent.parent / "report"
+    write_report([run_dir], out)
+    report = write_report([run_dir, f"{run_dir}/../seed_0", out, *out.iterdir()], out)
+    assert len(report.summary.reference.runs) == 1
+
+
+def test_all_mistakes_are_told_at_once(run_dir, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError) as caught:
+        write_report([run_dir, tmp_path / "empty", tmp_path / "absent"], taken)
+    given = [(problem.field, problem.given) for problem in caught.value.problems]
+    assert given == [
+        ("run_dirs", str(tmp_path / "empty")),
+        ("run_dirs", str(tmp_path / "absent")),
+        ("out", str(taken)),
+    ]
+
+
+def test_a_file_that_cannot_be_replaced_is_a_users_mistake(run_dir, tmp_path):
+    (tmp_path / "out" / "growing_batch.png").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^out: given"):
+        write_report([run_dir], tmp_path / "out")
+
+
+def test_no_usable_run_is_a_users_mistake(run_dir, tmp_path):
+    (run_dir / "metrics.jsonl").unlink()
+    for given in ([run_dir], []):
+        with pytest.raises(UserError, match="at least one run directory with a training record"):
+            write_report(given, tmp_path / "out")
+
+
+def test_a_report_needs_no_jax_and_no_display(run_dir, tmp_path):
+    code = (
+        "import sys; from bigbatch.report import write_report; "
+        "assert 'matplotlib' not in sys.modules; write_report(sys.argv[1:2], sys.argv[2]); "
+        "assert not {'jax', 'matplotlib.pyplot', 'tkinter'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, run_dir, tmp_path / "out"], check=True)
