@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-ADAM_NAMES = ("b1", "b2", "eps")
 
 
 def noise_scale(
@@ -107,8 +106,10 @@ class Rule:
         moved = dict(hyper)
         moved["learning_rate"] = hyper["learning_rate"] * k**self.learning_rate_power
         if self.moves_adam:
-            moved["b1"] = 1 - k * (1 - hyper["b1"])
-            moved["b2"] = 1 - k * (1 - hyper["b2"])
+            for name in ("b1", "b2"):
+                moved[name] = 1 - k * (1 - hyper[name])
+                # 1 - 20 * (1 - 0.95) is not quite 0.
+                moved[name] = np.where(np.abs(moved[name]) < 1e-12, 0.0, moved[name])
             moved["eps"] = hyper["eps"] / np.sqrt(k)
         return moved
 

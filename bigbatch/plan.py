@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bigbatch import errors, positions
 from bigbatch.checks import Checks
+from bigbatch.durations import first_example_from
 from bigbatch.noise_scale import Array, make_rule
 from bigbatch.policy import Policy
 
@@ -236,7 +237,7 @@ class Plan:
         Raises:
           UserError: the run does not reach that epoch.
         """
-        return int(self.at_example(positions.first_example_from(epoch, self.train_examples)))
+        return int(self.at_example(first_example_from(epoch, self.train_examples)))
 
     def summary(self) -> dict[str, Any]:
         """Totals, stages and fingerprint: the object that `bigbatch plan --json` prints."""

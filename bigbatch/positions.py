@@ -3,13 +3,13 @@
 The one place where a policy's real batch sizes become whole numbers of examples.
 """
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.checks import Checks
+from bigbatch.durations import first_example_from
 from bigbatch.noise_scale import Array
 from bigbatch.policy import Policy, Settings
 
@@ -20,13 +20,6 @@ _LARGEST_BATCH_SIZE = 2**53
 _SHORTEST_CHUNK_UPDATES = 64
 _LONGEST_CHUNK_UPDATES = 2**14
 _MAX_ROUNDS = 8
-
-
-def first_example_from(epoch: float, train_examples: int) -> int:
-    """ceil(epoch * N), where a product that is whole but for rounding is that whole number."""
-    examples = epoch * train_examples
-    nearest = round(examples)
-    return nearest if abs(examples - nearest) <= 1e-9 * max(1, nearest) else math.ceil(examples)
 
 
 def check_stated_sizes(checks: Checks, policy: Policy, multiple: int) -> None:
@@ -106,24 +99,28 @@ def _rounded(policy: Policy, epochs: Array, multiple: int) -> Settings:
 
 def _check_rows(rows: Settings, epochs: Array, policy: Policy, multiple: int) -> None:
     checks = Checks()
+    sizes = rows.batch_size
 
-    def require(ok: NDArray[np.bool_], field: str, given: Array, allowed: str) -> None:
+    def require(ok: NDArray[np.bool_], field: str, allowed: str, nearest: Array) -> None:
         if not ok.all():
             at = int(np.argmin(ok))
-            checks.require(False, field, float(given[at]), f"{allowed}, at epoch {epochs[at]:g}")
+            given = float(sizes[at]) if np.isfinite(sizes[at]) else None
+            near = float(nearest[at])
+            allowed = f"{allowed}, at epoch {epochs[at]:g}"
+            checks.require(False, field, given, allowed, int(near) if near >= multiple else None)
 
-    sizes = rows.batch_size
-    require(sizes >= multiple, "batch_size", sizes, f"at least {multiple} examples")
-    require(
-        sizes < _LARGEST_BATCH_SIZE,
-        "batch_size",
-        sizes,
-        "a batch size that can be counted (give max_batch_size)",
-    )
+    none = np.full(sizes.shape, -1.0)
+    require(sizes >= multiple, "batch_size", f"at least {multiple} examples", none + 1 + multiple)
+    allowed = "a limit: the batch size grows without bound"
+    require(sizes < _LARGEST_BATCH_SIZE, "max_batch_size", allowed, none)
     if policy.rule.train_examples is not None:
-        below = f"below the {policy.rule.train_examples} training examples, for the exact rule"
-        require(sizes < policy.rule.train_examples, "batch_size", sizes, below)
+        limit = policy.rule.train_examples
+        allowed = f"below the {limit} training examples, where the exact noise scale is above 0"
+        nearest = none + 1 + (limit - 1) // multiple * multiple
+        require(sizes < limit, "max_batch_size", allowed, nearest)
     for name in sorted({"b1", "b2"} & rows.hyper.keys()):
-        column = rows.hyper[name]
-        require((column >= 0) & (column < 1), name, column, "from 0 to below 1 (grow B less)")
+        # (1 - b)/B is kept, so that b = 0 at this batch size:
+        nearest = sizes / (1 - rows.hyper[name]) * (1 + _SNAP) // multiple * multiple
+        allowed = f"at most what leaves {name} at 0 or above under the square-root rule"
+        require(rows.hyper[name] >= 0, "max_batch_size", allowed, nearest)
     checks.done()

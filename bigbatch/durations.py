@@ -1,0 +1,193 @@
+"""Times given in epochs, examples or updates.
+
+A constructor is written in epochs alone. `in_any_unit` lets its caller give the same time in
+another unit, by the suffix of the argument: `boundaries_epochs`, `boundaries_examples` or
+`boundaries_updates`; `from_epoch` or `from_example`. Updates are those of the recipe as it was
+written, with its own constant batch size: the argument `batch_size`, or that of `policy`.
+
+>>> @in_any_unit("warmup_epochs")
+... def show(batch_size: int, *, warmup_epochs: float) -> None:
+...     print(warmup_epochs)
+>>> show(batch_size=100, warmup_updates=25, train_examples=1000)
+2.5
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from bigbatch import errors
+
+
+def first_example_from(epoch: float, train_examples: int) -> int:
+    """ceil(epoch * N), where a product that is whole but for rounding is that whole number."""
+    examples = epoch * train_examples
+    nearest = round(examples)
+    return nearest if abs(examples - nearest) <= 1e-9 * max(1, nearest) else math.ceil(examples)
+
+
+def in_any_unit(*names: str, updates: bool = True) -> Callable[[Callable[..., Any]], Any]:
+    """Lets each of a function's times also be given in examples or in updates.
+
+    The function gains, for each name, keyword parameters in the other units, and `train_examples`
+    (which only they need). Its signature and annotations say so. A problem with a time is reported
+    for the argument that was given, in its unit.
+
+    Args:
+      *names: keyword-only parameters that hold a time in epochs, e.g. "boundaries_epochs".
+      updates: whether updates are a time here.
+    """
+    units = ("epoch", "example", "update") if updates else ("epoch", "example")
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+        spellings = {name: {_in(unit, name): unit for unit in units} for name in names}
+        fields = [field for fields in spellings.values() for field in fields]
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            times = {f: kwargs.pop(f) for f in fields if kwargs.get(f) is not None}
+            kwargs = {f: value for f, value in kwargs.items() if f not in fields}
+            train_examples = kwargs.get("train_examples")
+            if "train_examples" not in signature.parameters:
+                kwargs.pop("train_examples", None)
+            arguments = signature.bind_partial(*args, **kwargs).arguments
+            given: dict[str, tuple[str, _Unit]] = {}
+            problems: list[errors.Problem] = []
+            for name, spelled in spellings.items():
+                found = [field for field in spelled if field in times]
+                if len(found) == 1:
+                    field, time = found[0], times[found[0]]
+                    unit = _unit(field, spelled[field], train_examples, time, arguments, problems)
+                    given[name] = (field, unit)
+                    kwargs[name] = unit.epochs(time)
+                elif found or signature.parameters[name].default is inspect.Parameter.empty:
+                    allowed = "exactly one of " + ", ".join(spelled)
+                    problems.append(errors.Problem(name, found or "nothing", allowed))
+            if problems:
+                raise errors.UserError(problems)
+            try:
+                return function(*args, **kwargs)
+            except errors.UserError as error:
+                raise errors.UserError(_as_given(error.problems, given)) from None
+
+        _describe(wrapper, signature, spellings)
+        return wrapper
+
+    return decorate
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unit:
+    """A unit of so many examples, of which `train_examples` are an epoch."""
+
+    examples: float
+    train_examples: int
+
+    def epochs(self, value: Any) -> Any:
+        """A time, or a sequence of them, in epochs; what is no time is left to be refused."""
+        # Multiplied first: position / N is then the same float for the same position.
+        return self._map(value, lambda time: time * self.examples / self.train_examples)
+
+    def back(self, value: Any) -> Any:
+        """The inverse of `epochs`, rounded to a number as people write it."""
+        return self._map(value, lambda epochs: _plain(epochs * self.train_examples / self.examples))
+
+    def _map(self, value: Any, change: Callable[[float], float]) -> Any:
+        if self.examples == self.train_examples:
+            return value
+        if isinstance(value, list | tuple | np.ndarray):
+            return [self._map(v, change) for v in value]
+        is_time = isinstance(value, int | float) and not isinstance(value, bool)
+        return change(value) if is_time else value
+
+
+def _plain(value: float) -> float:
+    rounded = round(value, 6)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+def _unit(
+    field: str,
+    unit: str,
+    train_examples: int | None,
+    time: Any,
+    arguments: dict[str, Any],
+    problems: list[errors.Problem],
+) -> _Unit:
+    """The unit of a field; where that fails, a problem and some unit."""
+    if unit == "epoch":
+        return _Unit(1, 1)
+    if not train_examples:
+        allowed = f"the number of training examples, which {field} needs"
+        problems.append(errors.Problem("train_examples", train_examples or "nothing", allowed))
+        return _Unit(1, 1)
+    if unit == "example":
+        return _Unit(1, train_examples)
+    batch_size: Any = arguments.get("batch_size")
+    if "policy" in arguments and isinstance(time, int | float):
+        batch_size = float(arguments["policy"].at(0.0).batch_size[0])
+        starts = np.arange(max(0, math.ceil(time))) * (batch_size / train_examples)
+        if (arguments["policy"].at(np.r_[0.0, starts]).batch_size != batch_size).any():
+            allowed = "a time in epochs or examples, because the batch size changes before its end"
+            problems.append(errors.Problem(field, time, allowed))
+    usable = isinstance(batch_size, int | float) and batch_size > 0
+    # Where the batch size is no number, the function itself will refuse it.
+    return _Unit(batch_size if usable else 1, train_examples)
+
+
+def _in(unit: str, name: str) -> str:
+    """The argument's name in another unit: ("update", "warmup_epochs") -> "warmup_updates"."""
+    stem, _, epochs = name.rpartition("_")
+    return f"{stem}_{epochs.replace('epoch', unit)}"
+
+
+def _as_given(
+    problems: Iterable[errors.Problem], given: dict[str, tuple[str, _Unit]]
+) -> Iterable[errors.Problem]:
+    """The problems, under the arguments' names and in the units that the caller used."""
+    for problem in problems:
+        name, bracket, index = problem.field.partition("[")
+        if name in given:
+            field, unit = given[name]
+            problem = dataclasses.replace(
+                problem,
+                field=field + bracket + index,
+                given=unit.back(problem.given),
+                nearest=unit.back(problem.nearest),
+            )
+        yield problem
+
+
+def _describe(
+    wrapper: Callable[..., Any],
+    signature: inspect.Signature,
+    spellings: dict[str, dict[str, str]],
+) -> None:
+    """Writes the added parameters into the wrapper's signature and annotations."""
+    parameters = []
+    for parameter in signature.parameters.values():
+        for field in spellings.get(parameter.name, {}):
+            hint = parameter.annotation | None
+            default = parameter.default if field == parameter.name else None
+            if default is inspect.Parameter.empty:
+                default = None
+            parameters.append(parameter.replace(name=field, annotation=hint, default=default))
+        if parameter.name not in spellings:
+            parameters.append(parameter)
+    if "train_examples" not in signature.parameters:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(
+            inspect.Parameter("train_examples", keyword, default=None, annotation=int | None)
+        )
+    described = signature.replace(parameters=parameters)
+    wrapper.__signature__ = described  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {
+        **{p.name: p.annotation for p in parameters},
+        "return": signature.return_annotation,
+    }
