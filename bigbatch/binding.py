@@ -21,9 +21,11 @@ def bind(
     *,
     prefix: str = "",
     context: Mapping[str, Any] | None = None,
-    call: bool = True,
 ) -> Any:
-    """Builds `constructor(**fields)`, or adds to `problems` all that keeps it from being built.
+    """Builds `constructor(**fields)` and adds to `problems` all that is wrong with the fields.
+
+    Where a wrong value has a nearest valid one the building goes on with that, so that one mistake
+    does not hide those behind it. What is built is to be used only if there are no problems.
 
     Args:
       constructor: annotated keyword parameters, which raises `UserError` for values out of range.
@@ -31,11 +33,11 @@ def bind(
       problems: grows by what is wrong.
       prefix: dotted name of this part of the config.
       context: values that the caller knows and the config does not give; those that the constructor
-        has no parameter for are left out.
-      call: False only checks the names and types of the fields.
+        has no parameter for are left out. None stands for a value that another mistake has made
+        unknown: a constructor that needs it is not called, but its fields are checked.
 
     Returns:
-      What the constructor returns; None if there was a problem or it was not called.
+      What the constructor returns; None if it was not or could not be called.
     """
     hints = typing.get_type_hints(constructor)
     parameters = inspect.signature(constructor).parameters
@@ -51,19 +53,42 @@ def bind(
         converted = convert(value, hints[name])
         if isinstance(converted, Mismatch):
             found.append(Problem(name, value, converted.allowed, converted.nearest))
-        else:
+            converted = converted.nearest
+        if converted is not None or value is None:
             values[name] = converted
     for name in names:
         if name not in fields and parameters[name].default is inspect.Parameter.empty:
             found.append(Problem(name, "nothing", f"{describe(hints[name])}; the field is required"))
     result = None
-    if call and not found:
-        try:
-            result = constructor(**values, **given_context)
-        except UserError as error:
-            found.extend(error.problems)
+    required = [n for n in names if parameters[n].default is inspect.Parameter.empty]
+    known = None not in given_context.values()
+    if known and all(name in values for name in required):
+        result = _call(constructor, values, given_context, found)
     problems.extend(problem.under(prefix) if prefix else problem for problem in found)
     return result
+
+
+def _call(
+    constructor: Callable[..., Any],
+    values: Mapping[str, Any],
+    context: Mapping[str, Any],
+    found: list[Problem],
+) -> Any:
+    """Calls the constructor; where values are out of range, once more with the nearest valid ones.
+
+    The second result serves only to find the mistakes that lie behind the first ones.
+    """
+    try:
+        return constructor(**values, **context)
+    except UserError as error:
+        found.extend(error.problems)
+        mended = {p.field: p.nearest for p in error.problems}
+    if None in mended.values() or not mended.keys() <= values.keys():
+        return None
+    try:
+        return constructor(**{**values, **mended}, **context)
+    except UserError:
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -240,8 +240,9 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
             TRANSFORMATIONS, group, prefix, problems, {**context, "policy": policy}
         )
     plan = source_plan = None
-    if not problems:
+    if policy is not None and fields is not None and data is not None:
         plan = _plan(policy, fields, data, problems)
+    if not problems:
         source_plan = plan if policy is source else _plan(source, fields, data, problems)
     if not problems and optimizer.name == "sgd" and plan.hypers["momentum"].any():
         allowed = "0 with optimizer.name = 'sgd', which has no momentum"
@@ -293,9 +294,7 @@ def _bind_named(
         problems.append(Problem(f"{prefix}.name", name, allowed, nearest))
         return None
     arguments = {field: value for field, value in group.items() if field != "name"}
-    # Without what it is applied to, a transformation is not called, but its fields are checked.
-    call = None not in context.values()
-    return bind(registry[name], arguments, problems, prefix=prefix, context=context, call=call)
+    return bind(registry[name], arguments, problems, prefix=prefix, context=context)
 
 
 def _transformations(tree: Mapping[str, Any], problems: list[Problem]) -> list[Mapping[str, Any]]:

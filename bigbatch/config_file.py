@@ -28,8 +28,9 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
     Raises:
       UserError: with every mistake that was found.
     """
-    module, experiment = load_module(reference)
-    names = experiments(module)
+    path, _, experiment = reference.partition(":")
+    module = _load_module(path)
+    names = list(getattr(module, "EXPERIMENTS", ()))
     experiment = experiment or (names[0] if names else "")
     if names and experiment not in names:
         allowed = "one of " + ", ".join(names)
@@ -40,26 +41,35 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
     return read_config(tree, experiment)
 
 
-def load_module(reference: str) -> tuple[ModuleType, str]:
-    """Runs the config file of "FILE.py:EXPERIMENT" and returns it with the experiment's name."""
-    path, _, experiment = reference.partition(":")
+def experiment_names(path: str) -> list[str]:
+    """The experiments that a config file names; one without a name if it has none.
+
+    Raises:
+      UserError: there is no such file, or it is no config file.
+    """
+    return list(getattr(_load_module(path), "EXPERIMENTS", [""]))
+
+
+def _load_module(path: str) -> ModuleType:
+    """Runs a config file."""
     if not Path(path).is_file():
         siblings = [str(p) for p in Path(path).parent.glob("*.py")]
         allowed = "a Python file, optionally followed by a colon and an experiment"
         raise UserError(Problem("config", path, allowed, nearest_name(path, siblings)))
     spec = importlib.util.spec_from_file_location(f"bigbatch_config_{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise UserError(Problem("config", path, "a Python file, its name ending in .py"))
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"a Python file that runs ({type(error).__name__}: {error})"
+        raise UserError(Problem("config", path, what)) from error
     if not hasattr(module, "get_config"):
         raise UserError(Problem("config", path, "a file that defines get_config(experiment)"))
-    return module, experiment
-
-
-def experiments(module: ModuleType) -> list[str]:
-    """The experiments that a config file names."""
-    return list(getattr(module, "EXPERIMENTS", ()))
+    return module
 
 
 def plain(tree: Any) -> Any:

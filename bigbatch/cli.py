@@ -1,0 +1,180 @@
+"""The command `bigbatch VERB --config=FILE.py:EXPERIMENT --workdir=DIR [--config.field=value]`.
+
+Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 130 stopped by
+the keyboard. Nothing heavy is imported before a verb needs it.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bigbatch.errors import Problem, RunError, UserError
+
+if TYPE_CHECKING:
+    from bigbatch.report import Report
+
+_OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [m.groups() for m in map(_OVERRIDE.fullmatch, arguments) if m]
+    options = _parser().parse_args([a for a in arguments if not _OVERRIDE.fullmatch(a)])
+    options.overrides = overrides
+    try:
+        options.verb(options)
+    except UserError as error:
+        count = len(error.problems)
+        print(f"bigbatch: {count} mistake{'s' * (count > 1)}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"  {problem}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"bigbatch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bigbatch: stopped; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bigbatch",
+        description="Train with batch sizes that grow.",
+        epilog="Fields of the config are changed by --config.FIELD=VALUE, for example "
+        "--config.policy.learning_rate=0.2.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, function: Callable[[argparse.Namespace], None], text: str) -> Any:
+        sub = verbs.add_parser(name, help=text, description=text, epilog=parser.epilog)
+        sub.set_defaults(verb=function)
+        return sub
+
+    config = {"metavar": "FILE.py[:EXPERIMENT]", "help": "the config file"}
+    workdir = {"metavar": "DIR", "help": "where the run is kept", "required": True}
+    plan = verb("plan", _plan, "Show every stage of a run before it is made.")
+    plan.add_argument("--config", required=True, **config)
+    plan.add_argument("--devices", type=int, default=1, help="plan for so many (default 1)")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    train = verb("train", _train, "Train, or continue a run that was stopped.")
+    train.add_argument("--config", required=True, **config)
+    train.add_argument("--workdir", **workdir)
+    train.add_argument(
+        "--change-future",
+        action="store_true",
+        help="let the plan differ from the begun run's after its newest checkpoint",
+    )
+    evaluate = verb("evaluate", _evaluate, "Evaluate the newest checkpoint of a run.")
+    evaluate.add_argument("--config", **config)
+    evaluate.add_argument("--workdir", **workdir)
+    compare = verb("compare", _compare, "Train several experiments and seeds, then report them.")
+    compare.add_argument("--config", required=True, **config)
+    compare.add_argument("--workdir", **workdir)
+    compare.add_argument("--experiments", metavar="A,B,...", help="default: all of the file")
+    compare.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default 5)")
+    report = verb("report", _report, "Write figures, a page and a table.")
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
+    report.add_argument("--out", required=True, metavar="DIR")
+    return parser
+
+
+def _config(options: argparse.Namespace) -> Any:
+    from bigbatch.config_file import load_config
+
+    return load_config(options.config, options.overrides)
+
+
+def _workdir(text: str) -> Any:
+    from bigbatch.workdir import Workdir
+
+    if not text:
+        raise UserError(Problem("workdir", text, "the path of a directory"))
+    return Workdir(Path(text))
+
+
+def _no_overrides(options: argparse.Namespace, instead: str) -> None:
+    if options.overrides:
+        fields = [Problem(f"config.{name}", text, instead) for name, text in options.overrides]
+        raise UserError(fields)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from bigbatch import plan_table
+
+    config = _config(options)
+    if options.devices < 1:
+        raise UserError(Problem("devices", options.devices, "a whole number >= 1", 1))
+    if options.json:
+        print(json.dumps(config.plan.summary()))
+    else:
+        print(plan_table.text(config, devices=options.devices))
+
+
+def _train(options: argparse.Namespace) -> None:
+    from bigbatch.resume import open_run
+
+    config, files = _config(options), _workdir(options.workdir)
+    plan = open_run(config, files, change_future=options.change_future)
+    if files.result.exists():
+        result = json.loads(files.result.read_text(encoding="utf-8"))
+        print(f"This run is finished ({result['updates']} updates); nothing was trained.")
+    else:
+        from bigbatch.run import prepare
+        from bigbatch.train import train
+
+        result = train(prepare(config, plan), files.path, show_progress=sys.stderr.isatty())
+    print(
+        f"test accuracy {100 * result['test_accuracy']:.2f} % after {result['updates']} updates, "
+        f"{result['examples']} examples, {result['seconds']:.1f} s; {files.result}"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    files = _workdir(options.workdir)
+    files.expect_run()
+    from bigbatch.resume import check_same, evaluate_run
+
+    if options.config:
+        check_same(files, _config(options))
+    else:
+        _no_overrides(options, "nothing without --config: the workdir's own config is used")
+    print(json.dumps(evaluate_run(files)))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from bigbatch.compare import compare
+
+    names = options.experiments.split(",") if options.experiments else None
+    report = compare(
+        options.config,
+        _workdir(options.workdir).path,
+        experiments=names,
+        seeds=options.seeds,
+        overrides=options.overrides,
+    )
+    _show(report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    _no_overrides(options, "nothing: a report only reads")
+    from bigbatch.report import write_report
+
+    _show(write_report(options.run_dirs, options.out))
+
+
+def _show(report: "Report") -> None:
+    for warning in report.warnings:
+        print(f"bigbatch: {warning}", file=sys.stderr)
+    print(report.table.read_text(encoding="utf-8"))
+    print(report.page)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

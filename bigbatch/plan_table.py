@@ -1,0 +1,88 @@
+"""The plan as a table of text, for `bigbatch plan`."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from bigbatch.config import Config
+from bigbatch.layout import Layout, make_layout
+from bigbatch.plan import Stage
+
+_HEADER = (
+    "first update",
+    "updates",
+    "first example",
+    "epoch",
+    "batch size",
+    "learning rate",
+    "momentum",
+    "noise scale",
+    "microbatches",
+)
+# A plan whose every update differs has thousands of stages.
+_MAX_ROWS = 40
+
+
+def text(config: Config, *, devices: int) -> str:
+    """The stage table, the totals and the layout's idle share.
+
+    Args:
+      config: a validated config.
+      devices: how many to lay the plan out for; none is looked for.
+
+    Raises:
+      UserError: the layout cannot be formed.
+    """
+    plan = config.plan
+    layout = make_layout(
+        plan,
+        ghost_batch_examples=config.ghost_batch_examples,
+        devices=devices,
+        microbatch_examples_per_device=config.microbatch_examples_per_device,
+    )
+    rows = [_row(stage, layout) for stage in plan.stages]
+    if len(rows) > _MAX_ROWS:
+        half = _MAX_ROWS // 2
+        left_out = (f"... {len(rows) - 2 * half} stages ...", *[""] * (len(_HEADER) - 1))
+        rows = [*rows[:half], left_out, *rows[-half:]]
+    source = config.source_plan
+    lines = [
+        f"{config.experiment or 'plan'}: {plan.train_examples:,} training examples, "
+        f"{plan.epochs:g} epochs",
+        "",
+        *_table([_HEADER, *rows]),
+        "",
+        f"{plan.num_updates:,} updates, {plan.num_examples:,} examples; "
+        f"{source.num_updates / plan.num_updates:.2f} times fewer updates than the "
+        f"{source.num_updates:,} of the policy without transformations",
+        f"planned for {devices} device{'s' * (devices > 1)} (--devices; none was looked for): "
+        f"microbatches of {' or '.join(map(str, layout.shapes))} examples a device, "
+        f"{100 * layout.masked_share(plan):.1f} % of the computed examples masked (idle)",
+        f"fingerprint {plan.fingerprint}",
+    ]
+    return "\n".join(lines)
+
+
+def _row(stage: Stage, layout: Layout) -> tuple[str, ...]:
+    rates = f"{stage.learning_rate:.4g}"
+    if stage.last_learning_rate != stage.learning_rate:
+        rates += f" .. {stage.last_learning_rate:.4g}"
+    shapes = Counter(part.examples_per_device for part in layout.microbatches(stage.batch_size))
+    cut = " + ".join(f"{count} x {layout.devices * shape:,}" for shape, count in shapes.items())
+    return (
+        f"{stage.first_update:,}",
+        f"{stage.num_updates:,}",
+        f"{stage.first_example:,}",
+        f"{stage.epoch:.4g}",
+        f"{stage.batch_size:,}",
+        rates,
+        f"{stage.momentum:.4g}",
+        f"{stage.noise_scale:.4g}",
+        cut,
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -1,0 +1,165 @@
+"""What a working directory holds, against what is asked for now.
+
+What decides the result of a run (data, model, optimizer, seed, ghost batch, and the plan as far as
+it has been trained) must be what it was. What the hardware asks for, and how often is logged,
+evaluated and saved, may change at every start.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from bigbatch.checkpoint import Checkpoints
+from bigbatch.config import UNITS, Config, read_config
+from bigbatch.errors import Problem, UserError
+from bigbatch.plan import Plan
+from bigbatch.workdir import Workdir, read_json, write_json, write_text
+
+_INTERVALS = ("log_every", "evaluate_every", "checkpoint_every")
+# Fields that may change between two starts of a run, or that the plan's comparison covers.
+_FREE_FIELDS = {
+    "microbatch_examples_per_device",
+    "evaluation_batch_examples",
+    "data.directory",
+    "experiment",
+    "epochs",
+    "policy",
+    "transformations",
+    *(f"{interval}_{unit}" for interval in _INTERVALS for unit in UNITS),
+}
+
+
+def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> Plan:
+    """Claims a working directory for a run, new or begun.
+
+    Args:
+      config: what is asked for.
+      files: the directory.
+      change_future: whether the plan may differ from the directory's after what has been trained.
+
+    Returns:
+      The plan to train: the directory's own where the config still gives the same.
+
+    Raises:
+      UserError: the directory cannot be used, or holds another run; nothing in it was changed.
+    """
+    files.claim()
+    tree = {"experiment": config.experiment, **config.tree}
+    plan = config.plan
+    if files.config.exists():
+        check_same(files, config)
+        if files.plan.exists():
+            begun = read_plan(files)
+            plan = _continued(begun, config.plan, files, change_future)
+            if plan is begun and read_json(files.config) == tree:
+                return plan
+            if plan is not begun:
+                files.result.unlink(missing_ok=True)
+    write_json(files.config, tree)
+    write_text(files.plan, plan.to_json())
+    return plan
+
+
+def read_plan(files: Workdir) -> Plan:
+    """The plan of a run.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return Plan.from_json(files.plan.read_text(encoding="utf-8"))
+    except (OSError, UserError) as error:
+        raise UserError(Problem("workdir", str(files.plan), f"a readable plan ({error})")) from error
+
+
+def evaluate_run(files: Workdir) -> dict[str, Any]:
+    """Evaluates the newest checkpoint of a run, with the config and plan in its directory.
+
+    Returns:
+      `updates` done at the checkpoint, `test_loss` and `test_accuracy`.
+
+    Raises:
+      UserError: there is no checkpoint yet, or a file is damaged.
+    """
+    from bigbatch.evaluate import evaluate
+    from bigbatch.run import prepare
+
+    tree = read_json(files.config)
+    experiment = tree.pop("experiment", "")
+    run = prepare(read_config(tree, experiment), read_plan(files))
+    with Checkpoints(files.checkpoints) as checkpoints:
+        latest = checkpoints.latest()
+        if latest is None:
+            allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
+            raise UserError(Problem("workdir", str(files.path), allowed))
+        state = checkpoints.restore(latest[0], run.init_state())
+    return {"updates": latest[0], **evaluate(run, state)}
+
+
+def check_same(files: Workdir, config: Config) -> None:
+    """Refuses a config that trains something else than the run in a working directory.
+
+    Plans are not compared here.
+
+    Raises:
+      UserError: with every field that differs.
+    """
+    before, now = _flat(read_json(files.config)), _flat(config.tree)
+    problems = [
+        Problem(
+            name,
+            now.get(name, "nothing"),
+            f"{before.get(name, 'nothing')!r}, with which the run in this workdir was begun, or a "
+            "new workdir",
+        )
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if problems:
+        raise UserError(problems)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields that decide the result, by dotted name."""
+    fields: dict[str, Any] = {}
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        if dotted in _FREE_FIELDS:
+            continue
+        if isinstance(value, Mapping):
+            fields |= _flat(value, f"{dotted}.")
+        else:
+            fields[dotted] = value
+    return fields
+
+
+def _continued(begun: Plan, asked: Plan, files: Workdir, change_future: bool) -> Plan:
+    """The plan to go on with, if what has been trained allows it."""
+    first = begun.diff(asked)
+    if first is None:
+        return begun
+    with Checkpoints(files.checkpoints) as checkpoints:
+        latest = checkpoints.latest()
+    done = 0 if latest is None else latest[0]
+    if first >= done and change_future:
+        return asked
+    if first >= done:
+        allowed = (
+            f"the plan of this workdir, which differs from update {first} on "
+            f"({_words(begun, first)}); to change what comes after update {done}, the last one "
+            "saved, add --change-future; or give a new workdir"
+        )
+    else:
+        allowed = (
+            f"the plan of this workdir as far as it is trained (update {done}), or a new workdir; "
+            f"the first update that differs is {first} ({_words(begun, first)})"
+        )
+    raise UserError(Problem("plan", _words(asked, first), allowed))
+
+
+def _words(plan: Plan, update: int) -> str:
+    """An update of a plan in a few words."""
+    if update >= plan.num_updates:
+        return f"ends after {plan.num_updates} updates"
+    row = plan.row(update)
+    hyper = ", ".join(f"{name} {value:g}" for name, value in row.hyper.items())
+    return f"batch size {row.batch_size}, {hyper}"
