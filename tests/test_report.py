@@ -18,6 +18,7 @@ from report_runs import DECAY, falling_loss, write_run
 from bigbatch.errors import UserError
 from bigbatch.report import read_run, summarise, write_report
 from bigbatch.report.summary import Estimate, difference
+from bigbatch.report.table import claims
 
 MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 INCREASE = [(2, 20, 0.1), (2, 100, 0.1)]
@@ -237,6 +238,22 @@ def test_runs_that_are_no_repetitions_are_named(tmp_path):
     assert "decay: 2 runs have the seed 0" in text
     assert "decay: its runs differ in the config field x" in text
     assert "decay: its runs have different plans" in text
+
+
+def test_claims_say_no_more_than_the_runs_show(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "a", seed, INCREASE, falling_loss(seed, epochs=4))
+        write_run(tmp_path, "b", seed, DECAY, falling_loss(9 + seed, offset=2.0, epochs=4))
+    write_run(tmp_path, "c", 0, INCREASE, falling_loss(5, epochs=4))
+    summary = write_report(sorted(tmp_path.glob("*/*")), tmp_path / "out").summary
+    said = dict(claims(summary))
+    assert list(said) == ["b", "c"]  # without a "decay" the first is the reference
+    assert "1.7 times more updates than a (200 against 120)" in said["b"]
+    # However large the gap, 2 + 2 runs can be dealt in 3 ways only.
+    assert "too few runs to tell the training-loss curves apart" in said["b"]
+    assert "p = 0.33" in said["b"]
+    assert "as many updates as a (120)" in said["c"]
+    assert "too few runs for an interval, n = 1 + 2" in said["c"]
 
 
 @pytest.mark.parametrize("num_lines", [1, 3])

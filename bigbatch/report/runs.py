@@ -212,7 +212,7 @@ def _read_log(path: Path) -> tuple[Columns, Columns, list[str]]:
         noun = "line is" if count == 1 else "lines are"
         warnings.append(
             f"metrics.jsonl: {count:,} {noun} damaged and left out, the first is line "
-            f"{min(damaged):,}; loss averages next to them are left out too"
+            f"{min(damaged):,}; a loss average that spans one is left out too"
         )
     columns = training.columns()
     kept = _without_repeats(columns)
