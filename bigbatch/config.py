@@ -241,9 +241,9 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         )
     plan = source_plan = None
     if policy is not None and fields is not None and data is not None:
-        plan = _plan(policy, fields, data, problems)
+        plan = _plan(policy, fields, data, tree, problems)
     if not problems:
-        source_plan = plan if policy is source else _plan(source, fields, data, problems)
+        source_plan = plan if policy is source else _plan(source, fields, data, tree, problems)
     if not problems and optimizer.name == "sgd" and plan.hypers["momentum"].any():
         allowed = "0 with optimizer.name = 'sgd', which has no momentum"
         problems.append(Problem("policy.momentum", plan.hypers["momentum"].max(), allowed, 0))
@@ -307,7 +307,14 @@ def _transformations(tree: Mapping[str, Any], problems: list[Problem]) -> list[M
     return []
 
 
-def _plan(policy: Policy, fields: _Fields, data: DataConfig, problems: list[Problem]) -> Any:
+def _plan(
+    policy: Policy,
+    fields: _Fields,
+    data: DataConfig,
+    tree: Mapping[str, Any],
+    problems: list[Problem],
+) -> Any:
+    """Makes the plan; its problems are given the names that their fields have in the config."""
     try:
         return make_plan(
             policy,
@@ -316,5 +323,20 @@ def _plan(policy: Policy, fields: _Fields, data: DataConfig, problems: list[Prob
             batch_multiple_examples=fields.ghost_batch_examples,
         )
     except UserError as error:
-        problems.extend(error.problems)
+        found = [_named_as_in(tree, problem) for problem in error.problems]
+        # Where a value is not the config's own, it is a mended one: its mistake is known already.
+        problems.extend(problem for problem, is_own in found if is_own or not problems)
         return None
+
+
+def _named_as_in(tree: Mapping[str, Any], problem: Problem) -> tuple[Problem, bool]:
+    """The problem with its field's dotted name in the config, and whether the value stands there."""
+    # What the arithmetic calls a multiple is this field of a config.
+    allowed = problem.allowed.replace("batch_multiple_examples", "ghost_batch_examples")
+    problem = dataclasses.replace(problem, allowed=allowed)
+    groups = [("policy", tree["policy"])]
+    groups += [(f"transformations.{g['name']}", g) for g in tree.get("transformations", ())]
+    for prefix, group in groups:
+        if problem.field in group and group[problem.field] == problem.given:
+            return problem.under(prefix), True
+    return problem, False

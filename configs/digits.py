@@ -22,6 +22,11 @@ _TRANSFORMATIONS = {
         {"name": "grow_batch", "max_batch_size": 320},
     ],
 }
+_CONTROLS = {
+    "large": [{"name": "batch_stages", "batch_size": "0:320"}],
+    "unscaled": [{"name": "batch_stages", "batch_size": "0:160 9_epochs:320"}],
+}
+_TRANSFORMATIONS |= _CONTROLS
 EXPERIMENTS = tuple(_TRANSFORMATIONS)
 
 
