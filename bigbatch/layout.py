@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from bigbatch.checks import Checks
 
 MAX_SHAPES = 3
-# Costs, in units of one ghost batch computed on one device. A call is the host's dispatch; a
-# compilation is minutes on an accelerator and seconds on a CPU, whose ghost batches are slower.
-CALL_COST = 0.25
-COMPILATION_COST = 1000.0
-_MAX_CANDIDATES = 14
+# Costs in examples computed on one device: what a call costs beside its examples, and what the
+# device could compute while a shape is compiled. Orders of magnitude are enough.
+CALL_EXAMPLES = 8
+COMPILATION_EXAMPLES = 100_000
+_MAX_CANDIDATES = 16
 # Loads up to this many largest microbatches are covered optimally; beyond, full ones come first.
 _EXACT_MICROBATCHES = 4
 
@@ -75,8 +75,8 @@ class Layout:
         """
         _check_multiples([batch_size], self.ghost_batch_examples)
         microbatches, offset = [], 0
-        for ghosts in _cover(self._load(batch_size), self._shapes_ghosts()):
-            examples = ghosts * self.ghost_batch_examples
+        full, rest = self._cover(batch_size)
+        for examples in (self.shapes[0],) * full + rest:
             held = min(batch_size - offset, examples * self.devices)
             microbatches.append(Microbatch(offset, held, examples))
             offset += held
@@ -84,8 +84,8 @@ class Layout:
 
     def computed_examples(self, batch_size: int) -> int:
         """Examples that the devices compute for one update, the masked ones included."""
-        cover = _cover(self._load(batch_size), self._shapes_ghosts())
-        return sum(cover) * self.ghost_batch_examples * self.devices
+        full, rest = self._cover(batch_size)
+        return (full * self.shapes[0] + sum(rest)) * self.devices
 
     def masked_share(self, plan_or_batch_sizes: Any) -> float:
         """Masked examples / computed examples over a whole run, from 0 to below 1."""
@@ -96,11 +96,12 @@ class Layout:
         )
         return 1 - int(sizes @ counts) / computed
 
-    def _load(self, batch_size: int) -> int:
-        return math.ceil(batch_size // self.ghost_batch_examples / self.devices)
-
-    def _shapes_ghosts(self) -> tuple[int, ...]:
-        return tuple(shape // self.ghost_batch_examples for shape in self.shapes)
+    def _cover(self, batch_size: int) -> tuple[int, tuple[int, ...]]:
+        """How many full microbatches come first, and the examples per device of the others."""
+        ghost = self.ghost_batch_examples
+        load = -(-(batch_size // ghost) // self.devices)
+        full, rest = cover(load, tuple(s // ghost for s in self.shapes), CALL_EXAMPLES / ghost)
+        return full, tuple(shape * ghost for shape in rest)
 
 
 def make_layout(
@@ -112,13 +113,12 @@ def make_layout(
 ) -> Layout:
     """Chooses the microbatch shapes for a whole run.
 
-    The chosen set of at most three shapes has the lowest cost, in units of one ghost batch
-    computed on one device:
+    The chosen set of at most three shapes has the lowest cost, in examples per device,
 
-        sum over updates of (ghost batches computed + CALL_COST * calls) + COMPILATION_COST * shapes
+        sum over updates of (computed + CALL_EXAMPLES * calls) + COMPILATION_EXAMPLES * shapes
 
-    among sets from a few candidates: the limit and its halves, the commonest loads, their
-    remainders and even splits.
+    among sets from a few candidates: the limit and its halves, and the even splits and remainders
+    of the commonest loads.
 
     Args:
       plan_or_batch_sizes: a plan, or the batch size in examples of each update.
@@ -149,7 +149,7 @@ def make_layout(
     loads, inverse = np.unique(-(-(sizes // ghost_batch_examples) // devices), return_inverse=True)
     weights = np.bincount(inverse, counts)
     limit = min(microbatch_examples_per_device // ghost_batch_examples, int(loads[-1]))
-    shapes = _choose_shapes(loads, weights, limit)
+    shapes = _choose_shapes(loads, weights, limit, int(ghost_batch_examples))
     return Layout(
         int(ghost_batch_examples),
         int(devices),
@@ -186,27 +186,38 @@ def _candidates(loads: NDArray[np.int64], weights: NDArray[Any], limit: int) -> 
         for shape in {math.ceil(load / calls), load % limit} - {0}:
             work[shape] = work.get(shape, 0.0) + weight * load
     common = sorted(work, key=lambda shape: -work[shape])
-    return sorted(list(dict.fromkeys(halves[:3] + common + halves))[:_MAX_CANDIDATES], reverse=True)
+    return sorted(list(dict.fromkeys(halves + common))[:_MAX_CANDIDATES], reverse=True)
 
 
-def _choose_shapes(loads: NDArray[np.int64], weights: NDArray[Any], limit: int) -> tuple[int, ...]:
+def _choose_shapes(
+    loads: NDArray[np.int64], weights: NDArray[Any], limit: int, ghost_batch_examples: int
+) -> tuple[int, ...]:
+    """The cheapest set of shapes; loads, shapes and costs are in ghost batches per device."""
     candidates = _candidates(loads, weights, limit)
     sets = [
         shapes
         for count in range(1, MAX_SHAPES + 1)
         for shapes in itertools.combinations(candidates, count)
     ]
-    tops = np.array([shapes[0] for shapes in sets])
-    costs = _cover_costs(min(int(loads[-1]), _EXACT_MICROBATCHES * limit), sets)
-    total = COMPILATION_COST * np.array([len(shapes) for shapes in sets])
+    call_cost = CALL_EXAMPLES / ghost_batch_examples
+    largest = np.array([shapes[0] for shapes in sets])
+    costs = _cover_costs(min(int(loads[-1]), _EXACT_MICROBATCHES * limit), sets, call_cost)
+    total = COMPILATION_EXAMPLES / ghost_batch_examples * np.array([len(s) for s in sets])
     for load, weight in zip(loads.tolist(), weights.tolist(), strict=True):
-        full = np.maximum(0, -(-(load - len(costs) + 1) // tops))
-        rest = costs[load - full * tops, np.arange(len(sets))]
-        total += weight * (rest + full * (tops + CALL_COST))
+        full = _full(load, len(costs) - 1, largest)
+        rest = costs[load - full * largest, np.arange(len(sets))]
+        total += weight * (rest + full * (largest + call_cost))
     return sets[int(np.argmin(total))]
 
 
-def _cover_costs(largest_load: int, sets: Sequence[tuple[int, ...]]) -> NDArray[np.float64]:
+def _full(load: int, largest_exact: int, largest_shape: Any) -> Any:
+    """How many full microbatches bring the load down to what is covered exactly."""
+    return np.maximum(0, -(-(load - largest_exact) // largest_shape))
+
+
+def _cover_costs(
+    largest_load: int, sets: Sequence[tuple[int, ...]], call_cost: float
+) -> NDArray[np.float64]:
     """The least cost of covering each load with microbatches of each set of shapes.
 
     Dynamic programme over the load: its last microbatch is one of the shapes.
@@ -220,24 +231,36 @@ def _cover_costs(largest_load: int, sets: Sequence[tuple[int, ...]]) -> NDArray[
     costs = np.zeros((largest_load + 1, len(sets)))
     for load in range(1, largest_load + 1):
         costs[load] = np.min(costs[np.maximum(load - shapes, 0), column] + shapes, axis=0)
-        costs[load] += CALL_COST
+        costs[load] += call_cost
     return costs
 
 
+def cover(load: int, shapes: tuple[int, ...], call_cost: float) -> tuple[int, tuple[int, ...]]:
+    """The cheapest microbatches that hold `load`: what they compute plus `call_cost` for each.
+
+    Args:
+      load: ghost batches on one device.
+      shapes: ghost batches per device of each shape, largest first.
+      call_cost: in ghost batches.
+
+    Returns:
+      How many of the largest shape come first, and the shapes that follow, largest first.
+    """
+    full = int(_full(load, _EXACT_MICROBATCHES * shapes[0], shapes[0]))
+    return full, _cover_exactly(load - full * shapes[0], shapes, call_cost)
+
+
 @functools.lru_cache(maxsize=4096)
-def _cover(load: int, shapes: tuple[int, ...]) -> tuple[int, ...]:
-    """The cheapest microbatches, in ghost batches per device, that hold `load`; largest first."""
-    costs = _cover_table(_EXACT_MICROBATCHES * shapes[0], shapes)
-    full = max(0, -(-(load - len(costs) + 1) // shapes[0]))
-    chosen = [shapes[0]] * full
-    rest = load - full * shapes[0]
-    while rest > 0:
-        best = min(shapes, key=lambda shape: costs[max(rest - shape, 0)] + shape)
+def _cover_exactly(load: int, shapes: tuple[int, ...], call_cost: float) -> tuple[int, ...]:
+    costs = _cover_table(_EXACT_MICROBATCHES * shapes[0], shapes, call_cost)
+    chosen = []
+    while load > 0:
+        best = min(shapes, key=lambda shape: costs[max(load - shape, 0)] + shape)
         chosen.append(best)
-        rest -= best
+        load -= best
     return tuple(sorted(chosen, reverse=True))
 
 
 @functools.lru_cache(maxsize=16)
-def _cover_table(largest_load: int, shapes: tuple[int, ...]) -> list[float]:
-    return _cover_costs(largest_load, [shapes])[:, 0].tolist()
+def _cover_table(largest_load: int, shapes: tuple[int, ...], call_cost: float) -> list[float]:
+    return _cover_costs(largest_load, [shapes], call_cost)[:, 0].tolist()

@@ -181,7 +181,8 @@ class Plan:
         def value(count: Any) -> Any:
             import jax.numpy as jnp
 
-            run = jnp.searchsorted(jnp.asarray(starts), jnp.asarray(count), side="right") - 1
+            updates = jnp.asarray(count, jnp.int32)
+            run = jnp.searchsorted(jnp.asarray(starts), updates, side="right") - 1
             return jnp.asarray(values)[run]
 
         return value

@@ -1,6 +1,7 @@
 """The layout against its definition, and its covers against a search over all of them."""
 
 import itertools
+import math
 import types
 
 import numpy as np
@@ -56,23 +57,26 @@ def test_every_ghost_batch_once_and_in_order(sizes, ghost, devices, limit):
     assert cut.masked_share(plan) == cut.masked_share(batch_sizes)
 
 
-@given(load=st.integers(1, 24), shapes=st.sets(st.integers(1, 9), min_size=1, max_size=3))
-def test_cover_is_the_cheapest(load, shapes):
-    """Against all multisets of at most `load` microbatches."""
-
-    def cost(cover):
-        return sum(cover) + layout.CALL_COST * len(cover)
-
-    cheapest = min(
-        cost(cover)
-        for calls in range(1, load // max(shapes) + 4)
-        for cover in itertools.combinations_with_replacement(sorted(shapes), calls)
-        if sum(cover) >= load
-    )
-    found = layout._cover(load, tuple(sorted(shapes, reverse=True)))
-    if load <= 4 * max(shapes):
-        assert cost(found) <= cheapest + 1e-9
+@given(
+    load=st.integers(1, 24),
+    shapes=st.sets(st.integers(1, 9), min_size=1, max_size=3),
+    call_cost=st.sampled_from([0.125, 1.0, 16.0]),
+)
+def test_cover_is_the_cheapest(load, shapes, call_cost):
+    """Against all multisets of microbatches of up to four times the largest shape."""
+    descending = tuple(sorted(shapes, reverse=True))
+    full, rest = layout.cover(load, descending, call_cost)
+    found = descending[:1] * full + rest
     assert sum(found) >= load
+    if load > 4 * descending[0]:
+        return
+    cheapest = min(
+        sum(chosen) + call_cost * calls
+        for calls in range(1, math.ceil(load / min(shapes)) + 1)
+        for chosen in itertools.combinations_with_replacement(descending, calls)
+        if sum(chosen) >= load
+    )
+    assert sum(found) + call_cost * len(found) == pytest.approx(cheapest)
 
 
 def test_idle_devices_compute_a_masked_ghost_batch():
@@ -98,7 +102,7 @@ def test_thousands_of_sizes_mask_little():
         sizes, ghost_batch_examples=32, devices=4, microbatch_examples_per_device=1024
     )
     assert len(cut.shapes) <= 3
-    assert cut.masked_share(sizes) < 0.01
+    assert cut.masked_share(sizes) < 0.02
 
 
 def test_mistakes():
