@@ -7,7 +7,7 @@ microbatches of a few fixed shapes, so that a batch size is never compiled.
 >>> layout = make_layout([128, 640, 3200, 5120], ghost_batch_examples=128, devices=1,
 ...                      microbatch_examples_per_device=1024)
 >>> layout.microbatches(3200)[-1]
-Microbatch(offset_examples=2560, num_examples=640, examples_per_device=640)
+Microbatch(offset_examples=3072, num_examples=128, examples_per_device=128)
 """
 
 import dataclasses

@@ -27,7 +27,7 @@ def draw_plan(path: Path | str, plan: Plan, source: Plan | None = None) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     figure = Figure(figsize=(10, 10), layout="constrained")
     FigureCanvasAgg(figure)
@@ -44,16 +44,18 @@ def draw_plan(path: Path | str, plan: Plan, source: Plan | None = None) -> None:
                     x[shown], values[shown], where="post", color=colour, lw=width, label=label
                 )
             row[0].set_ylabel(name)
-            if name != "momentum" and (values > 0).any():
-                row[0].set_yscale("log")
-                # A learning rate on its way to 0 would squeeze all else into one line.
-                bottom, top = row[0].get_ylim()
-                row[0].set_ylim(bottom=max(bottom, values.max() * _SMALLEST_SHOWN), top=top)
+    for row in (axes[0], axes[1], axes[3]):
+        row[0].set_yscale("log")
+        # A learning rate on its way to 0 would squeeze all else into one line.
+        bottom, top = row[0].get_ylim()
+        row[0].set_ylim(max(bottom, top * _SMALLEST_SHOWN), top)
+    axes[1, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis, name in zip(axes[-1], ("epochs", "updates"), strict=True):
         axis.set_xlabel(name)
     axes[1, 0].yaxis.set_major_formatter("{x:,.0f}")
     axes[1, 0].yaxis.set_minor_formatter(NullFormatter())
     axes[-1, 1].xaxis.set_major_formatter("{x:,.0f}")
+    axes[-1, 1].xaxis.set_major_locator(MaxNLocator(5))
     for axis in axes.flat:
         axis.grid(color="#e6e6e6")
         axis.spines[["top", "right"]].set_visible(False)
