@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -63,7 +64,7 @@ class Checkpoints:
         """
         versions = {package: metadata.version(package) for package in _PACKAGES}
         # The next update donates the buffers of this state while Orbax still writes.
-        state = jax.tree.map(jax.numpy.copy, state)
+        state = _copy(state)
         self._checkpointer.save_async(
             update, state._asdict(), force=True, custom_metadata={**record, "versions": versions}
         )
@@ -74,6 +75,12 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         # Waits until everything is written.
         self._checkpointer.close()
+
+
+@jax.jit
+def _copy(state: State) -> State:
+    """The same values in buffers of their own."""
+    return jax.tree.map(jnp.copy, state)
 
 
 def params_sha256(params: Any) -> str:

@@ -25,17 +25,19 @@ class Programs:
       accumulate: examples per device -> compiled `step.accumulate` (the accumulator is donated).
       apply_update: compiled `step.apply_update` (state and accumulator are donated).
       evaluate: compiled `step.evaluate`.
+      init_state: compiled for one device, whatever the mesh; key -> state.
       empty_accumulator: makes the accumulator that the first update starts with.
     """
 
     accumulate: Mapping[int, Callable]
     apply_update: Callable
     evaluate: Callable
+    init_state: Callable[[jax.Array], step.State]
     empty_accumulator: Callable[[], step.Accumulator]
 
     @property
     def compilations(self) -> int:
-        """The number of compiled programs."""
+        """The number of programs that the run's updates and evaluations call."""
         return len(self.accumulate) + 2
 
 
@@ -55,7 +57,7 @@ def compile_programs(
 
     Args:
       task: what is trained.
-      optimizer: from `optimizer.make_optimizer`.
+      optimizer: an Optax transformation whose state has `hyperparams`.
       mesh: the devices.
       example_shapes: name, shape and dtype of what the stream gives for one example.
       hyper_names: the names of the hyperparameters that the plan gives.
@@ -84,10 +86,8 @@ def compile_programs(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
         )
 
-    state = with_sharding(
-        jax.eval_shape(functools.partial(step.init_state, task, optimizer), jax.random.key(0)),
-        replicated,
-    )
+    init_state = jax.jit(functools.partial(step.init_state, task, optimizer))
+    state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
     empty = functools.partial(
         step.empty_accumulator, task, state, microbatch(examples_per_device[0]), mesh
     )
@@ -107,5 +107,6 @@ def compile_programs(
         },
         apply_update=apply_update.lower(state, accumulator, hyper).compile(),
         evaluate=evaluate.lower(state, microbatch(evaluation_examples_per_device)).compile(),
-        empty_accumulator=empty,
+        init_state=init_state,
+        empty_accumulator=jax.jit(empty),
     )

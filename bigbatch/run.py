@@ -1,7 +1,6 @@
 """A prepared run: the parts of a config, put together for the devices that are there."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,6 @@ from bigbatch import step
 from bigbatch.config import Config
 from bigbatch.data.sets import DataSet, load
 from bigbatch.layout import Layout, make_layout
-from bigbatch.optimizer import hyper_names, make_optimizer
 from bigbatch.plan import Plan
 from bigbatch.programs import Programs, compile_programs
 from bigbatch.task import image_classification
@@ -29,7 +27,7 @@ class Run:
       data: the data set.
       mesh: the devices.
       programs: the compiled functions.
-      hyper_names: the hyperparameters that the optimizer takes.
+      hyper_names: the hyperparameters that the optimizer takes from the plan.
       evaluation_examples_per_device: each device's share of an evaluation microbatch.
       init_state: makes the state before the first update, replicated over the devices.
     """
@@ -75,7 +73,8 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
         num_classes=data.num_classes, ghost_batch_examples=config.ghost_batch_examples
     )
     task = image_classification(module, data.image_shape, data.mean, data.std)
-    optimizer = make_optimizer(config.optimizer.name, weight_decay=config.optimizer.weight_decay)
+    optimizer = config.optimizer.transformation()
+    hyper_names = config.optimizer.hyper_names(plan.hypers)
     evaluation_examples_per_device = -(-config.evaluation_batch_examples // mesh.size)
     programs = compile_programs(
         task,
@@ -85,15 +84,14 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
             ("image", data.image_shape, np.dtype(np.uint8)),
             ("label", (), np.dtype(np.int32)),
         ),
-        hyper_names=hyper_names(config.optimizer.name),
+        hyper_names=hyper_names,
         examples_per_device=layout.shapes,
         evaluation_examples_per_device=evaluation_examples_per_device,
         ghost_batch_examples=config.ghost_batch_examples,
     )
 
     def init_state() -> step.State:
-        initialise = jax.jit(functools.partial(step.init_state, task, optimizer))
-        state = initialise(jax.random.key(config.seed))
+        state = programs.init_state(jax.random.key(config.seed))
         return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
 
     return Run(
@@ -103,7 +101,7 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
         data=data,
         mesh=mesh,
         programs=programs,
-        hyper_names=hyper_names(config.optimizer.name),
+        hyper_names=hyper_names,
         evaluation_examples_per_device=evaluation_examples_per_device,
         init_state=init_state,
     )

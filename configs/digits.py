@@ -37,7 +37,7 @@ def get_config(experiment: str) -> ConfigDict:
             "epochs": 30,
             "ghost_batch_examples": 32,
             "data": {"name": "digits"},
-            "model": {"name": "wide_resnet", "depth": 10, "width": 1, "strides": (2, 1, 1)},
+            "model": {"name": "wide_resnet", "depth": 10, "width": 1, "strides": (1, 2, 1)},
             "optimizer": {"name": "momentum", "weight_decay": 5e-4},
             "policy": {
                 "name": "step_decay",
