@@ -6,13 +6,14 @@ read in `bigbatch.config_file`.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from bigbatch import models
 from bigbatch.binding import bind
 from bigbatch.data import sets
 from bigbatch.data.augment import Augment
 from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.optimizer import OPTIMIZERS, Optimizer
 from bigbatch.plan import Plan, make_plan
 from bigbatch.policy import POLICIES, Policy
 from bigbatch.transform import TRANSFORMATIONS
@@ -45,23 +46,6 @@ class Every:
             return (update + 1) % self.value == 0
         length = self.value * (train_examples if self.unit == "epochs" else 1)
         return (first_example + batch_size) // length > first_example // length
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer; its learning rate and momentum come from the policy.
-
-    Attributes:
-      name: see `bigbatch.optimizer`.
-      weight_decay: coefficient of the L2 penalty.
-    """
-
-    name: Literal["sgd", "momentum", "nesterov"]
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.weight_decay < 0:
-            raise UserError(Problem("weight_decay", self.weight_decay, "a number >= 0", 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +151,7 @@ class Config:
       evaluation_batch_examples: examples evaluated at a time.
       data: the data set.
       model: a config of `bigbatch.models`.
-      optimizer: the optimizer.
+      optimizer: one of `bigbatch.optimizer`.
       plan: every update's batch size and hyperparameters.
       policy: what the plan was made from.
       source_plan: the plan of the policy before any transformation.
@@ -185,7 +169,7 @@ class Config:
     evaluation_batch_examples: int
     data: DataConfig
     model: models.WideResNetConfig
-    optimizer: OptimizerConfig
+    optimizer: Optimizer
     policy: Policy
     plan: Plan
     source_plan: Plan
@@ -202,9 +186,10 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
     """Reads nested values into a `Config`.
 
     Args:
-      tree: the fields, as in a config file. `model` and `policy` name one of `models.MODELS` and
-        `policy.POLICIES`, and hold its arguments beside the name; `transformations` is a list of
-        such groups for `transform.TRANSFORMATIONS`, applied in the order written.
+      tree: the fields, as in a config file. `model`, `optimizer` and `policy` name one of
+        `models.MODELS`, `optimizer.OPTIMIZERS` and `policy.POLICIES`, and hold its arguments beside
+        the name; `transformations` is a list of such groups for `transform.TRANSFORMATIONS`,
+        applied in the order written.
       experiment: its name, for the records.
 
     Returns:
@@ -223,11 +208,7 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
     fields = _bind_top(tree, problems)
     data = bind(DataConfig, groups["data"], problems, prefix="data") if groups["data"] else None
     model = _bind_named(models.MODELS, groups["model"], "model", problems, {})
-    optimizer = (
-        bind(OptimizerConfig, groups["optimizer"], problems, prefix="optimizer")
-        if groups["optimizer"]
-        else None
-    )
+    optimizer = _bind_named(OPTIMIZERS, groups["optimizer"], "optimizer", problems, {})
     context = {
         "train_examples": data.info.train_examples if data else None,
         "epochs": fields.epochs if fields else None,
@@ -244,9 +225,8 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         plan = _plan(policy, fields, data, tree, problems)
     if not problems:
         source_plan = plan if policy is source else _plan(source, fields, data, tree, problems)
-    if not problems and optimizer.name == "sgd" and plan.hypers["momentum"].any():
-        allowed = "0 with optimizer.name = 'sgd', which has no momentum"
-        problems.append(Problem("policy.momentum", plan.hypers["momentum"].max(), allowed, 0))
+    if not problems:
+        problems += optimizer.plan_problems(plan.hypers)
     if problems:
         raise UserError(problems)
     return Config(

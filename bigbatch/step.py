@@ -20,6 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigbatch.task import Examples, PyTree, Sums, Task
+from bigbatch.update_rules import evaluation_params
 
 DATA_AXIS = "data"
 REPLICATED = PartitionSpec()
@@ -139,7 +140,7 @@ def apply_update(
       hyper: scalars by name (`learning_rate`, `momentum`, ...), traced: another value is no other
         program.
       task: what is trained.
-      optimizer: from `optimizer.make_optimizer`.
+      optimizer: an Optax transformation whose state has `hyperparams`.
       mesh: the devices, along `data`.
 
     Returns:
@@ -153,7 +154,9 @@ def apply_update(
         count = total.sums["count"]
         gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
         injected = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, **hyper})
-        changes, optimizer_state = optimizer.update(gradients, injected, state.params)
+        changes, optimizer_state = optimizer.update(
+            gradients, injected, state.params, num_examples=count
+        )
         running = advance_running_statistics(
             state.running_statistics,
             total.ghost_statistics,
@@ -197,7 +200,8 @@ def evaluate(state: State, microbatch: Examples, *, task: Task, mesh: Mesh) -> S
     """The loss's sums over one microbatch of test examples, with the running statistics.
 
     Args:
-      state: only its parameters and running statistics are read.
+      state: its parameters, or their average where the optimizer keeps one, and its running
+        statistics are read.
       microbatch: as in `accumulate`; single examples may be masked by their weight.
       task: what is trained.
       mesh: the devices, along `data`.
@@ -210,9 +214,10 @@ def evaluate(state: State, microbatch: Examples, *, task: Task, mesh: Mesh) -> S
         outputs, _ = task.apply(params, running, microbatch, False)
         return jax.tree.map(lambda leaf: leaf[None], task.loss(outputs, microbatch))
 
+    params = evaluation_params(state.params, state.optimizer)
     return jax.shard_map(
         on_device,
         mesh=mesh,
         in_specs=(REPLICATED, REPLICATED, SHARDED),
         out_specs=SHARDED,
-    )(state.params, state.running_statistics, microbatch)
+    )(params, state.running_statistics, microbatch)
