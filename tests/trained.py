@@ -1,0 +1,47 @@
+"""Small runs for tests: a config on the digits, prepared for a number of devices."""
+
+from typing import Any
+
+import jax
+
+from bigbatch import run, step
+from bigbatch.config import Config, read_config
+
+DECAY = {
+    "name": "step_decay",
+    "learning_rate": 0.1,
+    "batch_size": 32,
+    "momentum": 0.9,
+    "boundaries_epochs": [0.2, 0.5],
+    "factor": 0.2,
+}
+GROW = {"name": "grow_batch", "max_batch_size": 160}
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """A valid config: 20 updates, 9 of batch size 32 and 11 of 160, with momentum."""
+    return {
+        "seed": 0,
+        "epochs": 1.4,
+        "ghost_batch_examples": 32,
+        "data": {"name": "digits"},
+        "model": {"name": "wide_resnet", "depth": 10, "width": 1, "strides": [2, 2, 1]},
+        "optimizer": {"name": "momentum", "weight_decay": 5e-4},
+        "policy": DECAY,
+        "transformations": [GROW],
+        "microbatch_examples_per_device": 32,
+        "evaluation_batch_examples": 360,
+        "log_every_updates": 1,
+        "evaluate_every_epochs": 1,
+        "checkpoint_every_updates": 5,
+    } | changes
+
+
+def prepared(config: Config, devices: int = 1) -> run.Run:
+    """The run of a config on the first so many devices."""
+    return run.prepare(config, config.plan, step.data_mesh(jax.devices()[:devices]))
+
+
+def config(**changes: Any) -> Config:
+    """The validated config of `tree`."""
+    return read_config(tree(**changes), "test")
