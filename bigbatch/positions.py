@@ -88,9 +88,9 @@ def rows_of(
 
 def _rounded(policy: Policy, epochs: Array, multiple: int) -> Settings:
     """The policy's settings with the batch size rounded down; the rule absorbs the rest."""
-    batch_size, hyper = policy.at(epochs)
     # A batch size of 0, or without bound, is found by `_check_rows` where the run gets to it.
     with np.errstate(all="ignore"):
+        batch_size, hyper = policy.at(epochs)
         rounded = np.floor(batch_size * (1 + _SNAP) / multiple) * multiple
         whole = np.abs(batch_size - rounded) <= _SNAP * rounded
         hyper = policy.rule.move(hyper, np.where(whole, rounded, batch_size), rounded)

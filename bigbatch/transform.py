@@ -220,25 +220,28 @@ def grow_batch(
             checks.number("until_epoch", until_epoch, allowed, above=from_epoch)
     checks.done()
 
-    def decay_at(epochs: Array) -> Array:
-        with np.errstate(divide="ignore"):
-            decay = policy.peak_learning_rate / policy.at(epochs).hyper["learning_rate"]
-        return np.where(epochs < policy.peak_epoch, 1.0, np.maximum(decay, 1.0))
+    peak, peak_epoch = policy.peak_learning_rate, policy.peak_epoch
 
-    def decay_before(epoch: float) -> float:
-        return (
-            math.inf if epoch == math.inf else float(decay_at(np.array([epoch * _JUST_BEFORE]))[0])
-        )
+    def counted(epochs: Array, rates: Array) -> Array:
+        """The learning rates as far as they count as decayed: warm-up does not."""
+        return np.where(epochs < peak_epoch, peak, np.minimum(rates, peak))
 
-    before, inside = decay_before(from_epoch), decay_before(until_epoch)
+    def just_before(epoch: float) -> float:
+        before = np.array([epoch * _JUST_BEFORE])
+        return float(counted(before, policy.at(before).hyper["learning_rate"])[0])
+
+    start = just_before(from_epoch)
+    lowest = 0.0 if until_epoch == math.inf else just_before(until_epoch)
 
     def settings_at(epochs: Array) -> Settings:
         batch_size, hyper = policy.at(epochs)
-        decay = decay_at(epochs)
-        # Where the learning rate rises again after `until_epoch`, the batch size gives way: it
-        # would pass the peak otherwise.
-        decay = np.where(epochs < until_epoch, decay, np.minimum(decay, inside)) / before
-        decay = np.where(epochs < from_epoch, 1.0, np.maximum(decay, 1.0))
+        rates = counted(epochs, hyper["learning_rate"])
+        # Where the learning rate rises again after `until_epoch`, the batch size gives way: the
+        # learning rate would pass its peak otherwise.
+        rates = np.where(epochs < until_epoch, rates, np.maximum(rates, lowest))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # fmax: 0/0, a learning rate of 0 that started at 0, is no decay.
+            decay = np.where(epochs < from_epoch, 1.0, np.fmax(start / rates, 1.0))
         grown = policy.rule.grow(batch_size, decay)
         if max_batch_size is not None:
             grown = np.minimum(grown, max_batch_size)

@@ -285,6 +285,8 @@ def warmup(policy: Policy, *, warmup_epochs: float, initial_learning_rate: float
     checks.number("warmup_epochs", warmup_epochs, "a time from 0 on", at_least=0)
     checks.done()
     target = float(policy.at(warmup_epochs).hyper["learning_rate"][0])
+    allowed = "a time at whose end the policy's learning rate is above 0"
+    checks.require(target > 0, "warmup_epochs", warmup_epochs, allowed)
     checks.number(
         "initial_learning_rate",
         initial_learning_rate,
