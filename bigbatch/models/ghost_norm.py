@@ -2,12 +2,14 @@
 
 Hoffer et al. 2017, "Train longer, generalize better". The ghost batch is a property of the
 recipe. It never depends on the batch size, the microbatch or the devices, so neither do the
-gradients.
+gradients: a device's share holds whole ghost batches, or neighbouring devices share one.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from bigbatch.errors import Problem, UserError
 
 GHOST_STATISTICS = "ghost_statistics"
 RUNNING_STATISTICS = "running_statistics"
@@ -21,14 +23,23 @@ class GhostNorm(nn.Module):
     nor written. They advance once per update, in `step.apply_update`. In evaluation the running
     statistics of the collection `running_statistics` are used.
 
+    Inside `jax.shard_map` a device may see only a part of a ghost batch: then the neighbouring
+    devices of the mesh axis `axis_name` that hold the rest exchange sums, and each leaves the
+    statistics of the common ghost batch.
+
     Attributes:
-      ghost_batch_examples: examples that share statistics.
+      ghost_batch_examples: examples that share statistics; None for all the examples of a call,
+        over all devices (synchronised batch norm).
+      axis_name: the mesh axis along which a ghost batch may lie; None if it never does.
       epsilon: added to the variance.
+      use_scale: whether there is a learned scale beside the learned bias.
       scale_init: initialiser of the scale; zeros for the last one of a residual branch.
     """
 
-    ghost_batch_examples: int
+    ghost_batch_examples: int | None
+    axis_name: str | None = None
     epsilon: float = 1e-5
+    use_scale: bool = True
     scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
 
     @nn.compact
@@ -36,17 +47,22 @@ class GhostNorm(nn.Module):
         """Normalises x.
 
         Args:
-          x: [examples, ..., channels]; in training the number of examples is a multiple of
-            `ghost_batch_examples`.
+          x: [examples, ..., channels]; in training whole ghost batches, or one device's equal share
+            of one.
           train: whether to normalise by the ghost batch (True) or the running statistics.
 
         Returns:
           The same shape and dtype as x.
+
+        Raises:
+          UserError: the examples do not form ghost batches.
         """
         channels = x.shape[-1]
         # Statistics of bfloat16 activations are taken in float32; float64 stays float64.
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        scale = self.param("scale", self.scale_init, (channels,), wide)
+        scale = jnp.ones((), wide)
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, (channels,), wide)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), wide)
         mean = self.variable(RUNNING_STATISTICS, "mean", jnp.zeros, (channels,), wide)
         variance = self.variable(RUNNING_STATISTICS, "variance", jnp.ones, (channels,), wide)
@@ -54,13 +70,80 @@ class GhostNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(variance.value + self.epsilon)
             return ((x.astype(wide) - mean.value) * factor + bias).astype(x.dtype)
 
-        ghosts = x.astype(wide).reshape(-1, self.ghost_batch_examples, *x.shape[1:])
-        inner = tuple(range(1, ghosts.ndim - 1))
-        ghost_mean = jnp.mean(ghosts, axis=inner, keepdims=True)
+        local, sharing = self._split(len(x))
+        ghosts = x.astype(wide).reshape(-1, local, *x.shape[1:])
+        ghost_mean = self._mean(ghosts, sharing)
         centred = ghosts - ghost_mean
-        ghost_variance = jnp.mean(jnp.square(centred), axis=inner, keepdims=True)
+        # In two passes: the difference of two large squares would lose the variance's digits.
+        ghost_variance = self._mean(jnp.square(centred), sharing)
         if not self.is_initializing():
             for name, value in (("mean", ghost_mean), ("variance", ghost_variance)):
                 self.put_variable(GHOST_STATISTICS, name, value.reshape(-1, channels))
         normalised = centred * (scale * jax.lax.rsqrt(ghost_variance + self.epsilon)) + bias
         return normalised.reshape(x.shape).astype(x.dtype)
+
+    def _split(self, examples: int) -> tuple[int, int]:
+        """Examples of a ghost batch on one device, and how many devices share it."""
+        devices = _axis_size(self.axis_name)
+        if self.ghost_batch_examples is None:
+            return examples, devices
+        if examples % self.ghost_batch_examples == 0:
+            return self.ghost_batch_examples, 1
+        sharing = devices_per_ghost_batch(self.ghost_batch_examples, examples, devices)
+        return examples, sharing
+
+    def _mean(self, ghosts: jax.Array, sharing: int) -> jax.Array:
+        """The mean of each ghost batch in [ghost batches, examples, ..., channels], axes kept."""
+        inner = tuple(range(1, ghosts.ndim - 1))
+        mean = jnp.mean(ghosts, axis=inner, keepdims=True)
+        if sharing == 1:
+            return mean
+        # Gathered and then summed in the order of the devices: `psum` knows no groups in
+        # `shard_map`, and all of a group must get the same bits.
+        first = range(0, _axis_size(self.axis_name), sharing)
+        groups = [list(range(start, start + sharing)) for start in first]
+        return jnp.mean(jax.lax.all_gather(mean, self.axis_name, axis_index_groups=groups), axis=0)
+
+
+def devices_per_ghost_batch(
+    ghost_batch_examples: int, examples_per_device: int, devices: int
+) -> int:
+    """How many neighbouring devices share one ghost batch: 1 where each holds whole ones.
+
+    Args:
+      ghost_batch_examples: examples that share statistics.
+      examples_per_device: each device's share of a microbatch.
+      devices: how many there are.
+
+    Raises:
+      UserError: the share is neither a multiple of the ghost batch nor an equal part of it that
+        the devices can make up.
+
+    >>> devices_per_ghost_batch(128, 32, devices=8)
+    4
+    """
+    if examples_per_device % ghost_batch_examples == 0:
+        return 1
+    parts = [n for n in range(1, devices + 1) if devices % n == 0 and ghost_batch_examples % n == 0]
+    shares = [ghost_batch_examples // n for n in parts]
+    if examples_per_device not in shares:
+        multiple = ghost_batch_examples * round(examples_per_device / ghost_batch_examples)
+        allowed = (
+            f"a multiple of ghost_batch_examples = {ghost_batch_examples}, or with {devices} "
+            f"device{'s' * (devices > 1)} one of {', '.join(map(str, shares))}"
+        )
+        nearest = min(
+            [*shares, *([multiple] * bool(multiple))], key=lambda s: abs(s - examples_per_device)
+        )
+        raise UserError(
+            Problem("microbatch_examples_per_device", examples_per_device, allowed, nearest)
+        )
+    return ghost_batch_examples // examples_per_device
+
+
+def _axis_size(axis_name: str | None) -> int:
+    """The devices along a mesh axis; 1 outside of `jax.shard_map`, where there is one share."""
+    try:
+        return 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    except NameError:
+        return 1
