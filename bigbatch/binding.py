@@ -56,11 +56,13 @@ def bind(
             converted = converted.nearest
         if converted is not None or value is None:
             values[name] = converted
-    for name in names:
-        if name not in fields and parameters[name].default is inspect.Parameter.empty:
-            found.append(Problem(name, "nothing", f"{describe(hints[name])}; the field is required"))
-    result = None
     required = [n for n in names if parameters[n].default is inspect.Parameter.empty]
+    found += [
+        Problem(name, "nothing", f"{describe(hints[name])}; the field is required")
+        for name in required
+        if name not in fields
+    ]
+    result = None
     known = None not in given_context.values()
     if known and all(name in values for name in required):
         result = _call(constructor, values, given_context, found)

@@ -66,7 +66,9 @@ def compare(
         files = Workdir(directory / name / f"seed_{seed}")
         run_dirs.append(files.path)
         plan = open_run(config, files)
-        print(f"[{number}/{len(configs)}] {name}, seed {seed}: ", end="", file=sys.stderr, flush=True)
+        print(
+            f"[{number}/{len(configs)}] {name}, seed {seed}: ", end="", file=sys.stderr, flush=True
+        )
         if files.result.exists():
             print("finished before", file=sys.stderr)
             continue

@@ -10,6 +10,7 @@ from typing import Any
 
 from bigbatch import models
 from bigbatch.binding import bind
+from bigbatch.checks import Checks
 from bigbatch.data import sets
 from bigbatch.data.augment import Augment
 from bigbatch.errors import Problem, UserError, nearest_name
@@ -100,32 +101,25 @@ class _Fields:
     checkpoint_every_updates: int | None = None
 
     def __post_init__(self) -> None:
-        problems = []
+        checks = Checks()
+        checks.number("epochs", self.epochs, "a number of epochs above 0", above=0)
         for name in ("ghost_batch_examples", "evaluation_batch_examples"):
-            if getattr(self, name) < 1:
-                problems.append(Problem(name, getattr(self, name), "a whole number >= 1", 1))
-        if not 0 <= self.seed < 2**32:
-            nearest = min(max(self.seed, 0), 2**32 - 1)
-            problems.append(Problem("seed", self.seed, "a whole number from 0 to 2^32 - 1", nearest))
-        if not 0 < self.epochs < float("inf"):
-            problems.append(Problem("epochs", self.epochs, "a number > 0"))
+            checks.whole(name, getattr(self, name), "a whole number of examples, at least 1")
+        nearest = min(max(self.seed, 0), 2**32 - 1)
+        allowed = "a whole number from 0 to 2^32 - 1"
+        checks.require(self.seed == nearest, "seed", self.seed, allowed, nearest)
         ghost, microbatch = max(self.ghost_batch_examples, 1), self.microbatch_examples_per_device
-        if microbatch < ghost or microbatch % ghost:
-            allowed = f"a multiple of ghost_batch_examples = {ghost}"
-            nearest = max(1, round(microbatch / ghost)) * ghost
-            problems.append(Problem("microbatch_examples_per_device", microbatch, allowed, nearest))
+        nearest = max(1, round(microbatch / ghost)) * ghost
+        allowed = f"a multiple of ghost_batch_examples = {ghost}"
+        name = "microbatch_examples_per_device"
+        checks.require(microbatch == nearest, name, microbatch, allowed, nearest)
         for stem in ("log_every", "evaluate_every", "checkpoint_every"):
             given = {n: v for n, v in self._intervals(stem).items() if v is not None}
-            if len(given) != 1:
-                allowed = "exactly one of " + ", ".join(self._intervals(stem))
-                problems.append(Problem(stem, given or "nothing", allowed))
-            problems += [
-                Problem(name, value, "a number > 0", 1)
-                for name, value in given.items()
-                if not value > 0
-            ]
-        if problems:
-            raise UserError(problems)
+            allowed = "exactly one of " + ", ".join(self._intervals(stem))
+            checks.require(len(given) == 1, stem, given or "nothing", allowed)
+            for name, value in given.items():
+                checks.number(name, value, "a number above 0", above=0)
+        checks.done()
 
     def _intervals(self, stem: str) -> dict[str, float | None]:
         return {f"{stem}_{unit}": getattr(self, f"{stem}_{unit}") for unit in UNITS}
@@ -199,28 +193,30 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
       UserError: with every mistake that was found.
     """
     problems: list[Problem] = []
-    groups: dict[str, Mapping[str, Any]] = {}
-    for name in _GROUPS:
-        value = tree.get(name)
-        if not isinstance(value, Mapping):
-            problems.append(Problem(name, "nothing" if value is None else value, "a group of fields"))
-        groups[name] = value if isinstance(value, Mapping) else {}
+    problems += [
+        Problem(name, tree.get(name, "nothing"), "a group of fields")
+        for name in _GROUPS
+        if not isinstance(tree.get(name), Mapping)
+    ]
     fields = _bind_top(tree, problems)
-    data = bind(DataConfig, groups["data"], problems, prefix="data") if groups["data"] else None
-    model = _bind_named(models.MODELS, groups["model"], "model", problems, {})
-    optimizer = _bind_named(OPTIMIZERS, groups["optimizer"], "optimizer", problems, {})
+    data: Any = None
+    if isinstance(tree.get("data"), Mapping):
+        data = bind(DataConfig, tree["data"], problems, prefix="data")
+    model = _bind_named(models.MODELS, tree.get("model"), "model", problems, {})
+    optimizer = _bind_named(OPTIMIZERS, tree.get("optimizer"), "optimizer", problems, {})
     context = {
         "train_examples": data.info.train_examples if data else None,
         "epochs": fields.epochs if fields else None,
     }
-    source = _bind_named(POLICIES, groups["policy"], "policy", problems, context)
+    source = _bind_named(POLICIES, tree.get("policy"), "policy", problems, context)
     policy = source
     for group in _transformations(tree, problems):
         prefix = f"transformations.{group.get('name', 'nothing')}"
         policy = _bind_named(
             TRANSFORMATIONS, group, prefix, problems, {**context, "policy": policy}
         )
-    plan = source_plan = None
+    plan: Any = None
+    source_plan: Any = None
     if policy is not None and fields is not None and data is not None:
         plan = _plan(policy, fields, data, tree, problems)
     if not problems:
@@ -261,12 +257,14 @@ def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:
 
 def _bind_named(
     registry: Mapping[str, Any],
-    group: Mapping[str, Any],
+    group: Any,
     prefix: str,
     problems: list[Problem],
     context: Mapping[str, Any],
 ) -> Any:
-    """Binds the constructor that the group's field `name` names."""
+    """Binds the constructor that the group's field `name` names; None if there is no group."""
+    if not isinstance(group, Mapping):
+        return None
     name = group.get("name", "nothing")
     if name not in registry:
         allowed = "one of " + ", ".join(registry)
@@ -310,7 +308,7 @@ def _plan(
 
 
 def _named_as_in(tree: Mapping[str, Any], problem: Problem) -> tuple[Problem, bool]:
-    """The problem with its field's dotted name in the config, and whether the value stands there."""
+    """The problem under its field's dotted name, and whether the config holds the value there."""
     # What the arithmetic calls a multiple is this field of a config.
     allowed = problem.allowed.replace("batch_multiple_examples", "ghost_batch_examples")
     problem = dataclasses.replace(problem, allowed=allowed)

@@ -5,6 +5,7 @@ ConfigDict (any nested mapping will do), and `EXPERIMENTS`, the names that it ta
 """
 
 import ast
+import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,9 +37,19 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
         allowed = "one of " + ", ".join(names)
         raise UserError(Problem("config", experiment, allowed, nearest_name(experiment, names)))
     tree = plain(module.get_config(experiment))
+    problems: list[Problem] = []
     for name, text in overrides:
-        override(tree, name, text)
-    return read_config(tree, experiment)
+        try:
+            override(tree, name, text)
+        except UserError as error:
+            problems += error.problems
+    try:
+        config = read_config(tree, experiment)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return config
 
 
 def experiment_names(path: str) -> list[str]:
@@ -103,17 +114,9 @@ def override(tree: dict[str, Any], name: str, text: str) -> None:
     *groups, last = name.split(".")
     node: Any = tree
     for group in groups:
-        if isinstance(node, list):
-            child = next((c for c in node if isinstance(c, dict) and c.get("name") == group), None)
-        else:
-            child = node.setdefault(group, {})
-        if not isinstance(child, dict | list):
-            raise UserError(Problem(name, text, f"a field of its own: {group} holds no fields"))
-        node = child
-    if isinstance(node, list):
-        names = [str(child.get("name")) for child in node]
-        allowed = "a field of one of the list's groups: " + (", ".join(names) or "it has none")
-        raise UserError(Problem(name, text, allowed))
+        node = _child(node, group, Problem(name, text, ""))
+    if not isinstance(node, dict):
+        raise UserError(Problem(name, text, "a field of one of the list's groups, by its name"))
     stem, _, unit = last.rpartition("_")
     if unit in UNITS:
         for other in UNITS:
@@ -122,3 +125,18 @@ def override(tree: dict[str, Any], name: str, text: str) -> None:
         node[last] = plain(ast.literal_eval(text))
     except (ValueError, SyntaxError):
         node[last] = text
+
+
+def _child(node: Any, group: str, problem: Problem) -> Any:
+    """The group of that name: a field of a group, or an entry of a list by its field `name`."""
+    if isinstance(node, dict):
+        child = node.setdefault(group, {})
+        allowed, nearest = f"a field of the config; {group} holds no fields", None
+    else:
+        named = {str(entry.get("name")): entry for entry in node if isinstance(entry, dict)}
+        child = named.get(group)
+        allowed = "one of " + ", ".join(named) if named else "nothing: the list is empty"
+        nearest = nearest_name(group, list(named))
+    if not isinstance(child, dict | list):
+        raise UserError(dataclasses.replace(problem, allowed=allowed, nearest=nearest))
+    return child

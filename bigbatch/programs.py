@@ -7,6 +7,7 @@ compilation is an error and not a pause of a minute.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import step
-from bigbatch.task import Examples, Task
+from bigbatch.task import PyTree, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def compile_programs(
     """
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (step.REPLICATED, step.SHARDED))
 
-    def microbatch(share: int) -> Examples:
+    def microbatch(share: int) -> dict[str, Any]:
         examples = mesh.size * share
         leaves = {name: ((examples, *shape), dtype) for name, shape, dtype in example_shapes}
         leaves["weight"] = ((examples,), np.dtype(np.float32))
@@ -81,7 +82,7 @@ def compile_programs(
             for name, (shape, dtype) in leaves.items()
         }
 
-    def with_sharding(tree, sharding):
+    def with_sharding(tree: PyTree, sharding: NamedSharding) -> PyTree:
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
         )

@@ -68,7 +68,9 @@ def read_plan(files: Workdir) -> Plan:
     try:
         return Plan.from_json(files.plan.read_text(encoding="utf-8"))
     except (OSError, UserError) as error:
-        raise UserError(Problem("workdir", str(files.plan), f"a readable plan ({error})")) from error
+        raise UserError(
+            Problem("workdir", str(files.plan), f"a readable plan ({error})")
+        ) from error
 
 
 def evaluate_run(files: Workdir) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Progress(NamedTuple):
       updates: done so far.
       seconds: spent so far, over all resumes.
       loss_sum: training loss summed over the examples since the last record of the log.
-      count: those examples.
+      loss_examples: those examples, by their weights.
       record_seconds: when that record was written, in the same seconds.
       train_loss: of that record.
       test_loss: of the last evaluation.
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
     updates: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
-    count: float = 0.0
+    loss_examples: float = 0.0
     record_seconds: float = 0.0
     train_loss: float = math.nan
     test_loss: float = math.nan
@@ -97,7 +97,9 @@ def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
     return checkpoints.restore(update, state), Progress(**record["progress"])
 
 
-def updates(run: Run, state: step.State, first_update: int) -> Iterator[tuple[Row, step.State, Sums]]:
+def updates(
+    run: Run, state: step.State, first_update: int
+) -> Iterator[tuple[Row, step.State, Sums]]:
     """Runs the plan from an update on.
 
     Args:
@@ -120,9 +122,7 @@ def updates(run: Run, state: step.State, first_update: int) -> Iterator[tuple[Ro
             run.config.data.augment,
         )
         size = run.mesh.size * share
-        return share, microbatches.place(
-            examples, size, run.config.ghost_batch_examples, run.mesh
-        )
+        return share, microbatches.place(examples, size, run.config.ghost_batch_examples, run.mesh)
 
     # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
     # than it has threads; there each update is waited for.
@@ -158,7 +158,8 @@ def _loop(
     config, train_examples = run.config, run.plan.train_examples
     start_s = time.monotonic() - progress.seconds
     late: tuple[Row, Sums] | None = None
-    for row, state, sums in updates(run, state, progress.updates):
+    remaining = updates(run, state, progress.updates)
+    for row, state, sums in remaining:
         # The update before this one: the device has finished it or will not wait for us.
         if late is not None:
             progress = _record(run, progress, *late, log, time.monotonic() - start_s)
@@ -175,7 +176,9 @@ def _loop(
         if evaluation_due:
             test = evaluate(run, state)
             log.write(_position(run, row) | test)
-            progress = progress._replace(**test)
+            progress = progress._replace(
+                test_loss=test["test_loss"], test_accuracy=test["test_accuracy"]
+            )
         if checkpoint_due:
             progress = progress._replace(seconds=time.monotonic() - start_s)
             record = {
@@ -199,18 +202,16 @@ def _record(
     progress = progress._replace(
         updates=row.update + 1,
         loss_sum=progress.loss_sum + loss,
-        count=progress.count + count,
+        loss_examples=progress.loss_examples + count,
     )
     span = row.first_example, row.batch_size, row.update, run.plan.train_examples
     if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
         return progress
-    train_loss = progress.loss_sum / progress.count
-    rate = progress.count / max(now_s - progress.record_seconds, 1e-9)
-    log.write(
-        _position(run, row) | {"train_loss": train_loss, "examples_per_s": round(rate, 1)}
-    )
+    train_loss = progress.loss_sum / progress.loss_examples
+    rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
+    log.write(_position(run, row) | {"train_loss": train_loss, "examples_per_s": round(rate, 1)})
     return progress._replace(
-        loss_sum=0.0, count=0.0, record_seconds=now_s, train_loss=train_loss
+        loss_sum=0.0, loss_examples=0.0, record_seconds=now_s, train_loss=train_loss
     )
 
 
@@ -231,10 +232,10 @@ def _diverged(progress: Progress, row: Row, loss: float) -> str:
     """What to say when the loss is not finite."""
     hyper = ", ".join(f"{name} {value:g}" for name, value in row.hyper.items())
     return (
-        f"the training loss became {loss} in update {row.update} (epoch {row.epoch:.3g}, batch size "
-        f"{row.batch_size}, {hyper}, noise scale {row.noise_scale:.4g}); the last finite one that "
-        f"was logged is {progress.train_loss:.4g}. Checkpoints of earlier updates are kept. A lower "
-        "policy.learning_rate, a warm-up or a lower momentum is what usually helps."
+        f"the training loss became {loss} in update {row.update} (epoch {row.epoch:.3g}, "
+        f"batch size {row.batch_size}, {hyper}, noise scale {row.noise_scale:.4g}). The last one "
+        f"logged before is {progress.train_loss:.4g}. Checkpoints of earlier updates are kept. "
+        "A lower policy.learning_rate, a warm-up or a lower momentum is what usually helps."
     )
 
 
