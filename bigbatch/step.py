@@ -10,7 +10,6 @@ Every device sums its own share: the leaves of the accumulator carry a leading a
 reduction into the gradient itself; marking them as varying over `data` prevents that.)
 """
 
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -67,12 +66,13 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Arr
 
 def empty_accumulator(task: Task, state: State, examples: Examples, mesh: Mesh) -> Accumulator:
     """An accumulator of zeros for microbatches that look like `examples` (shapes are enough)."""
-    outputs, _ = jax.eval_shape(
-        functools.partial(task.apply, train=True), state.params, state.running_statistics, examples
-    )
-    sums = jax.eval_shape(task.loss, outputs, examples)
-    count = jax.ShapeDtypeStruct((), sums["count"].dtype)
-    shapes = Accumulator(state.params, sums, state.running_statistics, count)
+
+    def sums_of(state: State, examples: Examples) -> Sums:
+        outputs, _ = task.apply(state.params, state.running_statistics, examples, True)
+        return task.loss(outputs, examples)
+
+    sums = jax.eval_shape(sums_of, state, examples)
+    shapes = Accumulator(state.params, sums, state.running_statistics, sums["count"])
     sharding = NamedSharding(mesh, SHARDED)
     return jax.tree.map(
         lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=sharding), shapes
