@@ -59,4 +59,4 @@ def nearest_name(name: str, names: Sequence[str]) -> str | None:
     >>> nearest_name("increse", ["decay", "increase"])
     'increase'
     """
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)

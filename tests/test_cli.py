@@ -349,7 +349,7 @@ def test_compare_reports_every_run_and_repeats_none(capsys, tmp_path):
     ]
     status, out, err = run(*arguments, capsys=capsys)
     assert status == 0
-    assert "| increase_lr" in out
+    assert "increase\\_lr" in out
     assert err.count("updates, test accuracy") == 4
     assert (tmp_path / "report" / "report.html").exists()
     assert (tmp_path / "report" / "growing_batch.png").exists()
