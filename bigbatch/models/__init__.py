@@ -2,8 +2,9 @@
 
 import dataclasses
 import typing
+from typing import Any
 
-from bigbatch.errors import Problem, UserError
+from bigbatch.checks import Checks
 
 if typing.TYPE_CHECKING:
     from flax import linen as nn
@@ -11,48 +12,125 @@ if typing.TYPE_CHECKING:
 DType = typing.Literal["float32", "bfloat16", "float64"]
 
 
-@dataclasses.dataclass(frozen=True)
-class WideResNetConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What all networks share.
+
+    Attributes:
+      dtype: of the activations. Parameters and statistics are float32, or float64 if this is.
+    """
+
+    dtype: DType = "float32"
+
+    def module(
+        self,
+        *,
+        num_classes: int,
+        ghost_batch_examples: int | None,
+        axis_name: str | None = None,
+    ) -> "nn.Module":
+        """The Flax module.
+
+        Args:
+          num_classes: size of its output.
+          ghost_batch_examples: examples that share batch-norm statistics; None for all of a call.
+          axis_name: the mesh axis along which a ghost batch may lie.
+
+        Returns:
+          A module from images [examples, height, width, channels] to logits [examples, classes].
+          Equal arguments give equal modules.
+        """
+        import jax.numpy as jnp
+
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return self._module_class()(
+            **fields | {"dtype": jnp.dtype(self.dtype)},
+            num_classes=num_classes,
+            ghost_batch_examples=ghost_batch_examples,
+            axis_name=axis_name,
+        )
+
+    def _module_class(self) -> Any:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WideResNetConfig(ModelConfig):
     """Wide ResNet d-k: see `bigbatch.models.wide_resnet`.
 
     Attributes:
       depth: d, a multiple of 6 plus 4.
       width: k.
       strides: of the first block of each of the three groups.
-      dtype: of the activations.
+      dropout_rate: between the two convolutions of each block.
     """
 
     depth: int
     width: int
     strides: tuple[int, int, int] = (1, 2, 2)
-    dtype: DType = "float32"
+    dropout_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.depth < 10 or (self.depth - 4) % 6:
-            nearest = max(10, 6 * round((self.depth - 4) / 6) + 4)
-            problems.append(Problem("depth", self.depth, "6n + 4 with n >= 1", nearest))
-        if self.width < 1:
-            problems.append(Problem("width", self.width, "a whole number >= 1", 1))
-        if min(self.strides) < 1:
-            problems.append(
-                Problem("strides", self.strides, "whole numbers >= 1", tuple(max(1, s) for s in self.strides))
-            )
-        if problems:
-            raise UserError(problems)
+        checks = Checks()
+        nearest = max(10, 6 * round((self.depth - 4) / 6) + 4)
+        checks.require(self.depth == nearest, "depth", self.depth, "6n + 4 with n >= 1", nearest)
+        checks.whole("width", self.width, "a whole number, at least 1")
+        mended = tuple(max(1, stride) for stride in self.strides)
+        checks.require(
+            self.strides == mended, "strides", self.strides, "whole numbers, at least 1", mended
+        )
+        _check_dropout_rate(checks, self.dropout_rate)
+        checks.done()
 
-    def module(self, *, num_classes: int, ghost_batch_examples: int) -> "nn.Module":
-        """The Flax module for images [examples, height, width, channels] -> [examples, classes]."""
+    def _module_class(self) -> Any:
         from bigbatch.models.wide_resnet import WideResNet
 
-        return WideResNet(
-            depth=self.depth,
-            width=self.width,
-            num_classes=num_classes,
-            ghost_batch_examples=ghost_batch_examples,
-            strides=self.strides,
-            dtype=self.dtype,
-        )
+        return WideResNet
 
 
-MODELS = {"wide_resnet": WideResNetConfig}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResNetConfig(ModelConfig):
+    """ResNet v1.5 for ImageNet: see `bigbatch.models.resnet`.
+
+    Attributes:
+      depth: 18 or 50.
+    """
+
+    depth: typing.Literal[18, 50]
+
+    def _module_class(self) -> Any:
+        from bigbatch.models.resnet import ResNet
+
+        return ResNet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InceptionResNetV2Config(ModelConfig):
+    """Inception-ResNet-V2: see `bigbatch.models.inception_resnet_v2`.
+
+    Attributes:
+      dropout_rate: before the classifier.
+    """
+
+    dropout_rate: float = 0.2
+
+    def __post_init__(self) -> None:
+        checks = Checks()
+        _check_dropout_rate(checks, self.dropout_rate)
+        checks.done()
+
+    def _module_class(self) -> Any:
+        from bigbatch.models.inception_resnet_v2 import InceptionResNetV2
+
+        return InceptionResNetV2
+
+
+def _check_dropout_rate(checks: Checks, rate: float) -> None:
+    checks.number("dropout_rate", rate, "a number from 0 to below 1", at_least=0, below=1)
+
+
+MODELS: dict[str, type[ModelConfig]] = {
+    "wide_resnet": WideResNetConfig,
+    "resnet": ResNetConfig,
+    "inception_resnet_v2": InceptionResNetV2Config,
+}

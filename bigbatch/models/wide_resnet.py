@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from bigbatch.models.dropout import dropout
 from bigbatch.models.ghost_norm import GhostNorm
 
 # He et al. 2015, by the fan out, as the network's authors have it.
@@ -23,22 +24,35 @@ class WideResNet(nn.Module):
       depth: number of layers d, 6n + 4.
       width: factor k on the channels of every group.
       num_classes: size of the output.
-      ghost_batch_examples: examples that share batch-norm statistics.
+      ghost_batch_examples: examples that share batch-norm statistics; None for all of a call.
+      axis_name: the mesh axis along which a ghost batch may lie.
       strides: of the first block of each group. The network's authors have (1, 2, 2) for 32x32
         images; 8x8 images would shrink to 2x2.
+      dropout_rate: between the two convolutions of each block; 0 in the paper.
       dtype: of the activations. Parameters and statistics are float32, or float64 if this is.
     """
 
     depth: int
     width: int
     num_classes: int
-    ghost_batch_examples: int
+    ghost_batch_examples: int | None
+    axis_name: str | None = None
     strides: tuple[int, int, int] = (1, 2, 2)
-    dtype: jnp.dtype = jnp.float32
+    dropout_rate: float = 0.0
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Computes the logits, [examples, classes], of images x, [examples, height, width, channels]."""
+    def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
+        """Computes the logits.
+
+        Args:
+          x: images [examples, height, width, channels].
+          train: whether to normalise by ghost batches, and to drop.
+          keys: uint32[examples, 2], for the dropout in training.
+
+        Returns:
+          [examples, classes].
+        """
         param_dtype = jnp.promote_types(self.dtype, jnp.float32)
         conv = functools.partial(
             nn.Conv,
@@ -47,7 +61,9 @@ class WideResNet(nn.Module):
             dtype=self.dtype,
             param_dtype=param_dtype,
         )
-        norm = functools.partial(GhostNorm, self.ghost_batch_examples)
+        norm = functools.partial(GhostNorm, self.ghost_batch_examples, self.axis_name)
+        drops = train and not self.is_initializing()
+        layer = 0
 
         x = conv(16, (3, 3), name="stem")(x.astype(self.dtype))
         for group, first_stride in enumerate(self.strides):
@@ -61,7 +77,12 @@ class WideResNet(nn.Module):
                     x = conv(channels, (1, 1), strides=stride, name=f"{name}_shortcut")(y)
                 y = conv(channels, (3, 3), strides=stride, name=f"{name}_conv1")(y)
                 y = nn.relu(norm(name=f"{name}_norm2")(y, train=train))
+                if drops:
+                    y = dropout(y, keys, rate=self.dropout_rate, layer=layer)
+                    layer += 1
                 x = x + conv(channels, (3, 3), name=f"{name}_conv2")(y)
         x = nn.relu(norm(name="norm")(x, train=train))
         x = jnp.mean(x, axis=(1, 2), dtype=param_dtype)
-        return nn.Dense(self.num_classes, dtype=param_dtype, param_dtype=param_dtype, name="logits")(x)
+        return nn.Dense(
+            self.num_classes, dtype=param_dtype, param_dtype=param_dtype, name="logits"
+        )(x)
