@@ -197,6 +197,13 @@ def test_growth_waits_for_the_peak():
     assert hyper["learning_rate"].tolist() == [0.2, 0.1, 0.4, 0.4]
 
 
+def test_growth_of_a_grown_policy_starts_at_the_same_peak():
+    """The first growth may bring the last rate to 10.000000000000002, which is no new peak."""
+    for rate in np.linspace(5, 10, 200):
+        source = stages(f"0:10 1_epochs:2.5 2_epochs:{rate}", "0:1")
+        assert_same(grow_batch(grow_batch(source, 2), 4), grow_batch(source, 4))
+
+
 def test_a_learning_rate_of_zero_takes_the_largest_batch_size():
     gone = polynomial(0.4, 10, until_epoch=2)
     batch_size, hyper = grow_batch(gone, 50).at([1, 2, 3])

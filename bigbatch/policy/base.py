@@ -66,9 +66,9 @@ class Policy:
 
     @functools.cached_property
     def peak_epoch(self) -> float:
-        """The first epoch at which the learning rate is largest."""
+        """The first epoch at which the learning rate is largest, but for rounding."""
         rates = self.at(self.turning_epochs).hyper["learning_rate"]
-        return self.turning_epochs[int(np.argmax(rates))]
+        return self.turning_epochs[int(np.argmax(rates >= rates.max() * (1 - 1e-12)))]
 
     @functools.cached_property
     def peak_learning_rate(self) -> float:
