@@ -262,6 +262,10 @@ MISTAKES = {
         lambda: warmup(cosine(0.1, 8, until_epoch=2), warmup_epochs=2),
         [("warmup_epochs", None)],
     ),
+    "negative": (
+        lambda: stages(-0.1, "0:8", momentum=1.0),
+        [("learning_rate", None), ("momentum", None)],
+    ),
     "unit missing": (lambda: stages(0.1, "0:8 60:16"), [("batch_size", None)]),
     "no number": (lambda: stages(0.1, "0:8 1_epochs:x"), [("batch_size", None)]),
     "not from 0": (lambda: stages(0.1, "1_epochs:8"), [("batch_size", None)]),

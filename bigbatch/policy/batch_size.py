@@ -19,7 +19,7 @@ from bigbatch.durations import first_example_from, in_any_unit
 from bigbatch.noise_scale import Array
 from bigbatch.policy.base import Policy, Settings, StatedSize, check_base, with_learning_rate
 
-_NUMBER = r"(\d+(?:\.\d*)?(?:e[-+]?\d+)?)"
+_NUMBER = r"(\d*\.?\d+(?:e[-+]?\d+)?)"
 _STAGE = re.compile(rf"{_NUMBER}([kMGT]?)(?:_(epochs|examples|updates))?:{_NUMBER}")
 _THOUSANDS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _ALLOWED = (
@@ -57,15 +57,15 @@ def stages(
       UserError: an argument is out of its range, or stages cannot be read or do not rise.
     """
     checks = Checks()
-    check_base(checks, 1.0, 1, momentum)
+    stated = isinstance(learning_rate, str)
+    check_base(checks, 1.0 if stated else learning_rate, 1, momentum)
     sizes = _read_sizes(checks, batch_size)
-    if not isinstance(learning_rate, str):
-        learning_rate = f"0:{learning_rate!r}"
-    rate_stages = _read(checks, "learning_rate", learning_rate)
+    text = learning_rate if stated else "0:1"
+    rate_stages = _read(checks, "learning_rate", text)
     checks.done()
     clock = _clock(checks, sizes, train_examples)
     starts = _starts(checks, "learning_rate", rate_stages, clock)
-    values = np.array([stage.value for stage in rate_stages])
+    values = np.array([stage.value if stated else learning_rate for stage in rate_stages])
     checks.require(bool(values.any()), "learning_rate", learning_rate, "a learning rate above 0")
     checks.done()
     last = int(np.flatnonzero(values)[-1])
