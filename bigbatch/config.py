@@ -162,7 +162,7 @@ class Config:
     microbatch_examples_per_device: int
     evaluation_batch_examples: int
     data: DataConfig
-    model: models.WideResNetConfig
+    model: models.ModelConfig
     optimizer: Optimizer
     policy: Policy
     plan: Plan
