@@ -44,7 +44,7 @@ def undisturbed(run, tmp_path_factory):
     return directory, train.train(run, directory)
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Stands for anything that ends a process."""
 
 
@@ -58,12 +58,12 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     def interrupted(*arguments):
         for row, state, sums in original(*arguments):
             if row.update == stop_at:
-                raise Stop
+                raise StopError
             yield row, state, sums
 
     monkeypatch.setattr(train, "updates", interrupted)
     if stop_at < run.plan.num_updates:
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train.train(run, tmp_path)
         assert not (tmp_path / "result.json").exists()
     else:
@@ -115,9 +115,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_p
     assert not (tmp_path / "result.json").exists()
     with Checkpoints(Workdir(tmp_path).checkpoints) as checkpoints:
         latest = checkpoints.latest()
-    for record in records(tmp_path):
-        assert np.isfinite(record["train_loss"])
-        assert latest is None or latest[0] <= record["update"]
+    logged = records(tmp_path)
+    assert all(np.isfinite(record["train_loss"]) for record in logged)
+    assert latest is not None
+    assert latest[0] <= logged[-1]["update"]
 
 
 def test_truncate(tmp_path):
@@ -163,7 +164,7 @@ def kill_storm(directory: Path, kills: int, seed: int) -> tuple[int, dict]:
     return survived, json.loads((directory / "result.json").read_text())
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_sigkill_at_any_moment_changes_nothing(tmp_path, kills):
     _, expected = kill_storm(tmp_path / "undisturbed", kills=0, seed=0)
     killed, result = kill_storm(tmp_path / "killed", kills=kills, seed=kills)

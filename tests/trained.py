@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from bigbatch import run, step
-from bigbatch.config import Config, read_config
+from bigbatch.config import UNITS, Config, read_config
 
 DECAY = {
     "name": "step_decay",
@@ -20,7 +20,7 @@ GROW = {"name": "grow_batch", "max_batch_size": 160}
 
 def tree(**changes: Any) -> dict[str, Any]:
     """A valid config: 20 updates, 9 of batch size 32 and 11 of 160, with momentum."""
-    return {
+    settings = {
         "seed": 0,
         "epochs": 1.4,
         "ghost_batch_examples": 32,
@@ -34,7 +34,13 @@ def tree(**changes: Any) -> dict[str, Any]:
         "log_every_updates": 1,
         "evaluate_every_epochs": 1,
         "checkpoint_every_updates": 5,
-    } | changes
+    }
+    # An interval in another unit takes the place of the one above.
+    for name in changes:
+        stem, _, unit = name.rpartition("_")
+        if unit in UNITS:
+            settings = {n: v for n, v in settings.items() if n.rpartition("_")[0] != stem}
+    return settings | changes
 
 
 def prepared(config: Config, devices: int = 1) -> run.Run:
