@@ -71,7 +71,7 @@ def momentum_lags_epochs(plan: Plan) -> Array:
     """B / (N (1 - m)) of each stage: how far the velocity lags behind the gradient.
 
     Heavy-ball's velocity is a sum over about 1/(1-m) updates; it starts at 0 and follows a change
-    only with this delay (Smith et al. 2018, section 5).
+    only with this delay (Smith et al. 2018).
 
     Returns:
       float64[number of stages], in epochs.

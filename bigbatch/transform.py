@@ -105,7 +105,7 @@ def adam(policy: Policy, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) 
 def scale(policy: Policy, factor: float) -> Policy:
     """(lr, B) -> (c lr, c B), which leaves lr/B and so the noise scale alone.
 
-    Smith et al. 2018, section 5 ("increased initial learning rate"); Goyal et al. 2017. Under
+    Smith et al. 2018 ("increased initial learning rate"); Goyal et al. 2017. Under
     another rule the batch size is multiplied by `factor` and the rest follows by the rule.
 
     Args:
@@ -133,7 +133,7 @@ def raise_momentum(
 ) -> Policy:
     """Momentum m0 -> m at equal noise scale: B (1-m0)/(1-m), or lr (1-m)/(1-m0).
 
-    Smith et al. 2018, section 5 ("increased momentum coefficient").
+    Smith et al. 2018 ("increased momentum coefficient").
 
     Args:
       policy: a policy for heavy-ball SGD.
@@ -178,7 +178,7 @@ def grow_batch(
 ) -> Policy:
     """Learning-rate decay becomes batch growth; the learning rate takes what B_max leaves over.
 
-    Smith et al. 2018, sections 3 and 4. With d = lr_peak / lr from the peak on,
+    Smith et al. 2018. With d = lr_peak / lr from the peak on,
 
         B' = min(B_max, B d),    lr' = lr B'/B,
 

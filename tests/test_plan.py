@@ -90,6 +90,13 @@ def test_against_one_update_at_a_time(name):
     np.testing.assert_allclose(plan.noise_scales, scales, rtol=1e-12)
 
 
+def test_rounding_leaves_whole_sizes_alone():
+    """3200 comes out of 640 * 0.1 / 0.02 as 3199.9999999999964; the learning rate stays 0.5."""
+    plan = cifar10_plan("increase_momentum")
+    assert CIFAR10["increase_momentum"][0].at(0.0).batch_size[0] != 3200
+    assert plan.hyper(0) == {"batch_size": 3200, "learning_rate": 0.5, "momentum": 0.98}
+
+
 INCEPTION = step_decay(3.0, 8192, 0.9, boundaries_epochs=[30, 60, 80], factor=0.1)
 GOYAL = warmup(
     step_decay(3.2, 8192, 0.9, boundaries_epochs=[30, 60, 80], factor=0.1),

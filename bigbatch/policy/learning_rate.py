@@ -268,7 +268,7 @@ def warmup_stable_decay(
 
 @in_any_unit("warmup_epochs")
 def warmup(policy: Policy, *, warmup_epochs: float, initial_learning_rate: float = 0.0) -> Policy:
-    """Gradual warm-up (Goyal et al. 2017, section 2.2) in front of any policy.
+    """Gradual warm-up (Goyal et al. 2017) in front of any policy.
 
     The learning rate rises linearly from `initial_learning_rate` to the policy's own at
     `warmup_epochs` and follows the policy from there, whose clock runs on meanwhile.
