@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--config", required=True, **config)
     plan.add_argument("--devices", type=int, default=1, help="plan for so many (default 1)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument("--plot", metavar="FILE", help="draw the plan, before and after (.png, .svg)")
     train = verb("train", _train, "Train, or continue a run that was stopped.")
     train.add_argument("--config", required=True, **config)
     train.add_argument("--workdir", **workdir)
@@ -115,6 +116,18 @@ def _plan(options: argparse.Namespace) -> None:
         print(json.dumps(config.plan.summary()))
     else:
         print(plan_table.text(config, devices=options.devices))
+    if options.plot:
+        _plot(config, options.plot)
+
+
+def _plot(config: Any, path: str) -> None:
+    from bigbatch.plan_figure import draw_plan
+
+    try:
+        draw_plan(path, config.plan, config.source_plan)
+    except (OSError, ValueError) as error:
+        allowed = f"a picture's file that can be written, .png, .svg or .pdf ({error})"
+        raise UserError(Problem("plot", path, allowed)) from error
 
 
 def _train(options: argparse.Namespace) -> None:
