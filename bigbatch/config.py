@@ -14,9 +14,11 @@ from bigbatch.checks import Checks
 from bigbatch.data import sets
 from bigbatch.data.augment import Augment
 from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.layout import Layout
 from bigbatch.optimizer import OPTIMIZERS, Optimizer
 from bigbatch.plan import Plan, make_plan
 from bigbatch.policy import POLICIES, Policy
+from bigbatch.sharing import layout_over
 from bigbatch.transform import TRANSFORMATIONS
 
 UNITS = ("epochs", "examples", "updates")
@@ -90,6 +92,9 @@ class _Fields:
     microbatch_examples_per_device: int
     evaluation_batch_examples: int
     seed: int = 0
+    full_batch_norm: bool = False
+    label_smoothing: float = 0.0
+    reestimate_examples: int | None = None
     log_every_epochs: float | None = None
     log_every_examples: int | None = None
     log_every_updates: int | None = None
@@ -109,10 +114,18 @@ class _Fields:
         allowed = "a whole number from 0 to 2^32 - 1"
         checks.require(self.seed == nearest, "seed", self.seed, allowed, nearest)
         ghost, microbatch = max(self.ghost_batch_examples, 1), self.microbatch_examples_per_device
+        # Which parts of a ghost batch will do depends on the devices: see `Config.layout`.
         nearest = max(1, round(microbatch / ghost)) * ghost
-        allowed = f"a multiple of ghost_batch_examples = {ghost}"
+        allowed = f"a multiple of ghost_batch_examples = {ghost}, or an equal part of it"
         name = "microbatch_examples_per_device"
-        checks.require(microbatch == nearest, name, microbatch, allowed, nearest)
+        fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
+        checks.require(fits or self.full_batch_norm, name, microbatch, allowed, nearest)
+        smoothing = self.label_smoothing
+        allowed = "a number from 0 to below 1"
+        checks.number("label_smoothing", smoothing, allowed, at_least=0, below=1)
+        if self.reestimate_examples is not None:
+            allowed = "a whole number of examples, at least 1, or None"
+            checks.whole("reestimate_examples", self.reestimate_examples, allowed)
         for stem in ("log_every", "evaluate_every", "checkpoint_every"):
             given = {n: v for n, v in self._intervals(stem).items() if v is not None}
             allowed = "exactly one of " + ", ".join(self._intervals(stem))
@@ -141,8 +154,13 @@ class Config:
       epochs: length of the run.
       ghost_batch_examples: examples that share batch-norm statistics.
       microbatch_examples_per_device: the largest share of a microbatch that a device is given; a
-        hardware quantity, without influence on the result.
+        hardware quantity, without influence on the result. Less than a ghost batch lets
+        neighbouring devices share one.
       evaluation_batch_examples: examples evaluated at a time.
+      full_batch_norm: takes batch-norm statistics over each update's whole batch, for comparison.
+      label_smoothing: share of each label that is spread over all classes.
+      reestimate_examples: training examples from which the running statistics are estimated anew
+        before each evaluation; None to use those that training has kept.
       data: the data set.
       model: a config of `bigbatch.models`.
       optimizer: one of `bigbatch.optimizer`.
@@ -161,6 +179,9 @@ class Config:
     ghost_batch_examples: int
     microbatch_examples_per_device: int
     evaluation_batch_examples: int
+    full_batch_norm: bool
+    label_smoothing: float
+    reestimate_examples: int | None
     data: DataConfig
     model: models.ModelConfig
     optimizer: Optimizer
@@ -171,6 +192,16 @@ class Config:
     evaluate_every: Every
     checkpoint_every: Every
     tree: Mapping[str, Any]
+
+    def layout(self, plan: Plan, devices: int) -> Layout:
+        """How a plan's updates are cut over so many devices; see `sharing.layout_over`."""
+        return layout_over(
+            plan,
+            ghost_batch_examples=self.ghost_batch_examples,
+            devices=devices,
+            microbatch_examples_per_device=self.microbatch_examples_per_device,
+            full_batch_norm=self.full_batch_norm,
+        )
 
 
 _GROUPS = ("data", "model", "optimizer", "policy")
@@ -232,6 +263,9 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         ghost_batch_examples=fields.ghost_batch_examples,
         microbatch_examples_per_device=fields.microbatch_examples_per_device,
         evaluation_batch_examples=fields.evaluation_batch_examples,
+        full_batch_norm=fields.full_batch_norm,
+        label_smoothing=fields.label_smoothing,
+        reestimate_examples=fields.reestimate_examples,
         data=data,
         model=model,
         optimizer=optimizer,

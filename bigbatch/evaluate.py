@@ -3,6 +3,7 @@
 import numpy as np
 
 from bigbatch import microbatches
+from bigbatch.reestimate import reestimate
 from bigbatch.run import Run
 from bigbatch.step import State
 
@@ -17,6 +18,8 @@ def evaluate(run: Run, state: State) -> dict[str, float]:
     Returns:
       `test_loss` (nats) and `test_accuracy` (a share), means over all test examples.
     """
+    if run.config.reestimate_examples is not None:
+        state = reestimate(run, state)
     totals: dict[str, float] = {}
     size = run.mesh.size * run.evaluation_examples_per_device
     for first in range(0, len(run.data.test), size):

@@ -47,6 +47,8 @@ def place(
     Returns:
       The arrays, [size, ...], zeros after the first n, sharded over the mesh; with `weight`,
       float32[size], and `ghost_mask`, float32[size // ghost_batch_examples], 1 or 0 for masked.
+      Devices that share a ghost batch have an entry each, 1 for the first of them only, so that
+      it counts once.
     """
     present = len(next(iter(examples.values())))
     padded = {
@@ -60,11 +62,17 @@ def place(
     placed["weight"] = _mask(present, size, sharding)
     if ghost_batch_examples is not None:
         ghosts = (present // ghost_batch_examples, size // ghost_batch_examples)
-        placed["ghost_mask"] = _mask(*ghosts, sharding)
+        entries = max(1, mesh.size // ghosts[1])
+        placed["ghost_mask"] = _mask(*ghosts, sharding, entries)
     return placed
 
 
 @functools.lru_cache(maxsize=256)
-def _mask(present: int, size: int, sharding: NamedSharding) -> jax.Array:
-    """float32[size] on the devices: ones, then zeros. Few differ in a run, so they are kept."""
-    return jax.device_put((np.arange(size) < present).astype(np.float32), sharding)
+def _mask(present: int, size: int, sharding: NamedSharding, entries: int = 1) -> jax.Array:
+    """float32[size * entries] on the devices: the first of its entries is 1 for each one present.
+
+    Few differ in a run, so they are kept.
+    """
+    mask = np.zeros((size, entries), np.float32)
+    mask[:present, 0] = 1
+    return jax.device_put(mask.ravel(), sharding)

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bigbatch.config import Config
-from bigbatch.layout import Layout, make_layout
+from bigbatch.layout import Layout
 from bigbatch.plan import Stage
 
 _HEADER = (
@@ -33,12 +33,8 @@ def text(config: Config, *, devices: int) -> str:
       UserError: the layout cannot be formed.
     """
     plan = config.plan
-    layout = make_layout(
-        plan,
-        ghost_batch_examples=config.ghost_batch_examples,
-        devices=devices,
-        microbatch_examples_per_device=config.microbatch_examples_per_device,
-    )
+    layout = config.layout(plan, devices)
+    shares = (f"{layout.devices * shape // devices}" for shape in layout.shapes)
     rows = [_row(stage, layout) for stage in plan.stages]
     if len(rows) > _MAX_ROWS:
         half = _MAX_ROWS // 2
@@ -55,7 +51,7 @@ def text(config: Config, *, devices: int) -> str:
         f"{source.num_updates / plan.num_updates:.2f} times fewer updates than the "
         f"{source.num_updates:,} of the policy without transformations",
         f"planned for {devices} device{'s' * (devices > 1)} (--devices; none was looked for): "
-        f"microbatches of {' or '.join(map(str, layout.shapes))} examples a device, "
+        f"microbatches of {' or '.join(shares)} examples a device, "
         f"{100 * layout.masked_share(plan):.1f} % of the computed examples masked (idle)",
         f"fingerprint {plan.fingerprint}",
     ]

@@ -23,7 +23,7 @@ class Programs:
     """The programs of one task, optimizer and mesh.
 
     Attributes:
-      accumulate: examples per device -> compiled `step.accumulate` (the accumulator is donated).
+      accumulate: microbatch examples -> compiled `step.accumulate` (the accumulator is donated).
       apply_update: compiled `step.apply_update` (state and accumulator are donated).
       evaluate: compiled `step.evaluate`.
       init_state: compiled for one device, whatever the mesh; key -> state.
@@ -49,10 +49,11 @@ def compile_programs(
     mesh: Mesh,
     *,
     example_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...],
+    training_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...],
     hyper_names: tuple[str, ...],
-    examples_per_device: tuple[int, ...],
-    evaluation_examples_per_device: int,
-    ghost_batch_examples: int,
+    microbatch_examples: tuple[int, ...],
+    evaluation_examples: int,
+    ghost_batch_examples: int | None,
 ) -> Programs:
     """Compiles everything that a run will call.
 
@@ -61,22 +62,25 @@ def compile_programs(
       optimizer: an Optax transformation whose state has `hyperparams`.
       mesh: the devices.
       example_shapes: name, shape and dtype of what the stream gives for one example.
+      training_shapes: likewise, of what only training reads.
       hyper_names: the names of the hyperparameters that the plan gives.
-      examples_per_device: the microbatch shapes, from the layout.
-      evaluation_examples_per_device: each device's share of an evaluation microbatch.
-      ghost_batch_examples: examples that share batch-norm statistics.
+      microbatch_examples: how many a microbatch computes over all devices, for each shape.
+      evaluation_examples: likewise, of an evaluation microbatch.
+      ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
 
     Returns:
       The programs. Equal arguments return the same ones without compiling anew.
     """
     replicated, sharded = (NamedSharding(mesh, spec) for spec in (step.REPLICATED, step.SHARDED))
 
-    def microbatch(share: int) -> dict[str, Any]:
-        examples = mesh.size * share
-        leaves = {name: ((examples, *shape), dtype) for name, shape, dtype in example_shapes}
+    def microbatch(examples: int, *, training: bool = True) -> dict[str, Any]:
+        shapes = example_shapes + (training_shapes if training else ())
+        leaves = {name: ((examples, *shape), dtype) for name, shape, dtype in shapes}
         leaves["weight"] = ((examples,), np.dtype(np.float32))
-        if share % ghost_batch_examples == 0:
-            leaves["ghost_mask"] = ((examples // ghost_batch_examples,), np.dtype(np.float32))
+        if training:
+            # Devices that share a ghost batch have an entry each; see `microbatches.place`.
+            entries = max(examples // (ghost_batch_examples or examples), mesh.size)
+            leaves["ghost_mask"] = ((entries,), np.dtype(np.float32))
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
             for name, (shape, dtype) in leaves.items()
@@ -90,7 +94,7 @@ def compile_programs(
     init_state = jax.jit(functools.partial(step.init_state, task, optimizer))
     state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
     empty = functools.partial(
-        step.empty_accumulator, task, state, microbatch(examples_per_device[0]), mesh
+        step.empty_accumulator, task, state, microbatch(microbatch_examples[0]), mesh
     )
     accumulator = with_sharding(jax.eval_shape(empty), sharded)
     precision = jax.tree.leaves(state.params)[0].dtype
@@ -103,11 +107,11 @@ def compile_programs(
     evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
     return Programs(
         accumulate={
-            share: accumulate.lower(state, accumulator, microbatch(share)).compile()
-            for share in examples_per_device
+            examples: accumulate.lower(state, accumulator, microbatch(examples)).compile()
+            for examples in microbatch_examples
         },
         apply_update=apply_update.lower(state, accumulator, hyper).compile(),
-        evaluate=evaluate.lower(state, microbatch(evaluation_examples_per_device)).compile(),
+        evaluate=evaluate.lower(state, microbatch(evaluation_examples, training=False)).compile(),
         init_state=init_state,
         empty_accumulator=jax.jit(empty),
     )

@@ -47,6 +47,7 @@ def image_classification(
     image_shape: tuple[int, int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    label_smoothing: float = 0.0,
 ) -> Task:
     """Images and labels, by a Flax module, with the cross-entropy.
 
@@ -58,15 +59,17 @@ def image_classification(
       image_shape: height, width, channels.
       mean: of each channel over the training set, in units of the uint8 images.
       std: standard deviation, likewise.
+      label_smoothing: see `cross_entropy_sums`.
 
     Returns:
       A task that reads `image`, uint8[examples, height, width, channels], `label`,
-      int32[examples], and `weight`, float32[examples]; its sums are loss, correct and count.
+      int32[examples], `weight`, float32[examples], and `key`, uint32[examples, 2], where there is
+      one, for the module's argument `keys`; its sums are loss, correct and count.
     """
 
     def init(key: jax.Array) -> tuple[PyTree, PyTree]:
         # The ghost batch is the smallest number of examples that the norm layers can take.
-        ghost_batch_examples = getattr(module, "ghost_batch_examples", 1)
+        ghost_batch_examples = getattr(module, "ghost_batch_examples", None) or 1
         images = jnp.zeros((ghost_batch_examples, *image_shape), jnp.float32)
         variables = module.init(key, images, train=True)
         return variables["params"], variables.get(RUNNING_STATISTICS, {})
@@ -76,29 +79,40 @@ def image_classification(
     ) -> tuple[jax.Array, PyTree]:
         wide = jnp.promote_types(getattr(module, "dtype", jnp.float32), jnp.float32)
         images = (examples["image"].astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)
+        keys: dict[str, Any] = {"keys": examples["key"]} if "key" in examples else {}
         logits, updated = module.apply(
             {"params": params, RUNNING_STATISTICS: running_statistics},
             images,
             train=train,
             mutable=[GHOST_STATISTICS],
+            **keys,
         )
         return logits, updated.get(GHOST_STATISTICS, {})
 
-    return Task(init, apply, cross_entropy_sums)
+    loss = functools.partial(cross_entropy_sums, label_smoothing=label_smoothing)
+    return Task(init, apply, loss)
 
 
-def cross_entropy_sums(logits: jax.Array, examples: Examples) -> Sums:
+def cross_entropy_sums(
+    logits: jax.Array, examples: Examples, *, label_smoothing: float = 0.0
+) -> Sums:
     """The cross-entropy and the number of right answers, summed over weighted examples.
 
     Args:
       logits: [examples, classes].
       examples: `label`, int32[examples], and `weight`, [examples].
+      label_smoothing: share of each label that is spread over all classes, the label's own
+        included (Szegedy et al. 2016, section 7); in evaluation too.
 
     Returns:
       Scalars: loss (nats), correct and count, each a sum of weights times the value.
     """
     weight = examples["weight"].astype(logits.dtype)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
+    if label_smoothing:
+        # The cross-entropy is linear in the target: (1 - s) of the label's, s of the uniform one.
+        uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
     correct = jnp.argmax(logits, axis=-1) == examples["label"]
     return {
         "loss": jnp.sum(weight * losses),

@@ -4,6 +4,7 @@ It may be killed at any moment. Called again on the same working directory it co
 newest checkpoint, and ends with the same parameters: bit for bit on the same devices.
 """
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -17,13 +18,12 @@ from tqdm import tqdm
 
 from bigbatch import metrics, microbatches, step, workdir
 from bigbatch.checkpoint import Checkpoints, params_sha256
-from bigbatch.data import stream
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.errors import RunError
 from bigbatch.evaluate import evaluate
 from bigbatch.plan import Row
-from bigbatch.run import Run
-from bigbatch.task import Examples, Sums
+from bigbatch.run import Run, training_microbatch
+from bigbatch.task import Sums
 
 # Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
 _MICROBATCHES_IN_FLIGHT = 4
@@ -111,19 +111,7 @@ def updates(
       For each update its row of the plan, the state after it and its loss's sums, both still being
       computed. The state is given away by asking for the next one.
     """
-
-    def produce(request: microbatches.Request) -> tuple[int, Examples]:
-        share = request.part.examples_per_device
-        examples = stream.examples(
-            run.data.train,
-            run.config.seed,
-            request.first_example,
-            request.part.num_examples,
-            run.config.data.augment,
-        )
-        size = run.mesh.size * share
-        return share, microbatches.place(examples, size, run.config.ghost_batch_examples, run.mesh)
-
+    produce = functools.partial(training_microbatch, run)
     # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
     # than it has threads; there each update is waited for.
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
@@ -135,8 +123,10 @@ def updates(
         for update in range(first_update, run.plan.num_updates):
             row = run.plan.row(update)
             for _ in run.layout.microbatches(row.batch_size):
-                share, examples = next(parts)
-                accumulator = run.programs.accumulate[share](state, accumulator, examples)
+                size, examples = next(parts)
+                accumulator = run.programs.accumulate[size](state, accumulator, examples)
+                if one_at_a_time and run.layout.devices < run.mesh.size:
+                    jax.block_until_ready(accumulator)
             hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
             state, accumulator, sums = run.programs.apply_update(
                 state, accumulator, jax.device_put(hyper, replicated)

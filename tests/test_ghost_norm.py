@@ -10,8 +10,8 @@ from bigbatch.models.ghost_norm import (
     GHOST_STATISTICS,
     RUNNING_STATISTICS,
     GhostNorm,
-    devices_per_ghost_batch,
 )
+from bigbatch.sharing import devices_per_ghost_batch
 from bigbatch.step import DATA_AXIS, REPLICATED, SHARDED, data_mesh
 
 GHOST = 8

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bigbatch.errors import Problem, UserError
+from bigbatch.sharing import devices_per_ghost_batch
 
 GHOST_STATISTICS = "ghost_statistics"
 RUNNING_STATISTICS = "running_statistics"
@@ -103,42 +103,6 @@ class GhostNorm(nn.Module):
         first = range(0, _axis_size(self.axis_name), sharing)
         groups = [list(range(start, start + sharing)) for start in first]
         return jnp.mean(jax.lax.all_gather(mean, self.axis_name, axis_index_groups=groups), axis=0)
-
-
-def devices_per_ghost_batch(
-    ghost_batch_examples: int, examples_per_device: int, devices: int
-) -> int:
-    """How many neighbouring devices share one ghost batch: 1 where each holds whole ones.
-
-    Args:
-      ghost_batch_examples: examples that share statistics.
-      examples_per_device: each device's share of a microbatch.
-      devices: how many there are.
-
-    Raises:
-      UserError: the share is neither a multiple of the ghost batch nor an equal part of it that
-        the devices can make up.
-
-    >>> devices_per_ghost_batch(128, 32, devices=8)
-    4
-    """
-    if examples_per_device % ghost_batch_examples == 0:
-        return 1
-    parts = [n for n in range(1, devices + 1) if devices % n == 0 and ghost_batch_examples % n == 0]
-    shares = [ghost_batch_examples // n for n in parts]
-    if examples_per_device not in shares:
-        multiple = ghost_batch_examples * round(examples_per_device / ghost_batch_examples)
-        allowed = (
-            f"a multiple of ghost_batch_examples = {ghost_batch_examples}, or with {devices} "
-            f"device{'s' * (devices > 1)} one of {', '.join(map(str, shares))}"
-        )
-        nearest = min(
-            [*shares, *([multiple] * bool(multiple))], key=lambda s: abs(s - examples_per_device)
-        )
-        raise UserError(
-            Problem("microbatch_examples_per_device", examples_per_device, allowed, nearest)
-        )
-    return ghost_batch_examples // examples_per_device
 
 
 def _axis_size(axis_name: str | None) -> int:

@@ -1,0 +1,49 @@
+"""Running statistics estimated anew from training data, for the parameters as they are now.
+
+The running statistics of training trail behind the parameters, and know nothing of an average of
+them. A few thousand examples give statistics of the present ones.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from bigbatch import microbatches
+from bigbatch.run import Run, training_microbatch
+from bigbatch.step import REPLICATED, State
+from bigbatch.update_rules import evaluation_params
+
+
+def reestimate(run: Run, state: State) -> State:
+    """The state with the mean statistics of the ghost batches of the run's first examples.
+
+    The examples come in batches of the plan's last size: as many as `reestimate_examples` holds, or
+    one. They go through the program `accumulate` of training, whose gradients are left aside, so
+    that nothing more is compiled.
+
+    Args:
+      run: from `run.prepare`, with `reestimate_examples`.
+      state: the state after some update; it is not changed.
+
+    Returns:
+      The state with the new running statistics; only for evaluation.
+    """
+    assert run.config.reestimate_examples is not None
+    batch_size = int(run.plan.batch_sizes[-1])
+    params = evaluation_params(state.params, state.optimizer)
+    accumulator = run.programs.empty_accumulator()
+    for batch in range(max(1, run.config.reestimate_examples // batch_size)):
+        for part in run.layout.microbatches(batch_size):
+            first = batch * batch_size + part.offset_examples
+            size, examples = training_microbatch(run, microbatches.Request(first, part))
+            accumulator = run.programs.accumulate[size](
+                state._replace(params=params), accumulator, examples
+            )
+            # Bounds what is in flight, here and where ghost batches span devices.
+            jax.block_until_ready(accumulator)
+    ghost_batches = jnp.sum(accumulator.ghost_batches)
+    means = jax.tree.map(
+        lambda leaf: jnp.sum(leaf, axis=0) / ghost_batches, accumulator.ghost_statistics
+    )
+    statistics = jax.device_put(means, NamedSharding(run.mesh, REPLICATED))
+    return state._replace(running_statistics=statistics)
