@@ -1,10 +1,12 @@
 """Evaluation: every test example exactly once, with the running statistics."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from bigbatch import microbatches
 from bigbatch.reestimate import reestimate
-from bigbatch.run import Run
+from bigbatch.run import Run, Updates
 from bigbatch.step import State
 
 
@@ -13,27 +15,39 @@ def evaluate(run: Run, state: State) -> dict[str, float]:
 
     Args:
       run: the prepared run.
-      state: its parameters and running statistics are used.
+      state: its parameters, or their average, and its running statistics are used; the latter are
+        estimated anew first where the config asks for it.
 
     Returns:
       `test_loss` (nats) and `test_accuracy` (a share), means over all test examples.
     """
     if run.config.reestimate_examples is not None:
         state = reestimate(run, state)
-    totals: dict[str, float] = {}
-    size = run.mesh.size * run.evaluation_examples_per_device
-    for first in range(0, len(run.data.test), size):
-        last = min(first + size, len(run.data.test))
-        examples = {
-            "image": run.data.test.images[first:last],
-            "label": run.data.test.labels[first:last],
-        }
-        sums = run.programs.evaluate(state, microbatches.place(examples, size, None, run.mesh))
-        # Summed on the host in float64: no number of devices changes more than the last bits.
-        for name, per_device in sums.items():
-            totals[name] = totals.get(name, 0.0) + float(np.asarray(per_device, np.float64).sum())
+    totals = sums(run, state, {"image": run.data.test.images, "label": run.data.test.labels})
     count = totals["count"]
     return {
         "test_loss": totals["loss"] / count,
         "test_accuracy": totals["correct"] / count,
     }
+
+
+def sums(run: Updates, state: State, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What the task's loss returns, summed over all the examples of some arrays.
+
+    Args:
+      run: from `run.prepare` or `own_task.prepare_task`.
+      state: its parameters, or their average, and its running statistics are used.
+      arrays: [examples, ...] by name, shaped as in training.
+
+    Returns:
+      The sums by name, over the examples with their weights.
+    """
+    totals: dict[str, float] = {}
+    size = run.mesh.size * run.evaluation_examples_per_device
+    for first in range(0, len(next(iter(arrays.values()))), size):
+        examples = {name: array[first : first + size] for name, array in arrays.items()}
+        part = run.programs.evaluate(state, microbatches.place(examples, size, None, run.mesh))
+        # Summed on the host in float64: no number of devices changes more than the last bits.
+        for name, per_device in part.items():
+            totals[name] = totals.get(name, 0.0) + float(np.asarray(per_device, np.float64).sum())
+    return totals

@@ -1,7 +1,7 @@
 """From the example stream to microbatches on the devices."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -39,16 +39,16 @@ def place(
     """Puts examples on the devices, filled up with masked ones.
 
     Args:
-      examples: arrays [n, ...] of one length.
+      examples: arrays [n, ...] of one length; `weight`, float32[n], among them or not.
       size: examples in the microbatch, n or more; a multiple of the devices.
       ghost_batch_examples: adds `ghost_mask` if given.
       mesh: the devices.
 
     Returns:
       The arrays, [size, ...], zeros after the first n, sharded over the mesh; with `weight`,
-      float32[size], and `ghost_mask`, float32[size // ghost_batch_examples], 1 or 0 for masked.
-      Devices that share a ghost batch have an entry each, 1 for the first of them only, so that
-      it counts once.
+      float32[size], 1 if not given, and `ghost_mask`, float32[size // ghost_batch_examples], 1 or
+      0 for masked. Devices that share a ghost batch have an entry each, 1 for the first of them
+      only, so that it counts once.
     """
     present = len(next(iter(examples.values())))
     padded = {
@@ -59,12 +59,39 @@ def place(
     }
     sharding = NamedSharding(mesh, step.SHARDED)
     placed = jax.device_put(padded, sharding)
-    placed["weight"] = _mask(present, size, sharding)
+    if "weight" not in placed:
+        placed["weight"] = _mask(present, size, sharding)
     if ghost_batch_examples is not None:
         ghosts = (present // ghost_batch_examples, size // ghost_batch_examples)
         entries = max(1, mesh.size // ghosts[1])
         placed["ghost_mask"] = _mask(*ghosts, sharding, entries)
     return placed
+
+
+def maker(
+    source: Callable[[int, int], Mapping[str, np.ndarray]],
+    layout: Layout,
+    mesh: Mesh,
+    ghost_batch_examples: int | None,
+) -> Callable[[Request], tuple[int, dict[str, jax.Array]]]:
+    """A function that makes requested microbatches.
+
+    Args:
+      source: (position of the first, number of examples) -> their arrays, [number, ...].
+      layout: how updates are cut.
+      mesh: the devices.
+      ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
+
+    Returns:
+      request -> (the number of examples that the microbatch computes, its arrays from `place`).
+    """
+
+    def make(request: Request) -> tuple[int, dict[str, jax.Array]]:
+        size = layout.devices * request.part.examples_per_device
+        examples = source(request.first_example, request.part.num_examples)
+        return size, place(examples, size, ghost_batch_examples or size, mesh)
+
+    return make
 
 
 @functools.lru_cache(maxsize=256)

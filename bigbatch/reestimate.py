@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from bigbatch import microbatches
-from bigbatch.run import Run, training_microbatch
+from bigbatch.run import Run
 from bigbatch.step import REPLICATED, State
 from bigbatch.update_rules import evaluation_params
 
@@ -35,7 +35,7 @@ def reestimate(run: Run, state: State) -> State:
     for batch in range(max(1, run.config.reestimate_examples // batch_size)):
         for part in run.layout.microbatches(batch_size):
             first = batch * batch_size + part.offset_examples
-            size, examples = training_microbatch(run, microbatches.Request(first, part))
+            size, examples = run.microbatch(microbatches.Request(first, part))
             accumulator = run.programs.accumulate[size](
                 state._replace(params=params), accumulator, examples
             )

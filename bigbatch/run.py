@@ -1,7 +1,7 @@
 """A prepared run: the parts of a config, put together for the devices that are there."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -18,33 +18,43 @@ from bigbatch.programs import Programs, compile_programs
 from bigbatch.task import Examples, image_classification
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything that stays the same from the first update to the last.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Updates:
+    """What a plan's updates need, whatever is trained.
 
     Attributes:
-      config: what was asked for.
       plan: every update's batch size and hyperparameters.
       layout: how each update is cut into microbatches.
-      data: the data set.
       mesh: the devices.
       programs: the compiled functions.
       hyper_names: the hyperparameters that the optimizer takes from the plan.
-      takes_keys: whether the model draws random numbers, from a key for each example.
-      evaluation_examples_per_device: each device's share of an evaluation microbatch.
       init_state: makes the state before the first update, replicated over the devices.
+      microbatch: makes one microbatch on the devices, with the number of examples that it computes,
+        which names its program.
+      evaluation_examples_per_device: each device's share of an evaluation microbatch.
     """
 
-    config: Config
     plan: Plan
     layout: Layout
-    data: DataSet
     mesh: Mesh
     programs: Programs
     hyper_names: tuple[str, ...]
-    takes_keys: bool
-    evaluation_examples_per_device: int
     init_state: Callable[[], step.State]
+    microbatch: Callable[[microbatches.Request], tuple[int, Examples]]
+    evaluation_examples_per_device: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run(Updates):
+    """Everything that stays the same from the first update of a config to the last.
+
+    Attributes:
+      config: what was asked for.
+      data: the data set.
+    """
+
+    config: Config
+    data: DataSet
 
 
 def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
@@ -68,9 +78,10 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
         data_dir=config.data.directory,
     )
     layout = config.layout(plan, mesh.size)
+    ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
     module = config.model.module(
         num_classes=data.num_classes,
-        ghost_batch_examples=None if config.full_batch_norm else config.ghost_batch_examples,
+        ghost_batch_examples=ghost_batch_examples,
         axis_name=step.DATA_AXIS,
     )
     task = image_classification(
@@ -92,12 +103,19 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
         hyper_names=hyper_names,
         microbatch_examples=tuple(layout.devices * shape for shape in layout.shapes),
         evaluation_examples=mesh.size * evaluation_examples_per_device,
-        ghost_batch_examples=None if config.full_batch_norm else config.ghost_batch_examples,
+        ghost_batch_examples=ghost_batch_examples,
     )
 
     def init_state() -> step.State:
         state = programs.init_state(jax.random.key(config.seed))
         return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
+
+    def examples(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
+        span = first_example, num_examples
+        made = stream.examples(data.train, config.seed, *span, config.data.augment)
+        if takes_keys:
+            made["key"] = example_keys(len(data.train), config.seed, *span)
+        return made
 
     return Run(
         config=config,
@@ -107,28 +125,7 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
         mesh=mesh,
         programs=programs,
         hyper_names=hyper_names,
-        takes_keys=takes_keys,
         evaluation_examples_per_device=evaluation_examples_per_device,
         init_state=init_state,
+        microbatch=microbatches.maker(examples, layout, mesh, ghost_batch_examples),
     )
-
-
-def training_microbatch(run: Run, request: microbatches.Request) -> tuple[int, Examples]:
-    """Makes one training microbatch and puts it on the devices.
-
-    Args:
-      run: from `prepare`.
-      request: which one.
-
-    Returns:
-      The number of examples that it computes, which names its program, and its arrays.
-    """
-    first, present = request.first_example, request.part.num_examples
-    examples = stream.examples(
-        run.data.train, run.config.seed, first, present, run.config.data.augment
-    )
-    if run.takes_keys:
-        examples["key"] = example_keys(len(run.data.train), run.config.seed, first, present)
-    size = run.layout.devices * request.part.examples_per_device
-    ghost = size if run.config.full_batch_norm else run.config.ghost_batch_examples
-    return size, microbatches.place(examples, size, ghost, run.mesh)

@@ -4,7 +4,6 @@ It may be killed at any moment. Called again on the same working directory it co
 newest checkpoint, and ends with the same parameters: bit for bit on the same devices.
 """
 
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from bigbatch.data.prefetch import Prefetch
 from bigbatch.errors import RunError
 from bigbatch.evaluate import evaluate
 from bigbatch.plan import Row
-from bigbatch.run import Run, training_microbatch
+from bigbatch.run import Run, Updates
 from bigbatch.task import Sums
 
 # Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
@@ -98,12 +97,12 @@ def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
 
 
 def updates(
-    run: Run, state: step.State, first_update: int
+    run: Updates, state: step.State, first_update: int
 ) -> Iterator[tuple[Row, step.State, Sums]]:
     """Runs the plan from an update on.
 
     Args:
-      run: from `run.prepare`.
+      run: from `run.prepare` or `own_task.prepare_task`.
       state: the state before that update; its buffers are given away.
       first_update: its number.
 
@@ -111,7 +110,6 @@ def updates(
       For each update its row of the plan, the state after it and its loss's sums, both still being
       computed. The state is given away by asking for the next one.
     """
-    produce = functools.partial(training_microbatch, run)
     # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
     # than it has threads; there each update is waited for.
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
@@ -119,7 +117,7 @@ def updates(
     precision = jax.tree.leaves(state.params)[0].dtype
     accumulator = run.programs.empty_accumulator()
     requests = microbatches.requests(run.plan, run.layout, first_update)
-    with Prefetch(produce, requests, max_in_flight=_MICROBATCHES_IN_FLIGHT) as parts:
+    with Prefetch(run.microbatch, requests, max_in_flight=_MICROBATCHES_IN_FLIGHT) as parts:
         for update in range(first_update, run.plan.num_updates):
             row = run.plan.row(update)
             for _ in run.layout.microbatches(row.batch_size):

@@ -109,9 +109,8 @@ def test_full_batch_norm_is_a_ghost_batch_of_the_whole_batch(alone):
     common = {"policy": policy, "transformations": [], "epochs": 0.1}
     with jax.enable_x64(True):
         config = small_config(**common)
-        reference = dataclasses.replace(
-            alone.run, config=config, plan=config.plan, layout=config.layout(config.plan, 1)
-        )
+        assert config.layout(config.plan, 1) == alone.run.layout
+        reference = dataclasses.replace(alone.run, config=config, plan=config.plan)
         expected = last_state(reference, alone.first)
         full = small_config(**common, full_batch_norm=True, ghost_batch_examples=8)
         run = trained.prepared(full, 4)

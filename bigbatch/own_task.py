@@ -1,0 +1,128 @@
+"""Training of any model and loss on any arrays, without a config: a plan and a `Task`.
+
+>>> import bigbatch, jax.numpy as jnp, numpy as np
+>>> from bigbatch.own_task import Task, fit, prepare_task
+>>> from bigbatch.optimizer import Momentum
+>>> x = np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32)
+>>> arrays = {"x": x, "y": x @ np.float32([1, 2, 3]), "weight": np.linspace(0, 2, 1000)}
+>>> def squared_error(prediction, examples):
+...     weight, error = examples["weight"], prediction - examples["y"]
+...     return {"loss": jnp.sum(weight * error**2), "count": jnp.sum(weight)}
+>>> task = Task(
+...     init=lambda key: (jnp.zeros(3), {}),
+...     apply=lambda params, statistics, examples, train: (examples["x"] @ params, {}),
+...     loss=squared_error,
+... )
+>>> recipe = bigbatch.step_decay(0.05, 10, 0.9, boundaries_epochs=[2, 4], factor=0.2)
+>>> growing = bigbatch.grow_batch(recipe, max_batch_size=200)
+>>> plan = bigbatch.make_plan(growing, train_examples=1000, epochs=5)
+>>> run = prepare_task(task, arrays, plan, Momentum(), microbatch_examples_per_device=50)
+>>> [round(float(param), 3) for param in fit(run).params]
+[1.0, 2.0, 3.0]
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from bigbatch import microbatches, step
+from bigbatch.checks import Checks
+from bigbatch.data import stream
+from bigbatch.optimizer import Optimizer
+from bigbatch.plan import Plan
+from bigbatch.programs import compile_programs
+from bigbatch.run import Updates
+from bigbatch.sharing import layout_over
+from bigbatch.task import Task
+from bigbatch.train import updates
+
+
+def prepare_task(
+    task: Task,
+    arrays: Mapping[str, np.ndarray],
+    plan: Plan,
+    optimizer: Optimizer,
+    *,
+    microbatch_examples_per_device: int,
+    ghost_batch_examples: int = 1,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+) -> Updates:
+    """Lays a plan out over the devices and compiles everything for a task of one's own.
+
+    Args:
+      task: model and loss.
+      arrays: the training examples, [examples, ...] by name, as the task reads them; `weight`,
+        [examples], among them or not (then all are 1). Order and epochs are those of
+        `data.stream`.
+      plan: for as many training examples.
+      optimizer: one of `bigbatch.optimizer`.
+      microbatch_examples_per_device: the most that a device computes in one call.
+      ghost_batch_examples: examples that share statistics; 1 for a model without batch norm.
+      seed: of the initial parameters and the order of the examples.
+      mesh: the devices; None for all there are.
+
+    Returns:
+      What `fit`, `train.updates` and `evaluate.sums` need.
+
+    Raises:
+      UserError: the arrays do not fit the plan, the plan not the optimizer, or the layout cannot be
+        formed.
+    """
+    mesh = step.data_mesh() if mesh is None else mesh
+    checks = Checks()
+    for name, array in arrays.items():
+        length, allowed = np.shape(array)[:1], f"{plan.train_examples} examples, as in the plan"
+        checks.require(length == (plan.train_examples,), f"arrays.{name}", length, allowed)
+    checks.problems += optimizer.plan_problems(plan.hypers)
+    checks.done()
+    # JAX has no float64 outside of its 64-bit mode; weights are float32, as masks are.
+    held = {name: np.asarray(jax.device_get(jax.numpy.asarray(a))) for name, a in arrays.items()}
+    if "weight" in held:
+        held["weight"] = held["weight"].astype(np.float32)
+    layout = layout_over(
+        plan,
+        ghost_batch_examples=ghost_batch_examples,
+        devices=mesh.size,
+        microbatch_examples_per_device=microbatch_examples_per_device,
+    )
+    hyper_names = optimizer.hyper_names(plan.hypers)
+    sizes = tuple(layout.devices * shape for shape in layout.shapes)
+    programs = compile_programs(
+        task,
+        optimizer.transformation(),
+        mesh,
+        example_shapes=tuple((name, a.shape[1:], a.dtype) for name, a in held.items()),
+        training_shapes=(),
+        hyper_names=hyper_names,
+        microbatch_examples=sizes,
+        evaluation_examples=sizes[0],
+        ghost_batch_examples=ghost_batch_examples,
+    )
+
+    def source(first_example: int, num_examples: int) -> dict[str, np.ndarray]:
+        index = stream.indices(plan.train_examples, seed, first_example, num_examples)
+        return {name: array.take(index, axis=0) for name, array in held.items()}
+
+    def init_state() -> step.State:
+        state = programs.init_state(jax.random.key(seed))
+        return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
+
+    return Updates(
+        plan=plan,
+        layout=layout,
+        mesh=mesh,
+        programs=programs,
+        hyper_names=hyper_names,
+        init_state=init_state,
+        microbatch=microbatches.maker(source, layout, mesh, ghost_batch_examples),
+        evaluation_examples_per_device=sizes[0] // mesh.size,
+    )
+
+
+def fit(run: Updates) -> step.State:
+    """The state at the end of a run's plan. `train.updates` gives it after every update."""
+    *_, (_, state, _) = updates(run, run.init_state(), 0)
+    return state

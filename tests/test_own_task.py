@@ -1,0 +1,89 @@
+"""A model, a loss and arrays of one's own, against a plain loop in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bigbatch
+from bigbatch import step
+from bigbatch.data import stream
+from bigbatch.errors import UserError
+from bigbatch.evaluate import sums
+from bigbatch.optimizer import Adam, Momentum
+from bigbatch.own_task import fit, prepare_task
+from bigbatch.task import Task
+
+EXAMPLES = 200
+RNG = np.random.default_rng(0)
+ARRAYS = {
+    "x": RNG.normal(size=(EXAMPLES, 4)).astype(np.float32),
+    "y": RNG.normal(size=(EXAMPLES, 2)).astype(np.float32),
+    "weight": RNG.integers(0, 4, size=EXAMPLES).astype(np.float32),
+}
+
+
+def task():
+    def loss(outputs, examples):
+        weight = examples["weight"]
+        # Inputs are float32, parameters and so all arithmetic float64.
+        error = jnp.sum(jnp.square(outputs - examples["y"]), axis=1)
+        return {"loss": jnp.sum(weight * error), "count": jnp.sum(weight)}
+
+    return Task(
+        init=lambda key: ({"kernel": jnp.zeros((4, 2))}, {}),
+        apply=lambda params, statistics, examples, train: (examples["x"] @ params["kernel"], {}),
+        loss=loss,
+    )
+
+
+def plan():
+    recipe = bigbatch.step_decay(0.05, 10, 0.9, boundaries_epochs=[1, 2], factor=0.3)
+    growing = bigbatch.grow_batch(recipe, max_batch_size=70)
+    return bigbatch.make_plan(growing, train_examples=EXAMPLES, epochs=3)
+
+
+def by_numpy(weights):
+    """The parameters after the plan: heavy ball on the weighted mean of each update's examples."""
+    kernel, velocity = np.zeros((4, 2)), np.zeros((4, 2))
+    for update in range(plan().num_updates):
+        row = plan().row(update)
+        index = stream.indices(EXAMPLES, 7, row.first_example, row.batch_size)
+        x, y, w = (a[index].astype(float) for a in (ARRAYS["x"], ARRAYS["y"], weights[:, None]))
+        gradient = x.T @ (2 * w * (x @ kernel - y)) / w.sum()
+        velocity = row.hyper["momentum"] * velocity + gradient
+        kernel = kernel - row.hyper["learning_rate"] * velocity
+    return kernel
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_weighted_examples_are_trained_as_in_a_plain_loop(devices, weighted):
+    assert set(plan().batch_sizes.tolist()) == {10, 33, 70}
+    names = ["x", "y", "weight"] if weighted else ["x", "y"]
+    with jax.enable_x64(True):
+        run = prepare_task(
+            task(),
+            {name: ARRAYS[name] for name in names},
+            plan(),
+            Momentum(),
+            microbatch_examples_per_device=8,
+            seed=7,
+            mesh=step.data_mesh(jax.devices()[:devices]),
+        )
+        state = fit(run)
+        kernel = jax.device_get(state.params["kernel"])
+        weights = ARRAYS["weight"] if weighted else np.ones(EXAMPLES)
+        np.testing.assert_allclose(kernel, by_numpy(weights), rtol=1e-10, atol=1e-12)
+        test = {name: ARRAYS[name][:77] for name in names}
+        found = sums(run, state, test)
+    error = np.sum((test["x"] @ kernel - test["y"]) ** 2, axis=1)
+    np.testing.assert_allclose(found["loss"], weights[:77] @ error, rtol=1e-10)
+    assert found["count"] == weights[:77].sum()
+
+
+def test_arrays_and_optimizers_that_do_not_fit_the_plan_are_all_named():
+    short = ARRAYS | {"y": ARRAYS["y"][:-1]}
+    with pytest.raises(UserError) as error:
+        prepare_task(task(), short, plan(), Adam(), microbatch_examples_per_device=8)
+    assert [p.field for p in error.value.problems] == ["arrays.y", "policy.momentum"]
