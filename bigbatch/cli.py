@@ -142,7 +142,7 @@ def _train(options: argparse.Namespace) -> None:
         from bigbatch.run import prepare
         from bigbatch.train import train
 
-        result = train(prepare(config, plan), files.path, show_progress=sys.stderr.isatty())
+        result = train(prepare(config, plan), files.path, show_progress=True)
     print(
         f"test accuracy {100 * result['test_accuracy']:.2f} % after {result['updates']} updates, "
         f"{result['examples']} examples, {result['seconds']:.1f} s; {files.result}"

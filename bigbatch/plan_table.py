@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bigbatch.config import Config
+from bigbatch.diagnostics import diagnose
 from bigbatch.layout import Layout
 from bigbatch.plan import Stage
 
@@ -23,7 +24,7 @@ _MAX_ROWS = 40
 
 
 def text(config: Config, *, devices: int) -> str:
-    """The stage table, the totals and the layout's idle share.
+    """The stage table, the totals, the layout's idle share, and what is worth a warning.
 
     Args:
       config: a validated config.
@@ -54,7 +55,11 @@ def text(config: Config, *, devices: int) -> str:
         f"microbatches of {' or '.join(shares)} examples a device, "
         f"{100 * layout.masked_share(plan):.1f} % of the computed examples masked (idle)",
         f"fingerprint {plan.fingerprint}",
+        "",
     ]
+    diagnostics = diagnose(plan, source, layout)
+    lines += [diagnostic.text for diagnostic in diagnostics]
+    lines += [f"warning: {found.warning}" for found in diagnostics if found.warning]
     return "\n".join(lines)
 
 

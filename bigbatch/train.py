@@ -4,9 +4,11 @@ It may be killed at any moment. Called again on the same working directory it co
 newest checkpoint, and ends with the same parameters: bit for bit on the same devices.
 """
 
+import functools
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,7 +60,8 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
     Args:
       run: from `run.prepare`.
       directory: a working directory that was claimed for this run.
-      show_progress: whether to draw a progress bar on standard error.
+      show_progress: whether to show a progress bar (on a terminal) and every evaluation, on
+        standard error.
 
     Returns:
       What was written to result.json.
@@ -71,7 +74,8 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
         state, progress = restore(run, checkpoints)
         metrics.truncate(files.metrics, last_update=progress.updates)
         with metrics.MetricsLog(files.metrics) as log, _bar(run, progress, show_progress) as bar:
-            state, progress = _loop(run, state, progress, checkpoints, log, bar)
+            say = functools.partial(bar.write, file=sys.stderr) if show_progress else None
+            state, progress = _loop(run, state, progress, checkpoints, log, bar, say)
     result = {
         "updates": run.plan.num_updates,
         "examples": run.plan.num_examples,
@@ -141,6 +145,7 @@ def _loop(
     checkpoints: Checkpoints,
     log: metrics.MetricsLog,
     bar: tqdm,
+    say: Callable[[str], None] | None,
 ) -> tuple[step.State, Progress]:
     """Runs the updates that are left, and logs, evaluates and saves in between."""
     config, train_examples = run.config, run.plan.train_examples
@@ -164,6 +169,8 @@ def _loop(
         if evaluation_due:
             test = evaluate(run, state)
             log.write(_position(run, row) | test)
+            if say is not None:
+                say(_evaluation_line(run, row, progress, test))
             progress = progress._replace(
                 test_loss=test["test_loss"], test_accuracy=test["test_accuracy"]
             )
@@ -216,6 +223,17 @@ def _position(run: Run, row: Row) -> dict[str, Any]:
     }
 
 
+def _evaluation_line(run: Run, row: Row, progress: Progress, test: dict[str, float]) -> str:
+    """An evaluation in one line for the user."""
+    epoch = (row.first_example + row.batch_size) / run.plan.train_examples
+    return (
+        f"epoch {epoch:.4g} of {run.plan.epochs:g}, update {row.update + 1:,} of "
+        f"{run.plan.num_updates:,}, batch size {row.batch_size:,}: train loss "
+        f"{progress.train_loss:.4g}, test loss {test['test_loss']:.4g}, test accuracy "
+        f"{test['test_accuracy']:.2%}"
+    )
+
+
 def _diverged(progress: Progress, row: Row, loss: float) -> str:
     """What to say when the loss is not finite."""
     hyper = ", ".join(f"{name} {value:g}" for name, value in row.hyper.items())
@@ -237,5 +255,6 @@ def _bar(run: Run, progress: Progress, show: bool) -> tqdm:
         initial=initial,
         unit=" examples",
         unit_scale=True,
-        disable=not show,
+        # None: only where standard error is no terminal.
+        disable=None if show else True,
     )
