@@ -92,7 +92,7 @@ def measure(name: str, dtype: str) -> str:
 def main() -> None:
     device = jax.devices()[0]
     print(
-        f"{device.device_kind} ({device.platform}), {platform.machine()}, jax {jax.__version__}, "
+        f"{device.device_kind}, {platform.machine()}, jax {jax.__version__}, "
         f"Python {platform.python_version()}; one device.\n"
     )
     columns = (
