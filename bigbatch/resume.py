@@ -19,6 +19,7 @@ _INTERVALS = ("log_every", "evaluate_every", "checkpoint_every")
 _FREE_FIELDS = {
     "microbatch_examples_per_device",
     "evaluation_batch_examples",
+    "reestimate_examples",
     "data.directory",
     "experiment",
     "epochs",

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from bigbatch import optimizer, step, update_rules
+from bigbatch.checkpoint import Checkpoints
 from bigbatch.config import read_config
 from bigbatch.errors import UserError
 from bigbatch.task import Task
@@ -326,6 +327,28 @@ def test_evaluation_uses_the_average():
     out = np.tanh(INPUTS[0] @ average["kernel"] + average["bias"])
     np.testing.assert_allclose(sums["loss"], [np.sum((out - TARGETS[0]) ** 2)], rtol=1e-12)
     assert np.abs(average["kernel"] - np.asarray(state.params["kernel"])).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", optimizer.OPTIMIZERS)
+def test_every_state_survives_a_checkpoint(name, tmp_path):
+    chosen = optimizer.OPTIMIZERS[name](weight_decay=0.1, clip_norm=1.0, average_examples=9.0)
+    transformation = chosen.transformation()
+    params = {"bias": jnp.zeros(3), "kernel": jnp.ones((4, 3))}
+
+    def state_after(gradient_scale):
+        state = transformation.init(params)
+        gradients = jax.tree.map(lambda leaf: gradient_scale * jnp.ones_like(leaf), params)
+        _, state = transformation.update(gradients, state, params, num_examples=4.0)
+        return step.State(params, {}, state)
+
+    saved, target = state_after(1.0), state_after(-0.5)
+    saved.optimizer.hyperparams["learning_rate"] += 0.25
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, saved, {})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(1, target)
+    assert jax.tree.structure(restored) == jax.tree.structure(saved)
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
 
 
 def config_tree(**changes):
