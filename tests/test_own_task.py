@@ -1,18 +1,22 @@
 """A model, a loss and arrays of one's own, against a plain loop in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import bigbatch
 from bigbatch import step
 from bigbatch.data import stream
 from bigbatch.errors import UserError
 from bigbatch.evaluate import sums
+from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.optimizer import Adam, Momentum
 from bigbatch.own_task import fit, prepare_task
-from bigbatch.task import Task
+from bigbatch.task import Task, image_classification
 
 EXAMPLES = 200
 RNG = np.random.default_rng(0)
@@ -80,6 +84,49 @@ def test_weighted_examples_are_trained_as_in_a_plain_loop(devices, weighted):
     error = np.sum((test["x"] @ kernel - test["y"]) ** 2, axis=1)
     np.testing.assert_allclose(found["loss"], weights[:77] @ error, rtol=1e-10)
     assert found["count"] == weights[:77].sum()
+
+
+class OwnNetwork(nn.Module):
+    """A network of one's own, with the package's norm layer."""
+
+    ghost_batch_examples: int = 8
+    dtype: jnp.dtype = jnp.dtype("float64")
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        dense = functools.partial(nn.Dense, param_dtype=self.dtype)
+        x = dense(6)(x.reshape(len(x), -1))
+        norm = GhostNorm(self.ghost_batch_examples, axis_name=step.DATA_AXIS)
+        return dense(3)(nn.tanh(norm(x, train=train)))
+
+
+def test_a_flax_module_of_ones_own_trains_alike_on_any_devices():
+    rng = np.random.default_rng(3)
+    arrays = {
+        "image": rng.integers(0, 256, size=(EXAMPLES, 4, 4, 1)).astype(np.uint8),
+        "label": rng.integers(0, 3, size=EXAMPLES).astype(np.int32),
+    }
+    recipe = bigbatch.constant(0.1, 24, 0.9)
+    plan = bigbatch.make_plan(recipe, train_examples=EXAMPLES, epochs=1, batch_multiple_examples=8)
+    found = []
+    with jax.enable_x64(True):
+        task = image_classification(OwnNetwork(), (4, 4, 1), (128.0,), (74.0,))
+        for devices, share in ((1, 8), (4, 8), (4, 4)):
+            run = prepare_task(
+                task,
+                arrays,
+                plan,
+                Momentum(),
+                ghost_batch_examples=8,
+                microbatch_examples_per_device=share,
+                mesh=step.data_mesh(jax.devices()[:devices]),
+            )
+            state = fit(run)
+            found.append(jax.device_get((state.params, state.running_statistics)))
+    for other in found[1:]:
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-10), other, found[0]
+        )
 
 
 def test_arrays_and_optimizers_that_do_not_fit_the_plan_are_all_named():
