@@ -13,12 +13,12 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 import scipy.stats
-from report_runs import DECAY, falling_loss, write_run
 
 from bigbatch.errors import UserError
 from bigbatch.report import read_run, summarise, write_report
 from bigbatch.report.summary import Estimate, difference
 from bigbatch.report.table import claims
+from tests.report_runs import DECAY, falling_loss, write_run
 
 MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 INCREASE = [(2, 20, 0.1), (2, 100, 0.1)]

@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from report_runs import DECAY, falling_loss, write_run
 
 from bigbatch import policy
 from bigbatch.errors import UserError
 from bigbatch.plan import make_plan
 from bigbatch.report import read_run
+from tests.report_runs import DECAY, falling_loss, write_run
 
 
 def log_lines(path):
