@@ -38,7 +38,7 @@ def tree(**changes: Any) -> dict[str, Any]:
     # An interval in another unit takes the place of the one above.
     for name in changes:
         stem, _, unit = name.rpartition("_")
-        if unit in UNITS:
+        if stem and unit in UNITS:
             settings = {n: v for n, v in settings.items() if n.rpartition("_")[0] != stem}
     return settings | changes
 
