@@ -109,7 +109,7 @@ class _Unit:
 
 def _plain(value: float) -> float:
     rounded = round(value, 6)
-    return int(rounded) if rounded == int(rounded) else rounded
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def _unit(
@@ -130,7 +130,7 @@ def _unit(
     if unit == "example":
         return _Unit(1, train_examples)
     batch_size: Any = arguments.get("batch_size")
-    if "policy" in arguments and isinstance(time, int | float):
+    if "policy" in arguments and isinstance(time, int | float) and math.isfinite(time):
         batch_size = float(arguments["policy"].at(0.0).batch_size[0])
         starts = np.arange(max(0, math.ceil(time))) * (batch_size / train_examples)
         if (arguments["policy"].at(np.r_[0.0, starts]).batch_size != batch_size).any():
