@@ -6,6 +6,7 @@ config: its parameters are the fields, its annotations their types, its defaults
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -45,17 +46,20 @@ def bind(
     names = [name for name in parameters if name not in given_context]
     found: list[Problem] = []
     values: dict[str, Any] = {}
+    mended: set[str] = set()
     for name, value in fields.items():
         if name not in names:
             allowed = "one of " + ", ".join(names) if names else "no field at all"
             found.append(Problem(name, value, allowed, nearest_name(name, names)))
             continue
         converted = convert(value, hints[name])
-        if isinstance(converted, Mismatch):
-            found.append(Problem(name, value, converted.allowed, converted.nearest))
-            converted = converted.nearest
-        if converted is not None or value is None:
+        if not isinstance(converted, Mismatch):
             values[name] = converted
+            continue
+        found.append(Problem(name, value, converted.allowed, converted.nearest))
+        if converted.nearest is not None:
+            values[name] = converted.nearest
+            mended.add(name)
     required = [n for n in names if parameters[n].default is inspect.Parameter.empty]
     found += [
         Problem(name, "nothing", f"{describe(hints[name])}; the field is required")
@@ -65,9 +69,25 @@ def bind(
     result = None
     known = None not in given_context.values()
     if known and all(name in values for name in required):
-        result = _call(constructor, values, given_context, found)
+        refused: list[Problem] = []
+        result = _call(constructor, values, given_context, refused)
+        found = _joined(found, [p for p in refused if p.field in mended])
+        found += [p for p in refused if p.field not in mended]
     problems.extend(problem.under(prefix) if prefix else problem for problem in found)
     return result
+
+
+def _joined(found: list[Problem], refused: list[Problem]) -> list[Problem]:
+    """One problem where a value is of the wrong type and what was meant by it is out of range."""
+    later = {problem.field: problem for problem in refused}
+
+    def join(first: Problem) -> Problem:
+        if first.field not in later:
+            return first
+        allowed = f"{first.allowed}, and {later[first.field].allowed}"
+        return dataclasses.replace(first, allowed=allowed, nearest=later[first.field].nearest)
+
+    return [join(problem) for problem in found]
 
 
 def _call(
@@ -127,17 +147,18 @@ def convert(value: Any, hint: Any) -> Any:
         nearest = convert(value, arguments[0])
         return Mismatch(describe(hint), nearest.nearest)
     if origin is typing.Literal:
-        if value in arguments:
+        # By type too: True is no 1.
+        if any(type(value) is type(a) and value == a for a in arguments):
             return value
-        return Mismatch(describe(hint), nearest_name(str(value), [str(a) for a in arguments]))
+        return Mismatch(describe(hint), _nearest_of(value, arguments))
     if origin in (tuple, Sequence, list):
         return _convert_sequence(value, hint, origin, arguments)
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         return dict(value) if isinstance(value, Mapping) else Mismatch(describe(hint))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, float) and isinstance(value, bool):
-        return Mismatch(describe(hint))
+    if hint in (int, float) and isinstance(value, int):
+        if isinstance(value, bool) or not _is_float(value):
+            return Mismatch(describe(hint))
+        return hint(value)
     if hint is type(None):
         return None if value is None else Mismatch("nothing")
     if isinstance(value, hint):
@@ -146,28 +167,46 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_sequence(value: Any, hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    any_length = origin is not tuple or arguments[-1] is Ellipsis
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
         converted = convert(value, arguments[0])
-        return Mismatch(describe(hint), None if isinstance(converted, Mismatch) else (converted,))
-    if origin is not tuple or arguments[-1] is Ellipsis:
+        if isinstance(converted, Mismatch):
+            return Mismatch(describe(hint))
+        return Mismatch(describe(hint), (converted,) * (1 if any_length else len(arguments)))
+    if any_length:
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
         return Mismatch(describe(hint))
-    converted_all = tuple(convert(v, a) for v, a in zip(value, arguments, strict=True))
-    if any(isinstance(converted, Mismatch) for converted in converted_all):
-        return Mismatch(describe(hint))
-    return converted_all
+    converted_all = [convert(v, a) for v, a in zip(value, arguments, strict=True)]
+    if not any(isinstance(converted, Mismatch) for converted in converted_all):
+        return tuple(converted_all)
+    meant = tuple(c.nearest if isinstance(c, Mismatch) else c for c in converted_all)
+    return Mismatch(describe(hint), None if None in meant else meant)
 
 
 def _probably_meant(value: Any, hint: Any) -> Any:
-    """The value that a string such as "0.1" or a float such as 32.0 stands for, or None."""
-    if hint not in (int, float):
+    """What a text such as "0.1" or "true", or a float such as 32.0, stands for, or None."""
+    if hint is bool and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower())
+    if hint not in (int, float) or not _is_float(value):
         return None
+    return round(float(value)) if hint is int else float(value)
+
+
+def _is_float(value: Any) -> bool:
+    """Whether the value stands for a number that a float can hold."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return round(number) if hint is int else number
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def _nearest_of(value: Any, options: Sequence[Any]) -> Any:
+    """The option nearest to the value, as a number or else as it is spelled, or None."""
+    if isinstance(value, int | float) and all(isinstance(option, int) for option in options):
+        return min(options, key=lambda option: abs(option - value))
+    spelled = {str(option): option for option in options}
+    return spelled.get(nearest_name(str(value), list(spelled)) or "")
 
 
 _NAMES = {
