@@ -5,6 +5,7 @@ read in `bigbatch.config_file`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,10 @@ from bigbatch.sharing import layout_over
 from bigbatch.transform import TRANSFORMATIONS
 
 UNITS = ("epochs", "examples", "updates")
+
+# 0.07 epochs of 50,000 are 3500.0000000000005 examples in floats: a number of intervals this close
+# below a whole one is that one.
+_ROUNDINGS = 1 + 1e-14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,9 @@ class Every:
         if self.unit == "updates":
             return (update + 1) % self.value == 0
         length = self.value * (train_examples if self.unit == "epochs" else 1)
-        return (first_example + batch_size) // length > first_example // length
+        ends = (first_example, first_example + batch_size)
+        before, after = (math.floor(position / length * _ROUNDINGS) for position in ends)
+        return after > before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +125,11 @@ class _Fields:
         nearest = max(1, round(microbatch / ghost)) * ghost
         allowed = f"a multiple of ghost_batch_examples = {ghost}, or an equal part of it"
         name = "microbatch_examples_per_device"
-        fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
-        checks.require(fits or self.full_batch_norm, name, microbatch, allowed, nearest)
+        if self.full_batch_norm:
+            checks.whole(name, microbatch, "a whole number of examples, at least 1")
+        else:
+            fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
+            checks.require(fits, name, microbatch, allowed, nearest)
         smoothing = self.label_smoothing
         allowed = "a number from 0 to below 1"
         checks.number("label_smoothing", smoothing, allowed, at_least=0, below=1)
@@ -300,7 +310,7 @@ def _bind_named(
     if not isinstance(group, Mapping):
         return None
     name = group.get("name", "nothing")
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         allowed = "one of " + ", ".join(registry)
         nearest = nearest_name(str(name), list(registry))
         problems.append(Problem(f"{prefix}.name", name, allowed, nearest))
@@ -347,7 +357,7 @@ def _named_as_in(tree: Mapping[str, Any], problem: Problem) -> tuple[Problem, bo
     allowed = problem.allowed.replace("batch_multiple_examples", "ghost_batch_examples")
     problem = dataclasses.replace(problem, allowed=allowed)
     groups = [("policy", tree["policy"])]
-    groups += [(f"transformations.{g['name']}", g) for g in tree.get("transformations", ())]
+    groups += [(f"transformations.{g['name']}", g) for g in _transformations(tree, [])]
     for prefix, group in groups:
         if problem.field in group and group[problem.field] == problem.given:
             return problem.under(prefix), True

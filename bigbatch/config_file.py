@@ -7,7 +7,7 @@ ConfigDict (any nested mapping will do), and `EXPERIMENTS`, the names that it ta
 import ast
 import dataclasses
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,7 +36,10 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
     if names and experiment not in names:
         allowed = "one of " + ", ".join(names)
         raise UserError(Problem("config", experiment, allowed, nearest_name(experiment, names)))
-    tree = plain(module.get_config(experiment))
+    tree = _run(reference, lambda: plain(module.get_config(experiment)))
+    if not isinstance(tree, dict):
+        allowed = "a file whose get_config returns a ConfigDict"
+        raise UserError(Problem("config", path, allowed))
     problems: list[Problem] = []
     for name, text in overrides:
         try:
@@ -71,16 +74,22 @@ def _load_module(path: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(Problem("config", path, "a Python file, its name ending in .py"))
     module = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    _run(path, lambda: loader.exec_module(module))
+    if not hasattr(module, "get_config"):
+        raise UserError(Problem("config", path, "a file that defines get_config(experiment)"))
+    return module
+
+
+def _run(reference: str, function: Callable[[], Any]) -> Any:
+    """Runs the user's code; whatever it raises is a mistake in the config file."""
     try:
-        spec.loader.exec_module(module)
+        return function()
     except UserError:
         raise
     except Exception as error:
         what = f"a Python file that runs ({type(error).__name__}: {error})"
-        raise UserError(Problem("config", path, what)) from error
-    if not hasattr(module, "get_config"):
-        raise UserError(Problem("config", path, "a file that defines get_config(experiment)"))
-    return module
+        raise UserError(Problem("config", reference, what)) from error
 
 
 def plain(tree: Any) -> Any:
@@ -118,12 +127,13 @@ def override(tree: dict[str, Any], name: str, text: str) -> None:
     if not isinstance(node, dict):
         raise UserError(Problem(name, text, "a field of one of the list's groups, by its name"))
     stem, _, unit = last.rpartition("_")
-    if unit in UNITS:
-        for other in UNITS:
-            node.pop(f"{stem}_{other}", None)
+    for units in (UNITS, [unit.removesuffix("s") for unit in UNITS]):
+        if unit in units:
+            for other in units:
+                node.pop(f"{stem}_{other}", None)
     try:
         node[last] = plain(ast.literal_eval(text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         node[last] = text
 
 
@@ -135,7 +145,7 @@ def _child(node: Any, group: str, problem: Problem) -> Any:
     else:
         named = {str(entry.get("name")): entry for entry in node if isinstance(entry, dict)}
         child = named.get(group)
-        allowed = "one of " + ", ".join(named) if named else "nothing: the list is empty"
+        allowed = "one of " + ", ".join(named) if named else "nothing: the list holds no groups"
         nearest = nearest_name(group, list(named))
     if not isinstance(child, dict | list):
         raise UserError(dataclasses.replace(problem, allowed=allowed, nearest=nearest))
