@@ -12,6 +12,7 @@ from bigbatch.config import Config
 from bigbatch.data import stream
 from bigbatch.data.keys import example_keys
 from bigbatch.data.sets import DataSet, load
+from bigbatch.errors import UserError
 from bigbatch.layout import Layout
 from bigbatch.plan import Plan
 from bigbatch.programs import Programs, compile_programs
@@ -72,11 +73,7 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
       UserError: the data is missing or does not fit, or the layout cannot be formed.
     """
     mesh = step.data_mesh() if mesh is None else mesh
-    data = load(
-        config.data.name,
-        train_examples=config.data.train_examples,
-        data_dir=config.data.directory,
-    )
+    data = _load(config)
     layout = config.layout(plan, mesh.size)
     ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
     module = config.model.module(
@@ -129,3 +126,19 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
         init_state=init_state,
         microbatch=microbatches.maker(examples, layout, mesh, ghost_batch_examples),
     )
+
+
+def _load(config: Config) -> DataSet:
+    """The config's data set; what is wrong with it is said in the config's names."""
+    try:
+        return load(
+            config.data.name,
+            train_examples=config.data.train_examples,
+            data_dir=config.data.directory,
+        )
+    except UserError as error:
+        names = {"data_dir": "directory"}
+        raise UserError(
+            dataclasses.replace(p, field=f"data.{names.get(p.field, p.field)}")
+            for p in error.problems
+        ) from error

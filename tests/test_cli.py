@@ -179,6 +179,21 @@ def test_devices(capsys):
     assert (status, "devices: given 0" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (CIFAR, "data.name: given 'cifar10'"),
+        ("configs/imagenet_resnet50.py", "data.name: given 'imagenet2012'"),
+    ],
+)
+def test_data_that_is_not_there(capsys, tmp_path, config, expected):
+    data = f"--config.data.directory={tmp_path / 'none'}"
+    workdir = f"--workdir={tmp_path / 'run'}"
+    status, _, err = run("train", f"--config={config}", workdir, data, capsys=capsys)
+    assert status == 2
+    assert expected in err
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run of a few updates."""

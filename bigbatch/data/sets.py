@@ -159,7 +159,8 @@ def load(
     known = info(name, train_examples=train_examples)
     if name in _TOO_LARGE_FOR_ARRAYS:
         small = [other for other in _INFOS if other not in _TOO_LARGE_FOR_ARRAYS]
-        allowed = "a data set that fits into memory: " + ", ".join(small)
+        allowed = "a data set that fits into memory, as records are not read yet: "
+        allowed += ", ".join(small)
         raise UserError(Problem("name", name, allowed))
     if name == "digits":
         train, test = _digits()
