@@ -20,7 +20,7 @@ PyTree = Any
 def make_transformation(
     optimizer: optimizers.Optimizer,
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of an optimizer: clip, decay, step, average.
+    """The transformation of an optimizer: clip, decay, rule, average.
 
     Args:
       optimizer: its fields.
@@ -44,8 +44,8 @@ def make_transformation(
 
     def heavy_ball(learning_rate: Any, momentum: Any) -> optax.GradientTransformation:
         nesterov = isinstance(optimizer, optimizers.Nesterov)
-        step = optax.sgd(learning_rate, momentum, nesterov=nesterov)
-        return optax.chain(before, l2_penalty, step, after)
+        move = optax.sgd(learning_rate, momentum, nesterov=nesterov)
+        return optax.chain(before, l2_penalty, move, after)
 
     def lars(learning_rate: Any, momentum: Any) -> optax.GradientTransformation:
         assert isinstance(optimizer, optimizers.Lars)
@@ -54,12 +54,12 @@ def make_transformation(
 
     def adam(learning_rate: Any, b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
         if isinstance(optimizer, optimizers.Lamb):
-            step = optax.lamb(learning_rate, b1, b2, eps, weight_decay=decay, mask=mask)
+            move = optax.lamb(learning_rate, b1, b2, eps, weight_decay=decay, mask=mask)
         elif isinstance(optimizer, optimizers.AdamW):
-            step = optax.adamw(learning_rate, b1, b2, eps, weight_decay=decay, mask=mask)
+            move = optax.adamw(learning_rate, b1, b2, eps, weight_decay=decay, mask=mask)
         else:
-            step = optax.chain(l2_penalty, optax.adam(learning_rate, b1, b2, eps))
-        return optax.chain(before, step, after)
+            move = optax.chain(l2_penalty, optax.adam(learning_rate, b1, b2, eps))
+        return optax.chain(before, move, after)
 
     rule: Any = heavy_ball
     if isinstance(optimizer, optimizers.Adam):
@@ -150,4 +150,6 @@ def average_parameters(average_examples: float) -> optax.GradientTransformationE
 
 def evaluation_params(params: PyTree, optimizer_state: optax.OptState) -> PyTree:
     """The average of the parameters where the optimizer keeps one, else the parameters."""
-    return optax.tree.get(optimizer_state, "average", default=params)
+    parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: isinstance(part, Average))
+    averages = [part.average for part in parts if isinstance(part, Average)]
+    return averages[0] if averages else params
