@@ -1,5 +1,6 @@
 """The networks, by name. Flax is imported only where a network is built."""
 
+import abc
 import dataclasses
 import typing
 from typing import Any
@@ -13,7 +14,7 @@ DType = typing.Literal["float32", "bfloat16", "float64"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(abc.ABC):
     """What all networks share.
 
     Attributes:
@@ -50,8 +51,9 @@ class ModelConfig:
             axis_name=axis_name,
         )
 
+    @abc.abstractmethod
     def _module_class(self) -> Any:
-        raise NotImplementedError
+        """The Flax module's class."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
