@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from bigbatch.policy import (
@@ -105,6 +106,7 @@ def recipes(draw, rule="linear", transformations=3):
             policy = doubling_only(policy)
         else:
             largest = math.ceil(policy.stated_peak_batch_size)
+            assume(largest < train_examples)
             most = draw(st.integers(largest, train_examples - 1))
             begin, end = draw(times()), draw(times(0.25))
             until = math.inf if draw(st.booleans()) else begin + end
