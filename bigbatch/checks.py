@@ -8,7 +8,7 @@ False
 >>> checks.done()
 Traceback (most recent call last):
 ...
-bigbatch.errors.UserError: momentum: given 1.0; allowed: a number from 0 to below 1
+bigbatch.errors.UserError: momentum: given 1.0; allowed: a number from 0 to below 1; nearest: 0.999
 batch_size: given 0; allowed: a whole number of examples, at least 1; nearest: 1
 """
 
@@ -16,6 +16,9 @@ import math
 import numbers
 
 from bigbatch import errors
+
+# A momentum that someone could mean; the float next to 1 is not.
+_JUST_BELOW_1 = 0.999
 
 
 class Checks:
@@ -45,7 +48,8 @@ class Checks:
     ) -> bool:
         """Notes a problem unless `value` is a finite number in the range.
 
-        The nearest value is given where the range holds one: an open end has none.
+        The nearest value is the end of the range that was passed. An open end has none, but for 1,
+        the end of momenta and shares.
         """
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return self.require(False, field, value, allowed)
@@ -55,6 +59,8 @@ class Checks:
             nearest = at_least
         elif x > at_most < math.inf:
             nearest = at_most
+        elif x >= below == 1:
+            nearest = _JUST_BELOW_1
         inside = math.isfinite(x) and above < x < below and at_least <= x <= at_most
         return self.require(inside, field, value, allowed, nearest)
 

@@ -100,7 +100,7 @@ MISTAKES = [
         ["--config.policy.boundaries_epochs=9,24,18"],
         ["policy.boundaries_epochs", "[9.0, 18.0, 24.0]"],
     ),
-    (["--config.policy.momentum=1.0"], ["policy.momentum: given 1.0", "below 1"]),
+    (["--config.policy.momentum=1.0"], ["policy.momentum: given 1.0", "below 1", "nearest: 0.999"]),
     (["--config.policy.momentum=-0.1"], ["policy.momentum: given -0.1", "nearest: 0"]),
     (
         ["--config.policy.name=step_decya"],

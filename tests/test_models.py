@@ -239,4 +239,4 @@ def test_fields_out_of_range_are_named():
     with pytest.raises(UserError) as error:
         WideResNetConfig(depth=15, width=0, strides=(0, 1, 1), dropout_rate=1.0)
     problems = {problem.field: problem.nearest for problem in error.value.problems}
-    assert problems == {"depth": 16, "width": 1, "strides": (1, 1, 1), "dropout_rate": None}
+    assert problems == {"depth": 16, "width": 1, "strides": (1, 1, 1), "dropout_rate": 0.999}

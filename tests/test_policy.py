@@ -215,7 +215,7 @@ def test_batch_ramp():
 MISTAKES = {
     "all at once": (
         lambda: constant(-0.1, 12.5, 1.0),
-        [("learning_rate", None), ("batch_size", 12), ("momentum", None)],
+        [("learning_rate", None), ("batch_size", 12), ("momentum", 0.999)],
     ),
     "types": (
         lambda: constant("0.1", True, math.nan),
@@ -264,7 +264,7 @@ MISTAKES = {
     ),
     "negative": (
         lambda: stages(-0.1, "0:8", momentum=1.0),
-        [("learning_rate", None), ("momentum", None)],
+        [("learning_rate", None), ("momentum", 0.999)],
     ),
     "unit missing": (lambda: stages(0.1, "0:8 60:16"), [("batch_size", None)]),
     "no number": (lambda: stages(0.1, "0:8 1_epochs:x"), [("batch_size", None)]),

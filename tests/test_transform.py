@@ -232,7 +232,7 @@ MISTAKES = {
         lambda: raise_momentum(BASE, 0.5, by="lr"),
         [("momentum", 0.9), ("by", "batch_size")],
     ),
-    "momentum 1": (lambda: raise_momentum(BASE, 1.0), [("momentum", None)]),
+    "momentum 1": (lambda: raise_momentum(BASE, 1.0), [("momentum", 0.999)]),
     "momentum under Seesaw": (
         lambda: raise_momentum(with_rule(BASE, "seesaw"), 0.95),
         [("rule", "linear")],
@@ -257,7 +257,7 @@ MISTAKES = {
     "no Adam": (lambda: with_rule(BASE, "square_root"), [("rule", "linear")]),
     "Adam with momentum": (
         lambda: adam(BASE, b1=1.0, b2=-0.1, eps=-1),
-        [("b1", None), ("b2", 0), ("eps", 0), ("momentum", 0.0)],
+        [("b1", 0.999), ("b2", 0), ("eps", 0), ("momentum", 0.0)],
     ),
 }
 
