@@ -33,6 +33,11 @@ def accuracies(dtype, seeds, **changes):
     return np.array(found)
 
 
+@pytest.mark.xfail(
+    tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12),
+    reason="jax 0.12.0 on CPU: the compiled evaluation of 360 images in bfloat16 gives NaN",
+    strict=True,
+)
 def test_a_short_run_in_bfloat16_learns_what_one_in_float32_does():
     """One seed: two runs that differ in nothing but rounding, on 360 test images.
 
