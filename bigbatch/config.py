@@ -5,15 +5,12 @@ read in `bigbatch.config_file`.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from bigbatch import models
 from bigbatch.binding import bind
-from bigbatch.checks import Checks
-from bigbatch.data import sets
-from bigbatch.data.augment import Augment
+from bigbatch.config_fields import DataConfig, Every, Fields
 from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.layout import Layout
 from bigbatch.optimizer import OPTIMIZERS, Optimizer
@@ -21,137 +18,6 @@ from bigbatch.plan import Plan, make_plan
 from bigbatch.policy import POLICIES, Policy
 from bigbatch.sharing import layout_over
 from bigbatch.transform import TRANSFORMATIONS
-
-UNITS = ("epochs", "examples", "updates")
-
-# 0.07 epochs of 50,000 are 3500.0000000000005 examples in floats: a number of intervals this close
-# below a whole one is that one.
-_ROUNDINGS = 1 + 1e-14
-
-
-@dataclasses.dataclass(frozen=True)
-class Every:
-    """An interval in epochs, examples or updates.
-
-    Attributes:
-      value: how many of the unit.
-      unit: "epochs", "examples" or "updates".
-    """
-
-    value: float
-    unit: str
-
-    def due(self, first_example: int, batch_size: int, update: int, train_examples: int) -> bool:
-        """Whether an interval ends within an update.
-
-        Args:
-          first_example: position at which the update starts.
-          batch_size: its examples.
-          update: its number, from 0.
-          train_examples: of an epoch.
-        """
-        if self.unit == "updates":
-            return (update + 1) % self.value == 0
-        length = self.value * (train_examples if self.unit == "epochs" else 1)
-        ends = (first_example, first_example + batch_size)
-        before, after = (math.floor(position / length * _ROUNDINGS) for position in ends)
-        return after > before
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """The data set and what is changed at random in its training images.
-
-    Attributes:
-      name: see `bigbatch.data.sets`.
-      train_examples: use only the first so many; None for all.
-      directory: where tensorflow-datasets keeps its files; None for its default.
-      flip: mirror half of the images.
-      pad_pixels: pad and crop by so many.
-    """
-
-    name: str
-    train_examples: int | None = None
-    directory: str | None = None
-    flip: bool = False
-    pad_pixels: int = 0
-
-    def __post_init__(self) -> None:
-        self.augment.check(self.info.image_shape)
-
-    @property
-    def info(self) -> sets.Info:
-        """What is known of the data set without its files."""
-        return sets.info(self.name, train_examples=self.train_examples)
-
-    @property
-    def augment(self) -> Augment:
-        """What is changed at random."""
-        return Augment(flip=self.flip, pad_pixels=self.pad_pixels)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Fields:
-    """The plain fields at the top of a config."""
-
-    epochs: float
-    ghost_batch_examples: int
-    microbatch_examples_per_device: int
-    evaluation_batch_examples: int
-    seed: int = 0
-    full_batch_norm: bool = False
-    label_smoothing: float = 0.0
-    reestimate_examples: int | None = None
-    log_every_epochs: float | None = None
-    log_every_examples: int | None = None
-    log_every_updates: int | None = None
-    evaluate_every_epochs: float | None = None
-    evaluate_every_examples: int | None = None
-    evaluate_every_updates: int | None = None
-    checkpoint_every_epochs: float | None = None
-    checkpoint_every_examples: int | None = None
-    checkpoint_every_updates: int | None = None
-
-    def __post_init__(self) -> None:
-        checks = Checks()
-        checks.number("epochs", self.epochs, "a number of epochs above 0", above=0)
-        for name in ("ghost_batch_examples", "evaluation_batch_examples"):
-            checks.whole(name, getattr(self, name), "a whole number of examples, at least 1")
-        nearest = min(max(self.seed, 0), 2**32 - 1)
-        allowed = "a whole number from 0 to 2^32 - 1"
-        checks.require(self.seed == nearest, "seed", self.seed, allowed, nearest)
-        ghost, microbatch = max(self.ghost_batch_examples, 1), self.microbatch_examples_per_device
-        # Which parts of a ghost batch will do depends on the devices: see `Config.layout`.
-        nearest = max(1, round(microbatch / ghost)) * ghost
-        allowed = f"a multiple of ghost_batch_examples = {ghost}, or an equal part of it"
-        name = "microbatch_examples_per_device"
-        if self.full_batch_norm:
-            checks.whole(name, microbatch, "a whole number of examples, at least 1")
-        else:
-            fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
-            checks.require(fits, name, microbatch, allowed, nearest)
-        smoothing = self.label_smoothing
-        allowed = "a number from 0 to below 1"
-        checks.number("label_smoothing", smoothing, allowed, at_least=0, below=1)
-        if self.reestimate_examples is not None:
-            allowed = "a whole number of examples, at least 1, or None"
-            checks.whole("reestimate_examples", self.reestimate_examples, allowed)
-        for stem in ("log_every", "evaluate_every", "checkpoint_every"):
-            given = {n: v for n, v in self._intervals(stem).items() if v is not None}
-            allowed = "exactly one of " + ", ".join(self._intervals(stem))
-            checks.require(len(given) == 1, stem, given or "nothing", allowed)
-            for name, value in given.items():
-                checks.number(name, value, "a number above 0", above=0)
-        checks.done()
-
-    def _intervals(self, stem: str) -> dict[str, float | None]:
-        return {f"{stem}_{unit}": getattr(self, f"{stem}_{unit}") for unit in UNITS}
-
-    def every(self, stem: str) -> Every:
-        """The interval that is given in one of three units."""
-        name, value = next((n, v) for n, v in self._intervals(stem).items() if v is not None)
-        assert value is not None
-        return Every(value, name.rpartition("_")[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,12 +157,12 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
 
 def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:
     """Binds the plain fields; groups count among the names that a misspelt one is compared with."""
-    fields = [field.name for field in dataclasses.fields(_Fields)]
+    fields = [field.name for field in dataclasses.fields(Fields)]
     names = [*fields, *_GROUPS, "transformations"]
     for name in [name for name in tree if name not in names]:
         allowed = "a field of the config: " + ", ".join(names)
         problems.append(Problem(name, tree[name], allowed, nearest_name(name, names)))
-    return bind(_Fields, {n: v for n, v in tree.items() if n in fields}, problems)
+    return bind(Fields, {n: v for n, v in tree.items() if n in fields}, problems)
 
 
 def _bind_named(
@@ -331,7 +197,7 @@ def _transformations(tree: Mapping[str, Any], problems: list[Problem]) -> list[M
 
 def _plan(
     policy: Policy,
-    fields: _Fields,
+    fields: Fields,
     data: DataConfig,
     tree: Mapping[str, Any],
     problems: list[Problem],

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bigbatch.config import UNITS, Config, read_config
+from bigbatch.config import Config, read_config
+from bigbatch.config_fields import UNITS
 from bigbatch.errors import Problem, UserError, nearest_name
 
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from bigbatch.checkpoint import Checkpoints
-from bigbatch.config import UNITS, Config, read_config
+from bigbatch.config import Config, read_config
+from bigbatch.config_fields import UNITS
 from bigbatch.errors import Problem, UserError
 from bigbatch.plan import Plan
 from bigbatch.workdir import Workdir, read_json, write_json, write_text

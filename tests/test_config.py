@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from bigbatch.config import Config, Every, read_config
+from bigbatch.config import Config, read_config
+from bigbatch.config_fields import Every
 from bigbatch.config_file import experiment_names, load_config, override, plain
 from bigbatch.errors import Problem, UserError
 

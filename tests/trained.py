@@ -5,7 +5,8 @@ from typing import Any
 import jax
 
 from bigbatch import run, step
-from bigbatch.config import UNITS, Config, read_config
+from bigbatch.config import Config, read_config
+from bigbatch.config_fields import UNITS
 
 DECAY = {
     "name": "step_decay",
