@@ -1,0 +1,210 @@
+r"""How noisy the gradients are, measured while training: the simple noise scale.
+
+McCandlish et al. 2018 ("An Empirical Model of Large-Batch Training", arXiv 1812.06162, appendix A)
+compare gradients of two batch sizes. Let G be the expected gradient and S the covariance of one
+example's. With an update of B examples cut into K small batches, b_i examples and summed gradient
+s_i each,
+
+    E sum_i |s_i|^2 / b_i = B |G|^2 + K tr(S),        E |sum_i s_i / B|^2 = |G|^2 + tr(S) / B,
+
+two linear equations whose solution is unbiased for |G|^2 and tr(S), the small batches equal or not.
+The noise scale B_noise = tr(S) / |G|^2 is the batch size at which noise and signal are alike. A
+ratio of unbiased estimates is not unbiased, and one of a single update may be anything, so both are
+averaged over updates first and divided then.
+
+>>> measured = Measurement(small_squares=96.0, big_square=2.0, small_batches=4.0, examples=32.0)
+>>> estimate(measured)
+Estimate(gradient_square=1.6666666666666667, variance=10.666666666666666)
+"""
+
+import math
+from typing import NamedTuple
+
+from bigbatch.checks import Checks
+
+# An average remembers at least about so many updates, however large they are: from fewer there is
+# no error to tell.
+_MIN_MEMORY_UPDATES = 10
+# As many equally weighted updates must stand behind an average before it is used.
+_MIN_UPDATES = 5
+
+
+class Measurement(NamedTuple):
+    """What one update says of the noise, each summed over its devices and microbatches.
+
+    Attributes:
+      small_squares: sum over the small batches of |summed gradient|^2 / their examples.
+      big_square: |mean gradient of the update|^2.
+      small_batches: how many held examples, K.
+      examples: B, by their weights. (The estimates are unbiased for weights of 0 and 1.)
+    """
+
+    small_squares: float
+    big_square: float
+    small_batches: float
+    examples: float
+
+
+class Estimate(NamedTuple):
+    """Unbiased estimates from one update; either may be negative.
+
+    Attributes:
+      gradient_square: |G|^2.
+      variance: tr(S), of one example's gradient.
+    """
+
+    gradient_square: float
+    variance: float
+
+
+def estimate(measurement: Measurement) -> Estimate | None:
+    """Solves the two equations for |G|^2 and tr(S).
+
+    Args:
+      measurement: of one update.
+
+    Returns:
+      The estimates; None where the update held fewer than two small batches, or a number in it is
+      not finite.
+    """
+    small_squares, big_square, small_batches, examples = measurement
+    if not all(map(math.isfinite, measurement)) or small_batches < 2:
+        return None
+    variance = (small_squares - examples * big_square) / (small_batches - 1)
+    return Estimate(big_square - variance / examples, variance)
+
+
+class Smoothed(NamedTuple):
+    """Averages over updates with weights w that fade with age; `Smoothed()` holds none.
+
+    Sums of plain floats, so that a checkpoint keeps them exactly.
+
+    Attributes:
+      weight: sum of w.
+      weight_square: sum of w^2.
+      gradient: sum of w |G|^2.
+      noise: sum of w tr(S).
+      gradient_gradient: sum of w^2 |G|^4.
+      gradient_noise: sum of w^2 |G|^2 tr(S).
+      noise_noise: sum of w^2 tr(S)^2.
+    """
+
+    weight: float = 0.0
+    weight_square: float = 0.0
+    gradient: float = 0.0
+    noise: float = 0.0
+    gradient_gradient: float = 0.0
+    gradient_noise: float = 0.0
+    noise_noise: float = 0.0
+
+    @property
+    def effective_updates(self) -> float:
+        """How many equally weighted updates would be worth as much: (sum w)^2 / sum w^2."""
+        return self.weight**2 / self.weight_square if self.weight_square > 0 else 0.0
+
+    @property
+    def gradient_square(self) -> float | None:
+        """The average of |G|^2, negative or not; None before the first estimate."""
+        return self.gradient / self.weight if self.weight > 0 else None
+
+    @property
+    def variance(self) -> float | None:
+        """The average of tr(S), negative or not; None before the first estimate."""
+        return self.noise / self.weight if self.weight > 0 else None
+
+    @property
+    def status(self) -> str:
+        """Whether the noise scale may be used, in words: "ready" or why not."""
+        if self.effective_updates < _MIN_UPDATES:
+            return "not yet warm"
+        if self.gradient <= 0 or self.noise <= 0:
+            return "not positive"
+        return "ready"
+
+    @property
+    def noise_scale(self) -> float | None:
+        """tr(S) / |G|^2 in examples; None unless `status` is "ready"."""
+        return self.noise / self.gradient if self.status == "ready" else None
+
+    @property
+    def standard_error(self) -> float | None:
+        """Of the noise scale, in examples, from the spread between updates; None with it.
+
+        The delta method for a ratio R of weighted means: the residuals r = tr(S) - R |G|^2 of the
+        updates have the weighted mean 0, so var(R) = sum w^2 r^2 / (sum w |G|^2)^2. That holds
+        where batch sizes, and with them the spread, differ between updates. Divided by
+        1 - 1/effective_updates, as R was fitted to the same updates. Good while |G|^2 is itself
+        known to better than about a third; what changes slowly in training counts as spread.
+        """
+        ratio = self.noise_scale
+        if ratio is None:
+            return None
+        squares = self.noise_noise - 2 * ratio * self.gradient_noise
+        squares += ratio**2 * self.gradient_gradient
+        freedom = 1 - 1 / self.effective_updates
+        return math.sqrt(max(squares, 0.0) / freedom) / self.gradient
+
+
+def smooth(
+    smoothed: Smoothed,
+    estimate: Estimate | None,
+    measurement: Measurement,
+    *,
+    memory_examples: float,
+) -> Smoothed:
+    """Adds one update to the averages.
+
+    Forgetting is counted in examples: an update of n multiplies what was there by exp(-n / memory).
+    A larger update is a better estimate (its spread falls with its small batches) and weighs more
+    accordingly, and the average spans the same part of an epoch before and after the batch grows.
+    Only where few updates fill the memory are they counted instead, at 1/10 each.
+
+    Args:
+      smoothed: the averages before.
+      estimate: of this update; None where it has none: what is known grows older, no more.
+      measurement: that it was made from; its examples are counted.
+      memory_examples: the time constant.
+
+    Returns:
+      The averages after it.
+
+    Raises:
+      UserError: the memory is not above 0.
+    """
+    checks = Checks()
+    checks.number("memory_examples", memory_examples, "a number of examples above 0", above=0)
+    checks.done()
+    fresh = -math.expm1(-measurement.examples / memory_examples)
+    fresh = min(fresh, 1 / _MIN_MEMORY_UPDATES)
+    kept = 1 - fresh
+    faded = Smoothed(
+        kept * smoothed.weight,
+        kept**2 * smoothed.weight_square,
+        kept * smoothed.gradient,
+        kept * smoothed.noise,
+        kept**2 * smoothed.gradient_gradient,
+        kept**2 * smoothed.gradient_noise,
+        kept**2 * smoothed.noise_noise,
+    )
+    if estimate is None:
+        return faded
+    gradient, noise = fresh * estimate.gradient_square, fresh * estimate.variance
+    added = Smoothed(fresh, fresh**2, gradient, noise, gradient**2, gradient * noise, noise**2)
+    return Smoothed(*(old + new for old, new in zip(faded, added, strict=True)))
+
+
+def best_learning_rate(batch_size: float, noise_scale: float, largest: float) -> float:
+    """The learning rate of most progress per update, largest / (1 + B_noise / B).
+
+    McCandlish et al. 2018, equation 2.7, for plain SGD. It is linear in B while B << B_noise, half
+    of the largest at B = B_noise, and no longer grows beyond.
+
+    Args:
+      batch_size: B, in examples.
+      noise_scale: B_noise, in examples.
+      largest: what it tends to as B grows, the best without noise.
+
+    >>> best_learning_rate(100, 300, largest=2.0)
+    0.5
+    """
+    return largest / (1 + noise_scale / batch_size)
