@@ -54,6 +54,8 @@ def lars(epoch):
 RECIPES = {
     "digits": File(1_437, 30, (0, 9, 18, 24)),
     "cifar10": File(50_000, 200, (0, 60, 120, 160)),
+    "fashion_mnist": File(6_000, 20, (0, 6, 12, 16)),
+    "fashion_mnist_wrn16_4": File(60_000, 200, (0, 60, 120, 160)),
     "imagenet_inception_resnet_v2": File(1_281_167, 90, (0, 30, 60, 80)),
     "imagenet_resnet50": File(1_281_167, 90, (0, 5, 30, 60, 80)),
 }
@@ -68,6 +70,45 @@ CIFAR10 = {
     "increase_lr": (6_407, 10_000_640, (640, 3200, 5120, 5120), (5, 5, 1.6, 0.32)),
     "increase_momentum": (2_305, 10_000_640, (3200, 5120, 5120, 5120), (5, 1.6, 0.32, 0.064)),
 }
+FASHION_MNIST = {
+    "decay": (3_750, 120_000, (32, 32, 32, 32), DECAY),
+    "hybrid": (1_650, 120_000, (32, 160, 160, 160), (1, 1, 0.2, 0.04)),
+    "increase": (1_425, 120_000, (32, 160, 640, 640), (1, 1, 0.8, 0.16)),
+    "increase_lr": (357, 120_480, (160, 640, 640, 640), (5, 4, 0.8, 0.16)),
+    "increase_momentum": (244, 120_000, (320, 640, 640, 640), (5, 2, 0.4, 0.08)),
+    "large": (188, 120_320, (640, 640, 640, 640), DECAY),
+    "unscaled": (357, 120_480, (160, 640, 640, 640), DECAY),
+}
+FASHION_MNIST_WRN16_4 = {
+    "decay": (93_750, 12_000_000, (128, 128, 128, 128), DECAY),
+    "hybrid": (41_250, 12_000_000, (128, 640, 640, 640), (1, 1, 0.2, 0.04)),
+    "increase": (34_969, 12_001_280, (128, 640, 3200, 5120), (1, 1, 1, 0.32)),
+    "increase_lr": (7_688, 12_002_560, (640, 3200, 5120, 5120), (5, 5, 1.6, 0.32)),
+    "increase_momentum": (2_766, 12_001_920, (3200, 5120, 5120, 5120), (5, 1.6, 0.32, 0.064)),
+    "large": (2_344, 12_001_280, (5120, 5120, 5120, 5120), DECAY),
+}
+
+
+def every_optimizer(recipes, *, raised_momentum, momentum_only=()):
+    """A file's recipes for the paper's four optimizers."""
+    optimizers = (
+        ("", 0.1, 0.9), ("-nesterov", 0.1, 0.9), ("-sgd", 1.0, 0.0), ("-adam", 1e-3, 0.0)
+    )
+    return {
+        schedule + suffix: Golden(
+            updates,
+            examples,
+            sizes,
+            tuple(learning_rate * unit for unit in units),
+            raised_momentum if schedule == "increase_momentum" else momentum,
+        )
+        for suffix, learning_rate, momentum in optimizers
+        for schedule, (updates, examples, sizes, units) in recipes.items()
+        if (momentum or schedule != "increase_momentum")
+        and not (suffix and schedule in momentum_only)
+    }
+
+
 GOLDEN = {
     "digits": {
         "decay": Golden(1_348, 43_136, (32,) * 4, (0.1, 0.02, 0.004, 0.0008), 0.9),
@@ -80,20 +121,17 @@ GOLDEN = {
         "large": Golden(135, 43_200, (320,) * 4, (0.1, 0.02, 0.004, 0.0008), 0.9),
         "unscaled": Golden(176, 43_360, (160, 320, 320, 320), (0.1, 0.02, 0.004, 0.0008), 0.9),
     },
-    "cifar10": {
-        schedule + suffix: Golden(
-            updates,
-            examples,
-            sizes,
-            tuple(learning_rate * unit for unit in units),
-            0.98 if schedule == "increase_momentum" else momentum,
-        )
-        for suffix, learning_rate, momentum in (
-            ("", 0.1, 0.9), ("-nesterov", 0.1, 0.9), ("-sgd", 1.0, 0.0), ("-adam", 1e-3, 0.0)
-        )
-        for schedule, (updates, examples, sizes, units) in CIFAR10.items()
-        if momentum or schedule != "increase_momentum"
-    },
+    "cifar10": every_optimizer(CIFAR10, raised_momentum=0.98),
+    "fashion_mnist": every_optimizer(
+        FASHION_MNIST,
+        raised_momentum=0.95,
+        momentum_only=("increase_lr", "increase_momentum", "unscaled"),
+    ),
+    "fashion_mnist_wrn16_4": every_optimizer(
+        FASHION_MNIST_WRN16_4,
+        raised_momentum=0.98,
+        momentum_only=("increase_lr", "increase_momentum", "large"),
+    ),
     "imagenet_inception_resnet_v2": {
         "decay": Golden(14_076, 115_310_592, (8192,) * 4, (3, 0.3, 0.03, 0.003), 0.9),
         "increase": Golden(5_631, 115_359_744, (8192, *[81_920] * 3), (3, 3, 0.3, 0.03), 0.9),
@@ -123,7 +161,11 @@ GOLDEN = {
 }
 # fmt: on
 CASES = [(file, experiment) for file, golden in GOLDEN.items() for experiment in golden]
-CONTROLS = [("digits", "large"), ("digits", "unscaled")]
+CONTROLS = [
+    (file, experiment)
+    for file, experiment in CASES
+    if experiment.partition("-")[0] in ("large", "unscaled")
+]
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +285,7 @@ COMMANDS = [
     (file.stem, line.strip())
     for file in FILES
     for line in docstring(file).splitlines()
-    if line.startswith("    bigbatch ")
+    if line.startswith("    bigbatch ") and "--config=" in line
 ]
 
 
