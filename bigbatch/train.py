@@ -5,53 +5,28 @@ newest checkpoint, and ends with the same parameters: bit for bit on the same de
 """
 
 import functools
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from bigbatch import metrics, microbatches, step, workdir
+from bigbatch import metrics, microbatches, step, training_log, workdir
 from bigbatch.checkpoint import Checkpoints, params_sha256
 from bigbatch.data.prefetch import Prefetch
-from bigbatch.errors import RunError
 from bigbatch.evaluate import evaluate
 from bigbatch.plan import Row
 from bigbatch.run import Run, Updates
 from bigbatch.task import Sums
+from bigbatch.training_log import Progress
 
 # Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
 _MICROBATCHES_IN_FLIGHT = 4
-
-
-class Progress(NamedTuple):
-    """How far a run is, in plain numbers; a checkpoint keeps it beside the state.
-
-    Attributes:
-      updates: done so far.
-      seconds: spent so far, over all resumes.
-      loss_sum: training loss summed over the examples since the last record of the log.
-      loss_examples: those examples, by their weights.
-      record_seconds: when that record was written, in the same seconds.
-      train_loss: of that record.
-      test_loss: of the last evaluation.
-      test_accuracy: likewise.
-    """
-
-    updates: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_examples: float = 0.0
-    record_seconds: float = 0.0
-    train_loss: float = math.nan
-    test_loss: float = math.nan
-    test_accuracy: float = math.nan
 
 
 def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str, Any]:
@@ -73,7 +48,10 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
     with Checkpoints(files.checkpoints) as checkpoints:
         state, progress = restore(run, checkpoints)
         metrics.truncate(files.metrics, last_update=progress.updates)
-        with metrics.MetricsLog(files.metrics) as log, _bar(run, progress, show_progress) as bar:
+        with (
+            metrics.MetricsLog(files.metrics) as log,
+            training_log.progress_bar(run, progress, show_progress) as bar,
+        ):
             say = functools.partial(bar.write, file=sys.stderr) if show_progress else None
             state, progress = _loop(run, state, progress, checkpoints, log, bar, say)
     result = {
@@ -155,7 +133,7 @@ def _loop(
     for row, state, sums in remaining:
         # The update before this one: the device has finished it or will not wait for us.
         if late is not None:
-            progress = _record(run, progress, *late, log, time.monotonic() - start_s)
+            progress = training_log.record(run, progress, *late, log, time.monotonic() - start_s)
         late = row, sums
         bar.update(row.batch_size)
         bar.set_postfix(batch_size=row.batch_size, loss=progress.train_loss, refresh=False)
@@ -164,13 +142,13 @@ def _loop(
         evaluation_due = is_last or config.evaluate_every.due(*span)
         checkpoint_due = is_last or config.checkpoint_every.due(*span)
         if evaluation_due or checkpoint_due:
-            progress = _record(run, progress, *late, log, time.monotonic() - start_s)
+            progress = training_log.record(run, progress, *late, log, time.monotonic() - start_s)
             late = None
         if evaluation_due:
             test = evaluate(run, state)
-            log.write(_position(run, row) | test)
+            log.write(training_log.position(run, row) | test)
             if say is not None:
-                say(_evaluation_line(run, row, progress, test))
+                say(training_log.evaluation_line(run, row, progress, test))
             progress = progress._replace(
                 test_loss=test["test_loss"], test_accuracy=test["test_accuracy"]
             )
@@ -185,76 +163,3 @@ def _loop(
             log.sync()
             checkpoints.save(row.update + 1, state, record)
     return state, progress
-
-
-def _record(
-    run: Run, progress: Progress, row: Row, sums: Sums, log: metrics.MetricsLog, now_s: float
-) -> Progress:
-    """Adds an update's sums to the progress, and writes a record where one is due."""
-    loss, count = float(sums["loss"]), float(sums["count"])
-    if not math.isfinite(loss):
-        raise RunError(_diverged(progress, row, loss))
-    progress = progress._replace(
-        updates=row.update + 1,
-        loss_sum=progress.loss_sum + loss,
-        loss_examples=progress.loss_examples + count,
-    )
-    span = row.first_example, row.batch_size, row.update, run.plan.train_examples
-    if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
-        return progress
-    train_loss = progress.loss_sum / progress.loss_examples
-    rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
-    log.write(_position(run, row) | {"train_loss": train_loss, "examples_per_s": round(rate, 1)})
-    return progress._replace(
-        loss_sum=0.0, loss_examples=0.0, record_seconds=now_s, train_loss=train_loss
-    )
-
-
-def _position(run: Run, row: Row) -> dict[str, Any]:
-    """What every record of the log says of the time at which it was written."""
-    examples = row.first_example + row.batch_size
-    return {
-        "update": row.update + 1,
-        "examples": examples,
-        "epoch": examples / run.plan.train_examples,
-        "batch_size": row.batch_size,
-        **row.hyper,
-        "noise_scale": row.noise_scale,
-    }
-
-
-def _evaluation_line(run: Run, row: Row, progress: Progress, test: dict[str, float]) -> str:
-    """An evaluation in one line for the user."""
-    epoch = (row.first_example + row.batch_size) / run.plan.train_examples
-    return (
-        f"epoch {epoch:.4g} of {run.plan.epochs:g}, update {row.update + 1:,} of "
-        f"{run.plan.num_updates:,}, batch size {row.batch_size:,}: train loss "
-        f"{progress.train_loss:.4g}, test loss {test['test_loss']:.4g}, test accuracy "
-        f"{test['test_accuracy']:.2%}"
-    )
-
-
-def _diverged(progress: Progress, row: Row, loss: float) -> str:
-    """What to say when the loss is not finite."""
-    hyper = ", ".join(f"{name} {value:g}" for name, value in row.hyper.items())
-    return (
-        f"the training loss became {loss} in update {row.update} (epoch {row.epoch:.3g}, "
-        f"batch size {row.batch_size}, {hyper}, noise scale {row.noise_scale:.4g}). The last one "
-        f"logged before is {progress.train_loss:.4g}. Checkpoints of earlier updates are kept. "
-        "A lower policy.learning_rate, a warm-up or a lower momentum is what usually helps."
-    )
-
-
-def _bar(run: Run, progress: Progress, show: bool) -> tqdm:
-    """A progress bar over the examples of the whole plan."""
-    done = progress.updates
-    at_end = done == run.plan.num_updates
-    initial = run.plan.num_examples if at_end else int(run.plan.first_examples[done])
-    return tqdm(
-        total=run.plan.num_examples,
-        initial=initial,
-        unit=" examples",
-        unit_scale=True,
-        # None: only where standard error is no terminal.
-        disable=None if show else True,
-    )

@@ -1,0 +1,109 @@
+"""What a run says of itself while it trains: progress, the records of the log, the bar."""
+
+import math
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from bigbatch import metrics
+from bigbatch.errors import RunError
+from bigbatch.plan import Row
+from bigbatch.run import Run
+from bigbatch.task import Sums
+
+
+class Progress(NamedTuple):
+    """How far a run is, in plain numbers; a checkpoint keeps it beside the state.
+
+    Attributes:
+      updates: done so far.
+      seconds: spent so far, over all resumes.
+      loss_sum: training loss summed over the examples since the last record of the log.
+      loss_examples: those examples, by their weights.
+      record_seconds: when that record was written, in the same seconds.
+      train_loss: of that record.
+      test_loss: of the last evaluation.
+      test_accuracy: likewise.
+    """
+
+    updates: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_examples: float = 0.0
+    record_seconds: float = 0.0
+    train_loss: float = math.nan
+    test_loss: float = math.nan
+    test_accuracy: float = math.nan
+
+
+def record(
+    run: Run, progress: Progress, row: Row, sums: Sums, log: metrics.MetricsLog, now_s: float
+) -> Progress:
+    """Adds an update's sums to the progress, and writes a record where one is due."""
+    loss, count = float(sums["loss"]), float(sums["count"])
+    if not math.isfinite(loss):
+        raise RunError(_diverged(progress, row, loss))
+    progress = progress._replace(
+        updates=row.update + 1,
+        loss_sum=progress.loss_sum + loss,
+        loss_examples=progress.loss_examples + count,
+    )
+    span = row.first_example, row.batch_size, row.update, run.plan.train_examples
+    if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
+        return progress
+    train_loss = progress.loss_sum / progress.loss_examples
+    rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
+    log.write(position(run, row) | {"train_loss": train_loss, "examples_per_s": round(rate, 1)})
+    return progress._replace(
+        loss_sum=0.0, loss_examples=0.0, record_seconds=now_s, train_loss=train_loss
+    )
+
+
+def position(run: Run, row: Row) -> dict[str, Any]:
+    """What every record of the log says of the time at which it was written."""
+    examples = row.first_example + row.batch_size
+    return {
+        "update": row.update + 1,
+        "examples": examples,
+        "epoch": examples / run.plan.train_examples,
+        "batch_size": row.batch_size,
+        **row.hyper,
+        "noise_scale": row.noise_scale,
+    }
+
+
+def evaluation_line(run: Run, row: Row, progress: Progress, test: dict[str, float]) -> str:
+    """An evaluation in one line for the user."""
+    epoch = (row.first_example + row.batch_size) / run.plan.train_examples
+    return (
+        f"epoch {epoch:.4g} of {run.plan.epochs:g}, update {row.update + 1:,} of "
+        f"{run.plan.num_updates:,}, batch size {row.batch_size:,}: train loss "
+        f"{progress.train_loss:.4g}, test loss {test['test_loss']:.4g}, test accuracy "
+        f"{test['test_accuracy']:.2%}"
+    )
+
+
+def _diverged(progress: Progress, row: Row, loss: float) -> str:
+    """What to say when the loss is not finite."""
+    hyper = ", ".join(f"{name} {value:g}" for name, value in row.hyper.items())
+    return (
+        f"the training loss became {loss} in update {row.update} (epoch {row.epoch:.3g}, "
+        f"batch size {row.batch_size}, {hyper}, noise scale {row.noise_scale:.4g}). The last one "
+        f"logged before is {progress.train_loss:.4g}. Checkpoints of earlier updates are kept. "
+        "A lower policy.learning_rate, a warm-up or a lower momentum is what usually helps."
+    )
+
+
+def progress_bar(run: Run, progress: Progress, show: bool) -> tqdm:
+    """A progress bar over the examples of the whole plan."""
+    done = progress.updates
+    at_end = done == run.plan.num_updates
+    initial = run.plan.num_examples if at_end else int(run.plan.first_examples[done])
+    return tqdm(
+        total=run.plan.num_examples,
+        initial=initial,
+        unit=" examples",
+        unit_scale=True,
+        # None: only where standard error is no terminal.
+        disable=None if show else True,
+    )
