@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bigbatch.data_verbs import add_data
 from bigbatch.errors import Problem, RunError, UserError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     report = verb("report", _report, "Write figures, a page and a table.")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", required=True, metavar="DIR")
+    add_data(verbs)
     return parser
 
 

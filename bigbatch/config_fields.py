@@ -1,11 +1,13 @@
 """The plain fields of a config: intervals, the data set, and what stands at the top."""
 
 import dataclasses
+import functools
 import math
 
 from bigbatch.checks import Checks
 from bigbatch.data import sets
 from bigbatch.data.augment import Augment
+from bigbatch.errors import UserError
 
 UNITS = ("epochs", "examples", "updates")
 
@@ -43,6 +45,14 @@ class Every:
         return after > before
 
 
+def in_config_names(error: UserError) -> UserError:
+    """What is wrong with a data set, in the names that the fields of `DataConfig` have."""
+    names = {"data_dir": "directory"}
+    return UserError(
+        dataclasses.replace(p, field=names.get(p.field, p.field)) for p in error.problems
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The data set and what is changed at random in its training images.
@@ -51,6 +61,7 @@ class DataConfig:
       name: see `bigbatch.data.sets`.
       train_examples: use only the first so many; None for all.
       directory: where tensorflow-datasets keeps its files; None for its default.
+      path: of the npz file, for the data set `arrays`; see `bigbatch.data.own_arrays`.
       flip: mirror half of the images.
       pad_pixels: pad and crop by so many.
     """
@@ -58,16 +69,25 @@ class DataConfig:
     name: str
     train_examples: int | None = None
     directory: str | None = None
+    path: str | None = None
     flip: bool = False
     pad_pixels: int = 0
 
     def __post_init__(self) -> None:
         self.augment.check(self.info.image_shape)
 
-    @property
+    @functools.cached_property
     def info(self) -> sets.Info:
-        """What is known of the data set without its files."""
-        return sets.info(self.name, train_examples=self.train_examples)
+        """What is known of the data set without its images."""
+        try:
+            return sets.info(
+                self.name,
+                train_examples=self.train_examples,
+                data_dir=self.directory,
+                path=self.path,
+            )
+        except UserError as error:
+            raise in_config_names(error) from error
 
     @property
     def augment(self) -> Augment:

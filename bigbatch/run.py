@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import microbatches, step
 from bigbatch.config import Config
+from bigbatch.config_fields import in_config_names
 from bigbatch.data import stream
 from bigbatch.data.keys import example_keys
 from bigbatch.data.sets import DataSet, load
@@ -135,10 +136,7 @@ def _load(config: Config) -> DataSet:
             config.data.name,
             train_examples=config.data.train_examples,
             data_dir=config.data.directory,
+            path=config.data.path,
         )
     except UserError as error:
-        names = {"data_dir": "directory"}
-        raise UserError(
-            dataclasses.replace(p, field=f"data.{names.get(p.field, p.field)}")
-            for p in error.problems
-        ) from error
+        raise UserError(p.under("data") for p in in_config_names(error).problems) from error

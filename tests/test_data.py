@@ -1,6 +1,5 @@
 """The data sets, and the example stream against a loop over single examples."""
 
-import io
 import itertools
 
 import numpy as np
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch.data import augment, random, sets, stream, tfds_files
+from bigbatch.data import augment, random, sets, stream
 from bigbatch.data.augment import Augment
 from bigbatch.errors import UserError
 
@@ -268,64 +267,3 @@ def test_mistakes_in_arrays_are_found_together():
         ("test_images", None),
         ("train_examples", 4),
     ]
-
-
-def write_tfds(root, name, file_format, counts):
-    """Files of tensorflow-datasets, made without it where that needs TensorFlow."""
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from PIL import Image
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    builder = tfds.builder(name, data_dir=root, file_format=file_format)
-    directory = builder.data_path
-    directory.mkdir(parents=True)
-    shape = builder.info.features["image"].shape
-    infos, written = [], {}
-    for split, count in counts.items():
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=directory, dataset_name=name, split=split, filetype_suffix=file_format
-        )
-        images = np.random.default_rng(count).integers(0, 256, (count, *shape), dtype=np.uint8)
-        labels = np.arange(count) % 10
-        writer = ArrayRecordWriter(str(template.sharded_filepaths(1)[0]), "group_size:1")
-        for image, label in zip(images, labels, strict=True):
-            png = io.BytesIO()
-            Image.fromarray(image).save(png, "PNG")
-            example = tf_example_pb2.Example()
-            example.features.feature["image"].bytes_list.value.append(png.getvalue())
-            example.features.feature["label"].int64_list.value.append(int(label))
-            example.features.feature["id"].bytes_list.value.append(b"unused")
-            writer.write(example.SerializeToString())
-        writer.close()
-        written[split] = images, labels
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split, shard_lengths=[count], num_bytes=1, filename_template=template
-            )
-        )
-    builder.info.set_splits(tfds.core.splits.SplitDict(infos))
-    builder.info.write_to_directory(directory)
-    return written
-
-
-def test_tfds_files_are_read_without_tensorflow(tmp_path):
-    written = write_tfds(tmp_path, "cifar10", "array_record", {"train": 12, "test": 5})
-    for split in ("train", "test"):
-        images, labels = tfds_files.read("cifar10", split, tmp_path)
-        np.testing.assert_array_equal(images, written[split][0])
-        np.testing.assert_array_equal(labels, written[split][1])
-    # A whole data set is expected: these are not CIFAR-10's 50,000.
-    assert problems(sets.load, "cifar10", data_dir=tmp_path) == [("data_dir", None)]
-
-
-def test_missing_tfds_files_are_said_with_the_command_that_gets_them(tmp_path):
-    with pytest.raises(UserError, match=r"there are no files in .*download_and_prepare") as error:
-        sets.load("cifar10", data_dir=tmp_path)
-    assert [problem.field for problem in error.value.problems] == ["name"]
-
-
-def test_tfds_files_of_another_format_are_said_to_be_so(tmp_path):
-    write_tfds(tmp_path, "cifar10", "tfrecord", {"train": 2, "test": 2})
-    with pytest.raises(UserError, match=r"are tfrecord files.*another data_dir"):
-        sets.load("cifar10", data_dir=tmp_path)

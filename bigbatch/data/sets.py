@@ -1,64 +1,34 @@
 """Data sets of images: what is known of them without their files, and their arrays in memory."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from bigbatch.data import own_arrays, tfds_metadata
+from bigbatch.data.dataset import (
+    Arrays,
+    DataSet,
+    Info,
+    arrays,
+    check_train_examples,
+    data_set,
+    pixel_statistics,
+)
+from bigbatch.data.own_arrays import from_arrays
 from bigbatch.errors import Problem, UserError, nearest_name
 
-
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What is known of a data set without reading it.
-
-    Attributes:
-      name: of the data set.
-      num_classes: labels are 0 .. num_classes - 1.
-      image_shape: (height, width, channels).
-      mean: per channel, of the training part's pixels, in the images' own unit (uint8 values).
-      std: standard deviation, likewise. The device computes (image - mean) / std.
-      train_examples: in the training part.
-      test_examples: in the test part.
-    """
-
-    name: str
-    num_classes: int
-    image_shape: tuple[int, int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    train_examples: int
-    test_examples: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Arrays:
-    """The examples of one part of a data set, in memory.
-
-    Attributes:
-      images: uint8[n, H, W, C].
-      labels: int32[n].
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class DataSet(Info):
-    """A data set in memory.
-
-    Attributes:
-      train: the training part, `train_examples` of them.
-      test: the test part, `test_examples` of them.
-    """
-
-    train: Arrays
-    test: Arrays
-
+__all__ = [
+    "NAMES",
+    "Arrays",
+    "DataSet",
+    "Info",
+    "from_arrays",
+    "info",
+    "load",
+    "pixel_statistics",
+]
 
 # Counts are those of the data sets' authors. Means and standard deviations over the training part
 # are rounded; for imagenet2012 they are the ones in general use.
@@ -107,14 +77,25 @@ _INFOS = {
 }
 NAMES = tuple(_INFOS)
 _TOO_LARGE_FOR_ARRAYS = ("imagenet2012",)
+# What holds the examples to test on, where a data set has several.
+_TEST_SPLITS = ("test", "validation")
 
 
-def info(name: str, *, train_examples: int | None = None) -> Info:
-    """What is known of a data set, whether or not it is on disk.
+def info(
+    name: str,
+    *,
+    train_examples: int | None = None,
+    data_dir: str | Path | None = None,
+    path: str | Path | None = None,
+) -> Info:
+    """What is known of a data set. Those of `NAMES` need not be on disk.
 
     Args:
-      name: of the data set.
+      name: of the data set: one of `NAMES`, any image-classification set that tensorflow-datasets
+        has prepared, or `arrays` for an npz file.
       train_examples: count only so many of the training part; None: all.
+      data_dir: where tensorflow-datasets keeps its files; None: its default directory.
+      path: of the npz file; see `own_arrays.npz_info`.
 
     Returns:
       The facts, with `train_examples` as asked for.
@@ -125,172 +106,148 @@ def info(name: str, *, train_examples: int | None = None) -> Info:
     >>> info("cifar10").train_examples
     50000
     """
-    if name not in _INFOS:
-        allowed = "one of " + ", ".join(_INFOS)
-        raise UserError(Problem("name", name, allowed, nearest_name(str(name), list(_INFOS))))
-    known = _INFOS[name]
-    problem = _check_train_examples(train_examples, known.train_examples)
+    own = _own_path(name, path)
+    if own is not None:
+        return own_arrays.npz_info(own, train_examples=train_examples)
+    known = _INFOS.get(name) or _prepared_info(_find(name, data_dir))
+    problem = check_train_examples(train_examples, known.train_examples)
     if problem is not None:
         raise UserError(problem)
     return dataclasses.replace(known, train_examples=train_examples or known.train_examples)
 
 
 def load(
-    name: str, *, train_examples: int | None = None, data_dir: str | Path | None = None
+    name: str,
+    *,
+    train_examples: int | None = None,
+    data_dir: str | Path | None = None,
+    path: str | Path | None = None,
 ) -> DataSet:
     """A data set's images and labels, in memory.
 
     `digits` comes with the package. Its test part is every fifth image (index % 5 == 0): a split by
-    image, not by writer. The others are read from the files that tensorflow-datasets prepared.
+    image, not by writer. The others are read from the files that tensorflow-datasets prepared, or
+    from an npz file.
 
     Args:
-      name: of the data set.
+      name: as for `info`.
       train_examples: keep only the first so many of the training part, for a harder task; None:
         all. The test part stays whole.
-      data_dir: where tensorflow-datasets keeps its files; None: its default directory.
+      data_dir: as for `info`.
+      path: as for `info`.
 
     Returns:
       The data set.
 
     Raises:
       UserError: there is no such data set, it has not so many examples, it is too large for
-        memory, or its files are not there.
+        memory, or its files are missing, damaged, or other ones than expected.
     """
-    known = info(name, train_examples=train_examples)
+    known = info(name, train_examples=train_examples, data_dir=data_dir, path=path)
     if name in _TOO_LARGE_FOR_ARRAYS:
         small = [other for other in _INFOS if other not in _TOO_LARGE_FOR_ARRAYS]
         allowed = "a data set that fits into memory, as records are not read yet: "
         allowed += ", ".join(small)
         raise UserError(Problem("name", name, allowed))
+    if path is not None:
+        return own_arrays.load_npz(path, train_examples=train_examples)
     if name == "digits":
         train, test = _digits()
     else:
         from bigbatch.data import tfds_files
 
-        train = _arrays(*tfds_files.read(name, "train", data_dir))
-        test = _arrays(*tfds_files.read(name, "test", data_dir))
-    for part, arrays, expected in (
-        ("train", train, _INFOS[name].train_examples),
-        ("test", test, known.test_examples),
-    ):
-        if len(arrays) != expected or arrays.images.shape[1:] != known.image_shape:
-            given = f"{part} part of {name} with images {arrays.images.shape}"
-            raise UserError(Problem("data_dir", given, f"{(expected, *known.image_shape)}"))
-    return _data_set(known, train, test)
+        prepared = tfds_metadata.find(name, data_dir)
+        if prepared is None:
+            raise UserError(tfds_files.missing(name, data_dir))
+        _check_facts(known if train_examples is None else info(name, data_dir=data_dir), prepared)
+        train = arrays(*tfds_files.read(prepared, "train"))
+        test = arrays(*tfds_files.read(prepared, _test_split(prepared.shard_examples)))
+        _check_labels(known, prepared, {"train": train, "test": test})
+    return data_set(known, train, test)
 
 
-def from_arrays(
-    train_images: np.ndarray,
-    train_labels: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
-    *,
-    name: str = "arrays",
-    num_classes: int | None = None,
-    train_examples: int | None = None,
-) -> DataSet:
-    """A data set of the user's own arrays.
+def _own_path(name: str, path: str | Path | None) -> str | Path | None:
+    """The path of the user's own arrays, where the data set is that."""
+    if (name == own_arrays.NAME) == (path is not None):
+        return path
+    if path is None:
+        allowed = f"the path of an npz file, for a data set named {name!r}"
+        raise UserError(Problem("path", path, allowed))
+    allowed = f"nothing, for a data set that is not named {own_arrays.NAME!r}"
+    raise UserError(Problem("path", str(path), allowed))
 
-    Args:
-      train_images: uint8[n, H, W, C], or uint8[n, H, W] for one channel.
-      train_labels: integers [n].
-      test_images: as the training images, in any number.
-      test_labels: integers, one for each test image.
-      name: for the records of the run.
-      num_classes: None: the largest label of both parts plus 1.
-      train_examples: keep only the first so many of the training part; None: all.
 
-    Returns:
-      The data set; its mean and std are those of the training images that are kept.
+def _find(name: str, data_dir: str | Path | None) -> tfds_metadata.Prepared:
+    """A prepared data set that this project knows nothing of."""
+    prepared = tfds_metadata.find(str(name), data_dir)
+    if prepared is not None:
+        return prepared
+    known = [*_INFOS, own_arrays.NAME]
+    allowed = "one of " + ", ".join(known) + ", or a data set for image classification prepared in "
+    allowed += f"{tfds_metadata.data_directory(data_dir)} by: bigbatch data prepare {name}"
+    raise UserError(Problem("name", name, allowed, nearest_name(str(name), known)))
 
-    Raises:
-      UserError: shapes, types or labels that do not fit together, all of them at once.
-    """
-    problems = [
-        *_check_part("train", train_images, train_labels, num_classes),
-        *_check_part("test", test_images, test_labels, num_classes),
-    ]
-    if not problems and np.shape(train_images)[1:] != np.shape(test_images)[1:]:
-        allowed = f"images of the training part's shape {np.shape(train_images)[1:]}"
-        problems.append(Problem("test_images", np.shape(test_images)[1:], allowed))
-    problem = _check_train_examples(train_examples, len(train_images))
-    if problem is not None:
-        problems.append(problem)
+
+def _prepared_info(prepared: tfds_metadata.Prepared) -> Info:
+    """The facts of a prepared data set, but for its mean and std."""
+    from bigbatch.data import tfds_files
+
+    tfds_files.check(prepared)
+    assert prepared.image_shape is not None
+    assert prepared.num_classes is not None
+    height, width, channels = (int(side or 0) for side in prepared.image_shape)
+    test = _test_split(prepared.shard_examples)
+    for split in ("train", test):
+        if not prepared.num_examples(split):
+            given = f"{prepared.name}, with the splits {', '.join(prepared.shard_examples)}"
+            allowed = f"a data set with examples in a split train and one of {_TEST_SPLITS}"
+            raise UserError(Problem("name", given, allowed))
+    return Info(
+        name=prepared.name,
+        num_classes=prepared.num_classes,
+        image_shape=(height, width, channels),
+        mean=(),
+        std=(),
+        train_examples=prepared.num_examples("train"),
+        test_examples=prepared.num_examples(test),
+    )
+
+
+def _test_split(splits: Mapping[str, tuple[int, ...]]) -> str:
+    """The name of the split that is tested on."""
+    return next((name for name in _TEST_SPLITS if name in splits), _TEST_SPLITS[0])
+
+
+def _check_facts(known: Info, prepared: tfds_metadata.Prepared) -> None:
+    """Raise a UserError where the files are not those of the data set that is known."""
+    found = _prepared_info(prepared)
+    fields = ("train_examples", "test_examples", "image_shape", "num_classes")
+    wrong = [f for f in fields if getattr(found, f) != getattr(known, f)]
+    if wrong:
+        given = ", ".join(f"{f} {getattr(found, f)}" for f in wrong)
+        expected = ", ".join(f"{f} {getattr(known, f)}" for f in wrong)
+        given = f"files in {prepared.directory} with {given}"
+        raise UserError(Problem("data_dir", given, f"those of {known.name}: {expected}"))
+
+
+def _check_labels(
+    known: Info, prepared: tfds_metadata.Prepared, parts: Mapping[str, Arrays]
+) -> None:
+    """Raise a UserError where labels are out of range."""
+    problems = []
+    for part, held in parts.items():
+        outside = np.flatnonzero((held.labels < 0) | (held.labels >= known.num_classes))
+        if len(outside):
+            given = f"label {held.labels[outside[0]]} of example {outside[0]} in the {part} part "
+            given += f"in {prepared.directory}"
+            allowed = f"labels from 0 to {known.num_classes - 1}"
+            problems.append(Problem("data_dir", given, allowed))
     if problems:
         raise UserError(problems)
-    train, test = _arrays(train_images, train_labels), _arrays(test_images, test_labels)
-    kept = train.images[:train_examples]
-    std = kept.std(axis=(0, 1, 2))
-    height, width, channels = kept.shape[1:]
-    facts = Info(
-        name=name,
-        num_classes=num_classes or int(max(train.labels.max(), test.labels.max())) + 1,
-        image_shape=(height, width, channels),
-        mean=tuple(kept.mean(axis=(0, 1, 2)).tolist()),
-        # A channel that never changes carries nothing, and must not be divided by 0.
-        std=tuple(np.where(std > 0, std, 1.0).tolist()),
-        train_examples=len(kept),
-        test_examples=len(test),
-    )
-    return _data_set(facts, train, test)
-
-
-def _data_set(facts: Info, train: Arrays, test: Arrays) -> DataSet:
-    """The data set with the facts' number of training examples, its arrays made read-only."""
-    kept = Arrays(train.images[: facts.train_examples], train.labels[: facts.train_examples])
-    for array in (kept.images, kept.labels, test.images, test.labels):
-        array.setflags(write=False)
-    fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(Info)}
-    return DataSet(**fields, train=kept, test=test)
-
-
-def _arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
-    """Checked arrays in the types and the layout of the project; never the user's own memory."""
-    images = np.array(images, dtype=np.uint8, order="C")
-    return Arrays(
-        images[..., None] if images.ndim == 3 else images, np.array(labels, dtype=np.int32)
-    )
 
 
 def _digits() -> tuple[Arrays, Arrays]:
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         images, labels = file["images"], file["labels"]
     test = np.arange(len(images)) % 5 == 0
-    return _arrays(images[~test], labels[~test]), _arrays(images[test], labels[test])
-
-
-def _check_train_examples(given: int | None, available: int) -> Problem | None:
-    if given is None:
-        return None
-    allowed = f"a whole number from 1 to {available:,}, or None for all"
-    if isinstance(given, bool) or not isinstance(given, int | np.integer):
-        return Problem("train_examples", given, allowed)
-    if not 1 <= given <= available:
-        return Problem("train_examples", given, allowed, min(max(int(given), 1), available))
-    return None
-
-
-def _check_part(
-    part: str, images: np.ndarray, labels: np.ndarray, num_classes: int | None
-) -> list[Problem]:
-    """What is wrong with one part of the user's arrays."""
-    images, labels = np.asarray(images), np.asarray(labels)
-    problems = []
-    if images.dtype != np.uint8:
-        problems.append(Problem(f"{part}_images", str(images.dtype), "uint8 images", "uint8"))
-    if images.ndim not in (3, 4) or 0 in images.shape:
-        allowed = "at least one image: (n, height, width, channels) or (n, height, width)"
-        problems.append(Problem(f"{part}_images", images.shape, allowed))
-    if not np.issubdtype(labels.dtype, np.integer):
-        problems.append(Problem(f"{part}_labels", str(labels.dtype), "integer labels", "int32"))
-    if labels.shape != images.shape[:1]:
-        allowed = f"one label for each image: {images.shape[:1]}"
-        problems.append(Problem(f"{part}_labels", labels.shape, allowed, images.shape[:1]))
-    if not problems:
-        outside = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
-        if outside.any():
-            first = int(np.flatnonzero(outside)[0])
-            limit = "2^31 - 1" if num_classes is None else str(num_classes - 1)
-            given = f"{int(labels[first])} at index {first}"
-            problems.append(Problem(f"{part}_labels", given, f"labels from 0 to {limit}"))
-    return problems
+    return arrays(images[~test], labels[~test]), arrays(images[test], labels[test])

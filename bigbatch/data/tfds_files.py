@@ -1,59 +1,126 @@
-"""Small data sets from the files of tensorflow-datasets, read without TensorFlow."""
+"""Small data sets from the files of tensorflow-datasets, read without TensorFlow.
 
+A file's records are read at once and only the pixels are decoded one image at a time: six times
+faster than example by example through `tfds.data_source`.
+"""
+
+import io
+import struct
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from bigbatch.data import tfds_metadata
+from bigbatch.data.tfds_metadata import Prepared
 from bigbatch.errors import Problem, UserError
 
+FORMATS = (tfds_metadata.ARRAY_RECORD, tfds_metadata.TFRECORD)
+# TFRecord: length and its checksum before each record, the record's checksum behind it.
+_HEAD, _TAIL_BYTES = struct.Struct("<QI"), 4
 
-def read(name: str, split: str, data_dir: str | Path | None) -> tuple[np.ndarray, np.ndarray]:
+
+def read(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
     """One split of an image-classification set, in the order of its files.
 
     Args:
-      name: of the data set, as tensorflow-datasets calls it.
-      split: "train" or "test".
-      data_dir: where its files are; None: the default directory of tensorflow-datasets.
+      prepared: from `tfds_metadata.find`, with images of one shape.
+      split: of its splits.
 
     Returns:
       Images, uint8[n, H, W, C], and labels, int64[n].
 
     Raises:
-      UserError: the files are not there in the random-access format (ArrayRecord).
+      UserError: files are missing, damaged or in another format, or hold other images than the data
+        set's description says. All missing files are told together.
     """
-    # A slow import, which most runs do not need.
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir)
-    try:
-        if not builder.is_prepared():
-            raise FileNotFoundError(builder.data_path)
-        source = builder.as_data_source(split=split)
-    except (FileNotFoundError, NotImplementedError) as error:
-        raise UserError(_missing(name, data_dir, builder)) from error
-    images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
-    labels = np.empty(len(source), np.int64)
-    for i, example in enumerate(source):
-        images[i], labels[i] = example["image"], example["label"]
+    check(prepared)
+    files = prepared.files(split)
+    missing = [_damaged(prepared, file, "it is not there") for file in files if not file.exists()]
+    if missing:
+        raise UserError(missing)
+    count = prepared.num_examples(split)
+    images = np.empty((count, *prepared.image_shape), np.uint8)  # type: ignore[misc]
+    labels = np.empty(count, np.int64)
+    done = 0
+    for file, expected in zip(files, prepared.shard_examples[split], strict=True):
+        try:
+            records = _records(file, prepared.file_format)
+        except (OSError, RuntimeError, ValueError, struct.error) as error:
+            raise UserError(_damaged(prepared, file, str(error))) from error
+        if len(records) != expected:
+            words = f"it holds {len(records):,} records, not {expected:,}"
+            raise UserError(_damaged(prepared, file, words))
+        for i, record in enumerate(records):
+            try:
+                images[done + i], labels[done + i] = _example(record, images.shape[1:])
+            except Exception as error:
+                # The parsers of records and images fail in ways of their own.
+                words = f"record {i}: {type(error).__name__}: {error}"
+                raise UserError(_damaged(prepared, file, words)) from error
+        done += expected
     return images, labels
 
 
-def _missing(name: str, data_dir: str | Path | None, builder: Any) -> Problem:
-    """What is missing of a data set, and the command that gets it."""
-    if builder.is_prepared():
-        what = f"the files in {builder.data_path} are {builder.info.file_format.value} files"
-        directory = "another data_dir"
-    else:
-        what = f"there are no files in {builder.data_path}"
-        directory = "that place"
-    where = None if data_dir is None else str(data_dir)
-    command = (
-        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
-        f"data_dir={where!r}, file_format='array_record').download_and_prepare()\""
-    )
-    allowed = (
-        f"a data set that is on disk as array_record files ({what}; once, with TensorFlow and a "
-        f"network, make them in {directory}: {command})"
-    )
-    return Problem("name", name, allowed, "digits")
+def check(prepared: Prepared) -> None:
+    """Raise a UserError unless a prepared data set can be held in memory as arrays."""
+    if prepared.file_format not in FORMATS:
+        given = f"{prepared.file_format} files in {prepared.directory}"
+        raise UserError(Problem("name", given, f"files of a format in {', '.join(FORMATS)}"))
+    if prepared.image_shape is None or prepared.num_classes is None:
+        allowed = "a data set for classification, with the features image and label"
+        raise UserError(Problem("name", prepared.name, allowed))
+    if len(prepared.image_shape) != 3 or None in prepared.image_shape:
+        given = f"{prepared.name}, with images of shape {prepared.image_shape}"
+        raise UserError(Problem("name", given, "a data set whose images all have one shape"))
+
+
+def missing(name: str, data_dir: str | Path | None) -> Problem:
+    """What to say of a data set that is not on disk: the command that gets it."""
+    place = tfds_metadata.data_directory(data_dir) / name
+    where = "" if data_dir is None else f" --directory={data_dir}"
+    allowed = f"a data set that is on disk (nothing is in {place}; this gets it: "
+    return Problem("name", name, f"{allowed}bigbatch data prepare {name}{where})")
+
+
+def _damaged(prepared: Prepared, file: Path, words: str) -> Problem:
+    allowed = f"files as {prepared.name} was prepared with ({words}); remove {prepared.directory} "
+    return Problem("data_dir", str(file), f"{allowed}and prepare it again")
+
+
+def _records(file: Path, file_format: str) -> list[bytes]:
+    """All records of a file."""
+    if file_format == tfds_metadata.ARRAY_RECORD:
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        reader = ArrayRecordReader(str(file))
+        try:
+            return list(reader.read_all()) if reader.num_records() else []
+        finally:
+            reader.close()
+    content, position = file.read_bytes(), 0
+    records: list[bytes] = []
+    while position < len(content):
+        length, _ = _HEAD.unpack_from(content, position)
+        position += _HEAD.size
+        if position + length + _TAIL_BYTES > len(content):
+            raise ValueError(f"it ends within record {len(records)}")
+        records.append(content[position : position + length])
+        position += length + _TAIL_BYTES
+    return records
+
+
+def _example(record: bytes, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """The image, uint8[H, W, C], and the label of a record."""
+    from PIL import Image
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    features = tf_example_pb2.Example.FromString(record).features.feature
+    encoded = features["image"].bytes_list.value[0]
+    image = np.asarray(Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")))
+    label = features["label"].int64_list.value[0]
+    if (
+        image.dtype != np.uint8
+        or image.reshape(image.shape + (1,) * (3 - image.ndim)).shape != shape
+    ):
+        raise ValueError(f"an image {image.dtype}{image.shape}, not uint8{shape}")
+    return image.reshape(shape), label

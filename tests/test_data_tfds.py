@@ -1,0 +1,184 @@
+"""Data sets that tensorflow-datasets prepared: read, described, and what is wrong with them."""
+
+import gzip
+import io
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bigbatch import cli
+from bigbatch.data import idx_files, prepare, sets, tfds_files, tfds_metadata
+from bigbatch.errors import UserError
+
+
+def problems(call, *args, **kwargs):
+    """The fields and nearest values of the mistakes that the call finds."""
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    return [(problem.field, problem.nearest) for problem in error.value.problems]
+
+
+def write_tfds(root, name, file_format, counts):
+    """Files of tensorflow-datasets, made without it where that needs TensorFlow."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from PIL import Image
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    builder = tfds.builder(name, data_dir=root, file_format=file_format)
+    directory = builder.data_path
+    directory.mkdir(parents=True)
+    shape = builder.info.features["image"].shape
+    infos, written = [], {}
+    for split, count in counts.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=directory, dataset_name=name, split=split, filetype_suffix=file_format
+        )
+        images = np.random.default_rng(count).integers(0, 256, (count, *shape), dtype=np.uint8)
+        labels = np.arange(count) % 10
+        writer = ArrayRecordWriter(str(template.sharded_filepaths(1)[0]), "group_size:1")
+        for image, label in zip(images, labels, strict=True):
+            png = io.BytesIO()
+            Image.fromarray(image).save(png, "PNG")
+            example = tf_example_pb2.Example()
+            example.features.feature["image"].bytes_list.value.append(png.getvalue())
+            example.features.feature["label"].int64_list.value.append(int(label))
+            example.features.feature["id"].bytes_list.value.append(b"unused")
+            writer.write(example.SerializeToString())
+        writer.close()
+        written[split] = images, labels
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split, shard_lengths=[count], num_bytes=1, filename_template=template
+            )
+        )
+    builder.info.set_splits(tfds.core.splits.SplitDict(infos))
+    builder.info.write_to_directory(directory)
+    return written
+
+
+def find(name, root):
+    prepared = tfds_metadata.find(name, root)
+    assert prepared is not None
+    return prepared
+
+
+def test_arrays_are_read_without_tensorflow(tmp_path):
+    written = write_tfds(tmp_path, "cifar10", "array_record", {"train": 12, "test": 5})
+    prepared = find("cifar10", tmp_path)
+    assert (prepared.image_shape, prepared.num_classes) == ((32, 32, 3), 10)
+    for split in ("train", "test"):
+        images, labels = tfds_files.read(prepared, split)
+        np.testing.assert_array_equal(images, written[split][0])
+        np.testing.assert_array_equal(labels, written[split][1])
+    # A whole data set is expected: these are not CIFAR-10's 50,000.
+    assert problems(sets.load, "cifar10", data_dir=tmp_path) == [("data_dir", None)]
+
+
+def test_a_set_that_is_not_in_the_table(tmp_path):
+    written = write_tfds(tmp_path, "cmaterdb", "array_record", {"train": 12, "test": 5})
+    facts = sets.info("cmaterdb", data_dir=tmp_path)
+    assert (facts.train_examples, facts.test_examples, facts.num_classes) == (12, 5, 10)
+    assert facts.image_shape == (32, 32, 3)
+    data = sets.load("cmaterdb", data_dir=tmp_path, train_examples=7)
+    images = written["train"][0][:7]
+    np.testing.assert_array_equal(data.train.images, images)
+    np.testing.assert_array_equal(data.test.labels, written["test"][1])
+    assert data.mean == pytest.approx(images.mean(axis=(0, 1, 2)))
+    assert data.std == pytest.approx(images.std(axis=(0, 1, 2)))
+    assert problems(sets.info, "cmaterdb", data_dir=tmp_path, train_examples=13) == [
+        ("train_examples", 12)
+    ]
+
+
+def test_missing_files_are_said_with_the_command_that_gets_them(tmp_path):
+    command = f"bigbatch data prepare cifar10 --directory={tmp_path}"
+    with pytest.raises(UserError, match=command) as error:
+        sets.load("cifar10", data_dir=tmp_path)
+    assert [(p.field, p.nearest) for p in error.value.problems] == [("name", None)]
+    with pytest.raises(UserError, match="bigbatch data prepare cmaterdb"):
+        sets.info("cmaterdb", data_dir=tmp_path)
+
+
+def idx(array: np.ndarray) -> bytes:
+    head = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    return gzip.compress(head + array.tobytes())
+
+
+@pytest.fixture
+def idx_directory(tmp_path):
+    """A tiny Fashion-MNIST in its four files."""
+    directory = tmp_path / "idx"
+    directory.mkdir()
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 30), ("t10k", 11)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (directory / f"{part}-images-idx3-ubyte.gz").write_bytes(idx(images))
+        labels = np.arange(count, dtype=np.uint8) % 10
+        (directory / f"{part}-labels-idx1-ubyte.gz").write_bytes(idx(labels))
+    return directory
+
+
+def test_fashion_mnist_is_made_from_its_idx_files(tmp_path, idx_directory, capsys):
+    arguments = ["data", "prepare", "fashion_mnist", f"--directory={tmp_path / 'tfds'}"]
+    assert cli.main([*arguments, f"--from={idx_directory}"]) == 0
+    assert "is now prepared" in capsys.readouterr().out
+    parts = idx_files.read_parts(idx_directory)
+    prepared = find("fashion_mnist", tmp_path / "tfds")
+    for split in ("train", "test"):
+        images, labels = tfds_files.read(prepared, split)
+        np.testing.assert_array_equal(images, parts[split][0])
+        np.testing.assert_array_equal(labels, parts[split][1])
+    assert cli.main(arguments) == 0
+    assert "is already prepared" in capsys.readouterr().out
+
+
+def test_what_was_made_is_a_data_set_to_tensorflow_datasets(tmp_path, idx_directory):
+    """Its own reader of ArrayRecord gives the same examples."""
+    import tensorflow_datasets as tfds
+
+    prepare.prepare("fashion_mnist", data_dir=tmp_path / "tfds", source=idx_directory)
+    source = tfds.data_source("fashion_mnist", split="test", data_dir=tmp_path / "tfds")
+    images, labels = idx_files.read_parts(idx_directory)["test"]
+    assert len(source) == len(images)
+    for i, example in enumerate(source):
+        np.testing.assert_array_equal(example["image"], images[i])
+        assert example["label"] == labels[i]
+
+
+def test_preparing_needs_no_tensorflow_where_arrays_are_written(tmp_path, idx_directory):
+    code = (
+        "import sys; from bigbatch import cli; status = cli.main(sys.argv[1:]); "
+        "assert 'tensorflow' not in sys.modules; assert 'jax' not in sys.modules; sys.exit(status)"
+    )
+    arguments = ["data", "prepare", "fashion_mnist", f"--directory={tmp_path / 'tfds'}"]
+    command = [sys.executable, "-c", code, *arguments, f"--from={idx_directory}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_damaged_and_missing_idx_files_are_told_together(tmp_path, idx_directory):
+    whole = (idx_directory / "train-images-idx3-ubyte.gz").read_bytes()
+    (idx_directory / "train-images-idx3-ubyte.gz").write_bytes(whole[:-100])
+    (idx_directory / "train-labels-idx1-ubyte.gz").unlink()
+    (idx_directory / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"\x00\x00\x0d\x01"))
+    (idx_directory / "t10k-images-idx3-ubyte.gz").write_bytes(
+        gzip.compress(gzip.decompress(idx(np.zeros((3, 2, 2), np.uint8)))[:-1])
+    )
+    with pytest.raises(UserError) as error:
+        prepare.prepare("fashion_mnist", data_dir=tmp_path, source=idx_directory)
+    words = [str(problem) for problem in error.value.problems]
+    for text in ("a whole gz file", "a file that is there", "head announces", "unsigned bytes"):
+        assert any(text in word for word in words), (text, words)
+    assert not (tmp_path / "fashion_mnist").exists()
+
+
+def test_mistakes_of_data_prepare(tmp_path):
+    assert problems(prepare.prepare, "fashion_mnits", data_dir=tmp_path) == [
+        ("name", "fashion_mnist")
+    ]
+    assert problems(prepare.prepare, "digits", data_dir=tmp_path) == [("name", None)]
+    assert problems(prepare.prepare, "cifar10", source=tmp_path / "none") == [("from", None)]
