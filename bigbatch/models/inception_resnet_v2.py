@@ -16,6 +16,7 @@ from flax import linen as nn
 from bigbatch.errors import Problem, UserError
 from bigbatch.models.dropout import dropout
 from bigbatch.models.ghost_norm import GhostNorm
+from bigbatch.models.pool import mean_over_positions
 
 SMALLEST_IMAGE_PIXELS = 75
 
@@ -97,7 +98,7 @@ class InceptionResNetV2(nn.Module):
             scale, is_last = (1.0, True) if i == 9 else (0.2, False)
             x = self._residual(x, f"block8_{i}", branches, scale, train, is_last=is_last)
         x = conv(x, "conv_7b", (1536, 1, 1))
-        x = jnp.mean(x, axis=(1, 2), dtype=param_dtype)
+        x = mean_over_positions(x, param_dtype)
         if train and not self.is_initializing():
             x = dropout(x, keys, rate=self.dropout_rate, layer=0)
         return nn.Dense(

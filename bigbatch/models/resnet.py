@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from bigbatch.models.ghost_norm import GhostNorm
+from bigbatch.models.pool import mean_over_positions
 
 # He et al. 2015, by the fan out; the classifier's is that of Goyal et al. 2017, section 5.1.
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -52,7 +53,7 @@ class ResNet(nn.Module):
                 stride = 2 if group > 0 and block == 0 else 1
                 name = f"group{group}_block{block}"
                 x = self._block(x, 64 * 2**group, stride, is_bottleneck, train, name)
-        x = jnp.mean(x, axis=(1, 2), dtype=param_dtype)
+        x = mean_over_positions(x, param_dtype)
         return nn.Dense(
             self.num_classes,
             kernel_init=_classifier_normal,

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from bigbatch.models.dropout import dropout
 from bigbatch.models.ghost_norm import GhostNorm
+from bigbatch.models.pool import mean_over_positions
 
 # He et al. 2015, by the fan out, as the network's authors have it.
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -82,7 +83,7 @@ class WideResNet(nn.Module):
                     layer += 1
                 x = x + conv(channels, (3, 3), name=f"{name}_conv2")(y)
         x = nn.relu(norm(name="norm")(x, train=train))
-        x = jnp.mean(x, axis=(1, 2), dtype=param_dtype)
+        x = mean_over_positions(x, param_dtype)
         return nn.Dense(
             self.num_classes, dtype=param_dtype, param_dtype=param_dtype, name="logits"
         )(x)
