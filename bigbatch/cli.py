@@ -65,6 +65,15 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--devices", type=int, default=1, help="plan for so many (default 1)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--plot", metavar="FILE", help="draw the plan, before and after (.png, .svg)")
+    timing = plan.add_argument_group("time and cost on devices that are not there")
+    timing.add_argument("--bench", metavar="FILE", help="measured speeds, from `bigbatch bench`")
+    timing.add_argument("--examples-per-s", type=float, help="of one device")
+    timing.add_argument("--allreduce-gbps", type=float, help="1e9 bits a second, of one device")
+    timing.add_argument("--update-s", type=float, help="fixed seconds of one update (default 0)")
+    timing.add_argument("--cost-per-device-hour", type=float, help="in your money")
+    bench = verb("bench", _bench, "Measure the speeds of one device here, for `plan --bench`.")
+    bench.add_argument("--config", required=True, **config)
+    bench.add_argument("--out", metavar="FILE", default="bench.json", help="(default bench.json)")
     train = verb("train", _train, "Train, or continue a run that was stopped.")
     train.add_argument("--config", required=True, **config)
     train.add_argument("--workdir", **workdir)
@@ -114,12 +123,62 @@ def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
     if options.devices < 1:
         raise UserError(Problem("devices", options.devices, "a whole number >= 1", 1))
-    if options.json:
-        print(json.dumps(config.plan.summary()))
-    else:
-        print(plan_table.text(config, devices=options.devices))
+    speeds = _speeds(options)
+    summary = config.plan.summary() if options.json else {}
+    lines = [] if options.json else [plan_table.text(config, devices=options.devices)]
+    if speeds is not None:
+        from bigbatch import time_table
+
+        times = time_table.times(config, options.devices, speeds)
+        summary["time"] = time_table.summary(times, speeds)
+        lines += ["", time_table.text(times, speeds)]
+    print(json.dumps(summary) if options.json else "\n".join(lines))
     if options.plot:
         _plot(config, options.plot)
+
+
+def _speeds(options: argparse.Namespace) -> Any:
+    """What is known of the hardware; None where no time was asked for."""
+    from bigbatch.time_model import Speeds, read_bench
+
+    names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
+    typed = {name: v for name in names if (v := getattr(options, name)) is not None}
+    if not typed and options.bench is None:
+        return None
+    # What is typed in counts more than what was measured.
+    known = (read_bench(options.bench) if options.bench is not None else {}) | typed
+    problems = []
+    if "examples_per_s" not in known:
+        allowed = "examples a second of one device, or --bench with the file of `bigbatch bench`"
+        problems.append(Problem("examples_per_s", "nothing", allowed))
+    if options.devices > 1 and "allreduce_gbps" not in known:
+        allowed = "1e9 bits a second of one device: there are several devices"
+        problems.append(Problem("allreduce_gbps", "nothing", allowed))
+    try:
+        speeds = Speeds(**{"examples_per_s": 1.0} | known)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return speeds
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from bigbatch.bench import bench, table
+
+    config = _config(options)
+    if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
+        raise UserError(Problem("out", options.out, "a file in a directory that is there"))
+    result = bench(config)
+    from bigbatch.workdir import write_json
+
+    try:
+        write_json(Path(options.out), result)
+    except OSError as error:
+        allowed = f"a file that can be written ({error.strerror})"
+        raise UserError(Problem("out", options.out, allowed)) from error
+    print(table(result))
+    print(options.out)
 
 
 def _plot(config: Any, path: str) -> None:

@@ -87,6 +87,11 @@ class Layout:
         full, rest = self._cover(batch_size)
         return (full * self.shapes[0] + sum(rest)) * self.devices
 
+    def num_microbatches(self, batch_size: int) -> int:
+        """How many calls of accumulate one update takes."""
+        full, rest = self._cover(batch_size)
+        return full + len(rest)
+
     def masked_share(self, plan_or_batch_sizes: Any) -> float:
         """Masked examples / computed examples over a whole run, from 0 to below 1."""
         sizes, counts = _sizes(plan_or_batch_sizes)

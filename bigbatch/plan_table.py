@@ -37,16 +37,12 @@ def text(config: Config, *, devices: int) -> str:
     layout = config.layout(plan, devices)
     shares = (f"{layout.devices * shape // devices}" for shape in layout.shapes)
     rows = [_row(stage, layout) for stage in plan.stages]
-    if len(rows) > _MAX_ROWS:
-        half = _MAX_ROWS // 2
-        left_out = (f"... {len(rows) - 2 * half} stages ...", *[""] * (len(_HEADER) - 1))
-        rows = [*rows[:half], left_out, *rows[-half:]]
     source = config.source_plan
     lines = [
         f"{config.experiment or 'plan'}: {plan.train_examples:,} training examples, "
         f"{plan.epochs:g} epochs",
         "",
-        *_table([_HEADER, *rows]),
+        *aligned([_HEADER, *abridged(rows, len(_HEADER))]),
         "",
         f"{plan.num_updates:,} updates, {plan.num_examples:,} examples; "
         f"{source.num_updates / plan.num_updates:.2f} times fewer updates than the "
@@ -82,7 +78,16 @@ def _row(stage: Stage, layout: Layout) -> tuple[str, ...]:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def abridged(rows: Sequence[Sequence[str]], columns: int) -> list[Sequence[str]]:
+    """The first and the last rows of a long table, with a line that says how many are left out."""
+    if len(rows) <= _MAX_ROWS:
+        return list(rows)
+    half = _MAX_ROWS // 2
+    left_out = (f"... {len(rows) - 2 * half} stages ...", *[""] * (columns - 1))
+    return [*rows[:half], left_out, *rows[-half:]]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]

@@ -59,13 +59,16 @@ class Run(Updates):
     data: DataSet
 
 
-def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
+def prepare(
+    config: Config, plan: Plan, mesh: Mesh | None = None, data: DataSet | None = None
+) -> Run:
     """Loads the data, lays the plan out over the devices and compiles every program.
 
     Args:
       config: a validated config.
       plan: the config's plan, or the one that the working directory holds.
       mesh: the devices; None for all there are.
+      data: the data set; None to load the config's.
 
     Returns:
       What training and evaluation need.
@@ -74,7 +77,7 @@ def prepare(config: Config, plan: Plan, mesh: Mesh | None = None) -> Run:
       UserError: the data is missing or does not fit, or the layout cannot be formed.
     """
     mesh = step.data_mesh() if mesh is None else mesh
-    data = _load(config)
+    data = _load(config) if data is None else data
     layout = config.layout(plan, mesh.size)
     ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
     module = config.model.module(

@@ -52,6 +52,10 @@ class ModelConfig(abc.ABC):
         )
 
     @abc.abstractmethod
+    def num_parameters(self, *, image_channels: int, num_classes: int) -> int:
+        """How many parameters the network has, without building it (so without JAX)."""
+
+    @abc.abstractmethod
     def _module_class(self) -> Any:
         """The Flax module's class."""
 
@@ -84,6 +88,19 @@ class WideResNetConfig(ModelConfig):
         _check_dropout_rate(checks, self.dropout_rate)
         checks.done()
 
+    def num_parameters(self, *, image_channels: int, num_classes: int) -> int:
+        """See `ModelConfig.num_parameters`."""
+        channels, count = 16, 9 * 16 * image_channels
+        for group, stride in enumerate(self.strides):
+            wide = 16 * self.width * 2**group
+            for block in range((self.depth - 4) // 6):
+                # Two norms of two vectors, two 3x3 convolutions, and the shortcut's where it is.
+                count += 2 * channels + 2 * wide + 9 * (channels + wide) * wide
+                if channels != wide or (block == 0 and stride != 1):
+                    count += channels * wide
+                channels = wide
+        return count + 2 * channels + (channels + 1) * num_classes
+
     def _module_class(self) -> Any:
         from bigbatch.models.wide_resnet import WideResNet
 
@@ -99,6 +116,12 @@ class ResNetConfig(ModelConfig):
     """
 
     depth: typing.Literal[18, 50]
+
+    def num_parameters(self, *, image_channels: int, num_classes: int) -> int:
+        """See `ModelConfig.num_parameters`."""
+        # Without the stem's convolution and the classifier; a test counts them.
+        blocks, features = {18: (11_167_104, 512), 50: (23_498_624, 2048)}[self.depth]
+        return blocks + 49 * 64 * image_channels + (features + 1) * num_classes
 
     def _module_class(self) -> Any:
         from bigbatch.models.resnet import ResNet
@@ -120,6 +143,11 @@ class InceptionResNetV2Config(ModelConfig):
         checks = Checks()
         _check_dropout_rate(checks, self.dropout_rate)
         checks.done()
+
+    def num_parameters(self, *, image_channels: int, num_classes: int) -> int:
+        """See `ModelConfig.num_parameters`."""
+        # Without the first convolution and the classifier; a test counts them.
+        return 54_275_328 + 9 * 32 * image_channels + 1537 * num_classes
 
     def _module_class(self) -> Any:
         from bigbatch.models.inception_resnet_v2 import InceptionResNetV2
