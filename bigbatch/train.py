@@ -90,7 +90,8 @@ def updates(
 
     Yields:
       For each update its row of the plan, the state after it and its loss's sums, both still being
-      computed. The state is given away by asking for the next one.
+      computed; with the sums `input_wait_s`, the seconds waited for its examples. The state is
+      given away by asking for the next one.
     """
     # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
     # than it has threads; there each update is waited for.
@@ -102,6 +103,7 @@ def updates(
     with Prefetch(run.microbatch, requests, max_in_flight=_MICROBATCHES_IN_FLIGHT) as parts:
         for update in range(first_update, run.plan.num_updates):
             row = run.plan.row(update)
+            waited_s = parts.waited_s
             for _ in run.layout.microbatches(row.batch_size):
                 size, examples = next(parts)
                 accumulator = run.programs.accumulate[size](state, accumulator, examples)
@@ -113,7 +115,8 @@ def updates(
             )
             if one_at_a_time:
                 jax.block_until_ready(state)
-            yield row, state, sums
+            reported: dict[str, Any] = {**sums, "input_wait_s": parts.waited_s - waited_s}
+            yield row, state, reported
 
 
 def _loop(

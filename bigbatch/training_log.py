@@ -20,6 +20,7 @@ class Progress(NamedTuple):
       seconds: spent so far, over all resumes.
       loss_sum: training loss summed over the examples since the last record of the log.
       loss_examples: those examples, by their weights.
+      input_wait_s: seconds for which the loop has waited for examples since that record.
       record_seconds: when that record was written, in the same seconds.
       train_loss: of that record.
       test_loss: of the last evaluation.
@@ -30,6 +31,7 @@ class Progress(NamedTuple):
     seconds: float = 0.0
     loss_sum: float = 0.0
     loss_examples: float = 0.0
+    input_wait_s: float = 0.0
     record_seconds: float = 0.0
     train_loss: float = math.nan
     test_loss: float = math.nan
@@ -47,15 +49,21 @@ def record(
         updates=row.update + 1,
         loss_sum=progress.loss_sum + loss,
         loss_examples=progress.loss_examples + count,
+        input_wait_s=progress.input_wait_s + float(sums["input_wait_s"]),
     )
     span = row.first_example, row.batch_size, row.update, run.plan.train_examples
     if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
         return progress
     train_loss = progress.loss_sum / progress.loss_examples
     rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
-    log.write(position(run, row) | {"train_loss": train_loss, "examples_per_s": round(rate, 1)})
+    speed = {"examples_per_s": round(rate, 1), "input_wait_s": round(progress.input_wait_s, 6)}
+    log.write(position(run, row) | {"train_loss": train_loss, **speed})
     return progress._replace(
-        loss_sum=0.0, loss_examples=0.0, record_seconds=now_s, train_loss=train_loss
+        loss_sum=0.0,
+        loss_examples=0.0,
+        input_wait_s=0.0,
+        record_seconds=now_s,
+        train_loss=train_loss,
     )
 
 

@@ -54,6 +54,42 @@ def test_no_more_items_are_made_than_the_bound(max_in_flight):
     assert threads() == []
 
 
+def test_late_requests_come_behind_the_others_and_within_the_bound():
+    made = []
+
+    def produce(request):
+        made.append(request)
+        return request
+
+    with Prefetch(produce, range(2), max_in_flight=3) as items:
+        items.request([2, 3, 4, 5])
+        assert [next(items) for _ in range(2)] == [0, 1]
+        assert list(items) == [2, 3, 4, 5]
+        assert next(items, None) is None
+        # As an adaptive policy does: one update's requests at a time, long after the others.
+        for first in range(6, 3_000, 2):
+            items.request(iter((first, first + 1)))
+            assert next(items) == first
+            assert next(items) == first + 1
+        items.request(range(3_000, 3_100))
+        assert next(items) == 3_000
+    assert made == list(range(len(made)))
+    assert len(made) <= 3_004
+    assert threads() == []
+    items.request([0])
+    assert next(items, None) is None
+
+
+def test_late_requests_after_an_exception_are_ignored():
+    items = Prefetch(int, ["0", "one", "2"], max_in_flight=2)
+    assert next(items) == 0
+    with pytest.raises(ValueError, match="one"):
+        next(items)
+    items.request(["3"])
+    assert next(items, None) is None
+    assert threads() == []
+
+
 def test_an_exception_comes_in_its_turn_and_ends_the_items():
     def produce(request):
         if request == 3:

@@ -20,6 +20,9 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
     `produce` or `requests` is raised where its item would have come, and ends the iteration. Use it
     as a context manager, or close it: no thread is left behind, and what was begun is waited for.
 
+    Requests that become known late are added by `request`. The iteration ends where nothing more is
+    requested, and goes on when something is.
+
     Host memory holds at most `max_in_flight` items beside the one that was handed out.
 
     Attributes:
@@ -27,11 +30,18 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
 
     >>> with Prefetch(lambda x: x * x, range(4), max_in_flight=2) as squares:
     ...     list(squares)
+    ...     squares.request([5, 6])
+    ...     list(squares)
     [0, 1, 4, 9]
+    [25, 36]
     """
 
     def __init__(
-        self, produce: Callable[[Request], Item], requests: Iterable[Request], *, max_in_flight: int
+        self,
+        produce: Callable[[Request], Item],
+        requests: Iterable[Request] = (),
+        *,
+        max_in_flight: int,
     ):
         """Start to make the first items.
 
@@ -48,15 +58,25 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
             raise UserError(Problem("max_in_flight", max_in_flight, "a number of at least 1", 1))
         self.waited_s = 0.0
         self._produce = produce
-        self._requests = iter(requests)
+        self._requests: Iterator[Request] = iter(requests)
         self._max_in_flight = max_in_flight
         self._pending: collections.deque[Future[Item]] = collections.deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._late: collections.deque[Request] = collections.deque()
+        self._closed = False
+        self._fill()
+
+    def request(self, requests: Iterable[Request]) -> None:
+        """Adds requests behind those that are known, and begins to make them if there is room.
+
+        Any number may wait: only the items are bounded. After an exception or `close` they are
+        ignored.
+        """
+        self._late.extend(requests)
         self._fill()
 
     def __next__(self) -> Item:
         if not self._pending:
-            self.close()
             raise StopIteration
         began_s = time.monotonic()
         try:
@@ -75,6 +95,7 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
 
     def close(self) -> None:
         """Drop what is pending and wait for the thread to end. May be called again."""
+        self._closed = True
         self._pending.clear()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
@@ -90,11 +111,13 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
         self.close()
 
     def _fill(self) -> None:
-        while len(self._pending) < self._max_in_flight:
+        while len(self._pending) < self._max_in_flight and not self._closed:
             try:
                 request = next(self._requests)
             except StopIteration:
-                return
+                if not self._late:
+                    return
+                request = self._late.popleft()
             except Exception as error:
                 # It takes its turn behind the items whose requests came before it.
                 self._requests = iter(())
