@@ -64,6 +64,8 @@ class DataConfig:
       path: of the npz file, for the data set `arrays`; see `bigbatch.data.own_arrays`.
       flip: mirror half of the images.
       pad_pixels: pad and crop by so many.
+      on_device: keep the training images on every device, and make microbatches there; a hardware
+        matter, without influence on the result.
     """
 
     name: str
@@ -72,6 +74,7 @@ class DataConfig:
     path: str | None = None
     flip: bool = False
     pad_pixels: int = 0
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         self.augment.check(self.info.image_shape)

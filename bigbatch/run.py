@@ -10,10 +10,10 @@ from jax.sharding import Mesh, NamedSharding
 from bigbatch import microbatches, step
 from bigbatch.config import Config
 from bigbatch.config_fields import in_config_names
-from bigbatch.data import stream
+from bigbatch.data import on_device, stream
 from bigbatch.data.keys import example_keys
 from bigbatch.data.sets import DataSet, load
-from bigbatch.errors import UserError
+from bigbatch.errors import Problem, UserError
 from bigbatch.layout import Layout
 from bigbatch.plan import Plan
 from bigbatch.programs import Programs, compile_programs
@@ -78,6 +78,9 @@ def prepare(
     """
     mesh = step.data_mesh() if mesh is None else mesh
     data = _load(config) if data is None else data
+    if data.train_examples != plan.train_examples:
+        allowed = f"the {plan.train_examples:,} training examples that the plan is for"
+        raise UserError(Problem("data.train_examples", data.train_examples, allowed))
     layout = config.layout(plan, mesh.size)
     ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
     module = config.model.module(
@@ -92,6 +95,7 @@ def prepare(
     optimizer = config.optimizer.transformation()
     hyper_names = config.optimizer.hyper_names(plan.hypers)
     evaluation_examples_per_device = -(-config.evaluation_batch_examples // mesh.size)
+    sizes = tuple(layout.devices * shape for shape in layout.shapes)
     programs = compile_programs(
         task,
         optimizer,
@@ -102,7 +106,7 @@ def prepare(
         ),
         training_shapes=(("key", (2,), np.dtype(np.uint32)),) if takes_keys else (),
         hyper_names=hyper_names,
-        microbatch_examples=tuple(layout.devices * shape for shape in layout.shapes),
+        microbatch_examples=sizes,
         evaluation_examples=mesh.size * evaluation_examples_per_device,
         ghost_batch_examples=ghost_batch_examples,
     )
@@ -111,13 +115,23 @@ def prepare(
         state = programs.init_state(jax.random.key(config.seed))
         return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
 
+    augment = config.data.augment
+    indices = on_device.index_source(len(data.train), config.seed, augment)
+
     def examples(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
         span = first_example, num_examples
-        made = stream.examples(data.train, config.seed, *span, config.data.augment)
+        if config.data.on_device:
+            made = indices(*span)
+        else:
+            made = stream.examples(data.train, config.seed, *span, augment)
         if takes_keys:
             made["key"] = example_keys(len(data.train), config.seed, *span)
         return made
 
+    microbatch = microbatches.maker(examples, layout, mesh, ghost_batch_examples)
+    if config.data.on_device:
+        sharding = NamedSharding(mesh, step.SHARDED)
+        microbatch = on_device.maker(microbatch, data.train, augment, sharding, sizes)
     return Run(
         config=config,
         plan=plan,
@@ -128,7 +142,7 @@ def prepare(
         hyper_names=hyper_names,
         evaluation_examples_per_device=evaluation_examples_per_device,
         init_state=init_state,
-        microbatch=microbatches.maker(examples, layout, mesh, ghost_batch_examples),
+        microbatch=microbatch,
     )
 
 

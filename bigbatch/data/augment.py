@@ -1,12 +1,17 @@
-"""Flips and crops of whole microbatches: one vectorised pass, driven by given random words."""
+"""Flips and crops of whole microbatches: one vectorised pass, driven by given random words.
+
+What is drawn is written once for NumPy and JAX; how pixels are moved is not, for what is quick on
+the host is not to be had on a device.
+"""
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from bigbatch.data.random import below
+from bigbatch.data.random import Words, below
 from bigbatch.errors import Problem, UserError
 
 
@@ -43,23 +48,62 @@ class Augment:
 
 
 def apply(augment: Augment, images: np.ndarray, bits: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """Crop and flip images, each by its own random words.
+    """Crop and flip images on the host, each by its own random words.
 
     Args:
       augment: what to change.
       images: uint8[n, H, W, C].
-      bits: two uint32[n]: the first decides the crop's place, the second's top bit the flip.
+      bits: two uint32[n]; see `draw`.
 
     Returns:
       uint8[n, H, W, C]; the given array itself where nothing is to change, else a new one.
     """
-    place, coin = bits
+    top, left, mirrored = draw(np, augment, bits)
     if augment.pad_pixels:
-        num_places = 2 * augment.pad_pixels + 1
-        cell = below(np, place, num_places**2)
-        images = _crop(images, augment.pad_pixels, cell // num_places, cell % num_places)
+        images = _crop(images, augment.pad_pixels, top, left)
     if augment.flip:
-        images = _flip(images, np.flatnonzero(coin >> 31))
+        images = _flip(images, np.flatnonzero(mirrored))
+    return images
+
+
+def draw(xp: ModuleType, augment: Augment, bits: Words) -> tuple[Any, Any, Any]:
+    """What is done to each image: the place of its window, and whether it is mirrored after that.
+
+    Args:
+      xp: `numpy` or `jax.numpy`.
+      augment: what may be changed.
+      bits: two uint32[n]: the first decides the window's place, the second's top bit the mirroring.
+
+    Returns:
+      Row and column of the window in the padded image, uint32[n], and uint32[n], 1 or 0 for
+      mirrored or not.
+    """
+    place, coin = bits
+    num_places = 2 * augment.pad_pixels + 1
+    cell = below(xp, place, num_places**2)
+    columns = xp.uint32(num_places)
+    mirrored = xp.asarray(coin, dtype=xp.uint32) >> xp.uint32(31)
+    return cell // columns, cell % columns, mirrored
+
+
+def apply_on_device(augment: Augment, images: Any, bits: Words) -> Any:
+    """As `apply`, of JAX arrays, to be traced: equal bits for equal words."""
+    import jax
+    import jax.numpy as jnp
+
+    n, height, width, channels = images.shape
+    top, left, mirrored = draw(jnp, augment, bits)
+    if augment.pad_pixels:
+        pad = augment.pad_pixels
+        padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+        def window(image: Any, top: Any, left: Any) -> Any:
+            start = (top.astype(jnp.int32), left.astype(jnp.int32), jnp.int32(0))
+            return jax.lax.dynamic_slice(image, start, (height, width, channels))
+
+        images = jax.vmap(window)(padded, top, left)
+    if augment.flip:
+        images = jnp.where(mirrored.reshape(n, 1, 1, 1) == 1, images[:, :, ::-1], images)
     return images
 
 

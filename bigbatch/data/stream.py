@@ -52,10 +52,8 @@ def examples(
     index = indices(len(data), seed, first_example, num_examples)
     images = data.images.take(index, axis=0)
     if augment:
-        spans = list(_spans(len(data), first_example, num_examples))
-        chunks = [_bits(len(data), seed, epoch, chunk)[:, part] for epoch, chunk, part in spans]
-        place, coin = np.concatenate(chunks, axis=1) if chunks else np.zeros((2, 0), np.uint32)
-        images = augment_lib.apply(augment, images, (place, coin))
+        bits = augmentation_bits(len(data), seed, first_example, num_examples)
+        images = augment_lib.apply(augment, images, bits)
     return {"image": images, "label": data.labels.take(index)}
 
 
@@ -76,6 +74,28 @@ def indices(train_examples: int, seed: int, first_example: int, num_examples: in
         for epoch, chunk, part in _spans(train_examples, first_example, num_examples)
     ]
     return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+
+
+def augmentation_bits(
+    train_examples: int, seed: int, first_example: int, num_examples: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The random words that change the images of [first_example, first_example + num_examples).
+
+    Args:
+      train_examples: N, in the training part.
+      seed: of the run, from 0 to 2^32 - 1.
+      first_example: position of the first.
+      num_examples: how many positions.
+
+    Returns:
+      Two uint32[num_examples].
+    """
+    chunks = [
+        _bits(train_examples, seed, epoch, chunk)[:, part]
+        for epoch, chunk, part in _spans(train_examples, first_example, num_examples)
+    ]
+    first, second = np.concatenate(chunks, axis=1) if chunks else np.zeros((2, 0), np.uint32)
+    return first, second
 
 
 def _spans(

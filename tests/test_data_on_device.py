@@ -1,0 +1,108 @@
+"""Microbatches made on the devices are those made on the host, bit for bit."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+from bigbatch import microbatches, step
+from bigbatch.data import augment, on_device, sets, stream
+from bigbatch.data.augment import Augment
+from bigbatch.layout import Layout
+from tests import trained
+
+
+@pytest.mark.parametrize(
+    "change", [Augment(), Augment(True, 0), Augment(False, 2), Augment(True, 3)]
+)
+@pytest.mark.parametrize("shape", [(5, 7, 3), (8, 8, 1)])
+def test_images_are_changed_as_on_the_host(change, shape):
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 256, (64, *shape), dtype=np.uint8)
+    bits = tuple(rng.integers(0, 2**32, (2, 64), dtype=np.uint32))
+    expected = augment.apply(change, images, bits)
+    changed = jax.jit(augment.apply_on_device, static_argnums=0)(change, images, bits)
+    assert changed.dtype == np.uint8
+    np.testing.assert_array_equal(changed, expected)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_microbatches_equal_those_of_the_host(devices):
+    """Batch sizes that change, cross epochs and pass the data set's size; masked ghost batches."""
+    rng = np.random.default_rng(1)
+    data = sets.Arrays(
+        rng.integers(0, 256, (50, 6, 5, 2), dtype=np.uint8),
+        rng.integers(1, 9, 50, dtype=np.int32),
+    )
+    change, seed, ghost = Augment(flip=True, pad_pixels=2), 3, 4
+    layout = Layout(ghost_batch_examples=ghost, devices=devices, shapes=(16, 4))
+    mesh = step.data_mesh(jax.devices()[:devices])
+    sizes = [devices * shape for shape in layout.shapes]
+
+    def pixels(first_example, num_examples):
+        return stream.examples(data, seed, first_example, num_examples, change)
+
+    indices = on_device.index_source(len(data), seed, change)
+    on_host = microbatches.maker(pixels, layout, mesh, ghost)
+    there = on_device.maker(
+        microbatches.maker(indices, layout, mesh, ghost),
+        data,
+        change,
+        NamedSharding(mesh, step.SHARDED),
+        sizes,
+    )
+    position = 50 * 2**32 - 1_000
+    for batch_size in (4, 124, 40, 232, 8):
+        for part in layout.microbatches(batch_size):
+            request = microbatches.Request(position + part.offset_examples, part)
+            (size, expected), (made_size, made) = on_host(request), there(request)
+            assert size == made_size
+            assert made.keys() == expected.keys()
+            for name, array in expected.items():
+                assert made[name].sharding == array.sharding
+                assert made[name].dtype == array.dtype
+                np.testing.assert_array_equal(made[name], array)
+        position += batch_size
+
+
+def test_a_run_with_its_data_on_the_device_has_the_same_microbatches():
+    """Through the config; with random keys beside the images."""
+    model = {"name": "wide_resnet", "depth": 10, "width": 1, "strides": [2, 2, 1]}
+    data = {"name": "digits", "flip": True, "pad_pixels": 1}
+    runs = [
+        trained.prepared(
+            trained.config(data=data | {"on_device": there}, model=model | {"dropout_rate": 0.1}),
+            devices=2,
+        )
+        for there in (False, True)
+    ]
+    for request in list(microbatches.requests(runs[0].plan, runs[0].layout, 0))[::7]:
+        (size, expected), (_, made) = (run.microbatch(request) for run in runs)
+        assert {"image", "label", "key", "weight", "ghost_mask"} == made.keys()
+        assert len(made["image"]) == size
+        for name, array in expected.items():
+            np.testing.assert_array_equal(made[name], array)
+
+
+def test_the_program_that_makes_a_microbatch_has_no_collective():
+    data = sets.load("digits").train
+    mesh = step.data_mesh(jax.devices()[:4])
+    layout = Layout(ghost_batch_examples=8, devices=4, shapes=(8,))
+    change = Augment(flip=True, pad_pixels=1)
+    texts = []
+    compiled = jax.stages.Lowered.compile
+
+    def spy(lowered, *arguments):
+        program = compiled(lowered, *arguments)
+        texts.append(program.as_text())
+        return program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.stages.Lowered, "compile", spy)
+        source = on_device.index_source(len(data), 0, change)
+        make = microbatches.maker(source, layout, mesh, 8)
+        on_device.maker(make, data, change, NamedSharding(mesh, step.SHARDED), [32])
+    (text,) = texts
+    assert "gather" in text
+    for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
