@@ -37,6 +37,8 @@ class Config:
       label_smoothing: share of each label that is spread over all classes.
       reestimate_examples: training examples from which the running statistics are estimated anew
         before each evaluation; None to use those that training has kept.
+      noise_small_batch_examples: examples of the small batches from which the gradient noise is
+        measured; None to measure nothing.
       data: the data set.
       model: a config of `bigbatch.models`.
       optimizer: one of `bigbatch.optimizer`.
@@ -58,6 +60,7 @@ class Config:
     full_batch_norm: bool
     label_smoothing: float
     reestimate_examples: int | None
+    noise_small_batch_examples: int | None
     data: DataConfig
     model: models.ModelConfig
     optimizer: Optimizer
@@ -77,6 +80,7 @@ class Config:
             devices=devices,
             microbatch_examples_per_device=self.microbatch_examples_per_device,
             full_batch_norm=self.full_batch_norm,
+            noise_small_batch_examples=self.noise_small_batch_examples,
         )
 
 
@@ -142,6 +146,7 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         full_batch_norm=fields.full_batch_norm,
         label_smoothing=fields.label_smoothing,
         reestimate_examples=fields.reestimate_examples,
+        noise_small_batch_examples=fields.noise_small_batch_examples,
         data=data,
         model=model,
         optimizer=optimizer,

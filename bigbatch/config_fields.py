@@ -8,6 +8,7 @@ from bigbatch.checks import Checks
 from bigbatch.data import sets
 from bigbatch.data.augment import Augment
 from bigbatch.errors import UserError
+from bigbatch.layout import check_small_batch
 
 UNITS = ("epochs", "examples", "updates")
 
@@ -110,6 +111,7 @@ class Fields:
     full_batch_norm: bool = False
     label_smoothing: float = 0.0
     reestimate_examples: int | None = None
+    noise_small_batch_examples: int | None = None
     log_every_epochs: float | None = None
     log_every_examples: int | None = None
     log_every_updates: int | None = None
@@ -133,7 +135,9 @@ class Fields:
         nearest = max(1, round(microbatch / ghost)) * ghost
         allowed = f"a multiple of ghost_batch_examples = {ghost}, or an equal part of it"
         name = "microbatch_examples_per_device"
-        if self.full_batch_norm:
+        if self.noise_small_batch_examples is not None:
+            self._check_small_batch(checks)
+        elif self.full_batch_norm:
             checks.whole(name, microbatch, "a whole number of examples, at least 1")
         else:
             fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
@@ -151,6 +155,21 @@ class Fields:
             for name, value in given.items():
                 checks.number(name, value, "a number above 0", above=0)
         checks.done()
+
+    def _check_small_batch(self, checks: Checks) -> None:
+        """A small batch of the noise measurement lies on one device, in every microbatch."""
+        small, ghost = self.noise_small_batch_examples, max(self.ghost_batch_examples, 1)
+        allowed = "None with full_batch_norm, where a batch is one ghost batch"
+        name = "noise_small_batch_examples"
+        checks.require(not self.full_batch_norm, name, small, allowed)
+        if not check_small_batch(checks, small, ghost):
+            return
+        assert small is not None
+        microbatch = self.microbatch_examples_per_device
+        nearest = max(1, round(microbatch / small)) * small
+        allowed = f"a multiple of noise_small_batch_examples = {small}"
+        name = "microbatch_examples_per_device"
+        checks.require(microbatch == nearest, name, microbatch, allowed, nearest)
 
     def _intervals(self, stem: str) -> dict[str, float | None]:
         return {f"{stem}_{unit}": getattr(self, f"{stem}_{unit}") for unit in UNITS}

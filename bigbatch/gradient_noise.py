@@ -18,7 +18,8 @@ Estimate(gradient_square=1.6666666666666667, variance=10.666666666666666)
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from bigbatch.checks import Checks
 
@@ -43,6 +44,19 @@ class Measurement(NamedTuple):
     big_square: float
     small_batches: float
     examples: float
+
+
+# The names of a measurement's numbers among the sums of an update, beside the loss's own; its
+# examples are `count`.
+SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES = Measurement._fields[:3]
+
+
+def measurement_of(sums: Mapping[str, Any]) -> Measurement | None:
+    """The measurement among the sums of an update, as floats; None where none was made."""
+    if SMALL_SQUARES not in sums:
+        return None
+    names = SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES, "count"
+    return Measurement(*(float(sums[name]) for name in names))
 
 
 class Estimate(NamedTuple):
@@ -191,6 +205,23 @@ def smooth(
     gradient, noise = fresh * estimate.gradient_square, fresh * estimate.variance
     added = Smoothed(fresh, fresh**2, gradient, noise, gradient**2, gradient * noise, noise**2)
     return Smoothed(*(old + new for old, new in zip(faded, added, strict=True)))
+
+
+def log_fields(smoothed: Smoothed, estimate: Estimate | None) -> dict[str, float | str | None]:
+    """What a record of the log says after an update; None for what is not known.
+
+    An update without an estimate of its own shows no noise scale either.
+    """
+    if estimate is None:
+        names = log_fields(Smoothed(), Estimate(0.0, 0.0))
+        return dict.fromkeys(names) | {"gradient_noise_status": "fewer than two small batches"}
+    return {
+        "gradient_noise_scale": smoothed.noise_scale,
+        "gradient_noise_scale_error": smoothed.standard_error,
+        "gradient_noise_status": smoothed.status,
+        "gradient_square": estimate.gradient_square,
+        "gradient_variance": estimate.variance,
+    }
 
 
 def best_learning_rate(batch_size: float, noise_scale: float, largest: float) -> float:

@@ -1,8 +1,9 @@
 """The layout: how each update's examples are cut into microbatches over the devices.
 
-The only part of the arithmetic that knows the hardware. It works in whole ghost batches: an update
-of n ghost batches over D devices puts q = ceil(n / D) on the fullest device, and q is covered by
-microbatches of a few fixed shapes, so that a batch size is never compiled.
+The only part of the arithmetic that knows the hardware. It works in whole ghost batches, or in
+small batches of several of them: an update of n of these units over D devices puts q = ceil(n / D)
+on the fullest device, and q is covered by microbatches of a few fixed shapes, so that a batch size
+is never compiled.
 
 >>> layout = make_layout([128, 640, 3200, 5120], ghost_batch_examples=128, devices=1,
 ...                      microbatch_examples_per_device=1024)
@@ -55,11 +56,19 @@ class Layout:
       ghost_batch_examples: the examples that share batch-norm statistics, all on one device.
       devices: how many share every microbatch.
       shapes: examples per device of each microbatch shape, largest first, at most three.
+      small_batch_examples: examples of a small batch of the noise measurement, all on one device; a
+        multiple of the ghost batch. None where nothing is larger than a ghost batch.
     """
 
     ghost_batch_examples: int
     devices: int
     shapes: tuple[int, ...]
+    small_batch_examples: int | None = None
+
+    @property
+    def unit_examples(self) -> int:
+        """What a device's share is a multiple of."""
+        return self.small_batch_examples or self.ghost_batch_examples
 
     def microbatches(self, batch_size: int) -> tuple[Microbatch, ...]:
         """Cuts one update into microbatches, largest first.
@@ -103,10 +112,10 @@ class Layout:
 
     def _cover(self, batch_size: int) -> tuple[int, tuple[int, ...]]:
         """How many full microbatches come first, and the examples per device of the others."""
-        ghost = self.ghost_batch_examples
-        load = -(-(batch_size // ghost) // self.devices)
-        full, rest = cover(load, tuple(s // ghost for s in self.shapes), CALL_EXAMPLES / ghost)
-        return full, tuple(shape * ghost for shape in rest)
+        unit = self.unit_examples
+        load = -(-batch_size // (unit * self.devices))
+        full, rest = cover(load, tuple(s // unit for s in self.shapes), CALL_EXAMPLES / unit)
+        return full, tuple(shape * unit for shape in rest)
 
 
 def make_layout(
@@ -115,6 +124,7 @@ def make_layout(
     ghost_batch_examples: int,
     devices: int,
     microbatch_examples_per_device: int,
+    small_batch_examples: int | None = None,
 ) -> Layout:
     """Chooses the microbatch shapes for a whole run.
 
@@ -130,36 +140,56 @@ def make_layout(
       ghost_batch_examples: examples that share batch-norm statistics.
       devices: how many devices share the work.
       microbatch_examples_per_device: the most that a device can compute in one call.
+      small_batch_examples: examples that must lie on one device where that is more than a ghost
+        batch, a multiple of it. Batch sizes need not be multiples; the last one of an update may
+        be masked in part.
 
     Raises:
-      UserError: the limit or a batch size is no multiple of the ghost batch.
+      UserError: the limit is no multiple of the ghost batch or the small batch, or a batch size
+        none of the ghost batch.
     """
     checks = Checks()
     allowed = "a whole number, at least 1"
     good = checks.whole("ghost_batch_examples", ghost_batch_examples, allowed)
     checks.whole("devices", devices, allowed)
     field = "microbatch_examples_per_device"
+    unit, kind = int(small_batch_examples or ghost_batch_examples), "ghost batch"
+    if small_batch_examples is not None:
+        kind = "small batch (noise_small_batch_examples)"
+        good &= check_small_batch(checks, small_batch_examples, ghost_batch_examples)
     if checks.whole(field, microbatch_examples_per_device, allowed) and good:
-        multiple = max(1, microbatch_examples_per_device // ghost_batch_examples)
+        multiple = max(1, microbatch_examples_per_device // unit)
         checks.require(
-            microbatch_examples_per_device % ghost_batch_examples == 0,
+            microbatch_examples_per_device % unit == 0,
             field,
             microbatch_examples_per_device,
-            f"a multiple of the {ghost_batch_examples} examples of a ghost batch",
-            multiple * ghost_batch_examples,
+            f"a multiple of the {unit} examples of a {kind}",
+            multiple * unit,
         )
     checks.done()
     sizes, counts = _sizes(plan_or_batch_sizes)
     _check_multiples(sizes.tolist(), ghost_batch_examples)
-    loads, inverse = np.unique(-(-(sizes // ghost_batch_examples) // devices), return_inverse=True)
+    loads, inverse = np.unique(-(-sizes // (unit * devices)), return_inverse=True)
     weights = np.bincount(inverse, counts)
-    limit = min(microbatch_examples_per_device // ghost_batch_examples, int(loads[-1]))
-    shapes = _choose_shapes(loads, weights, limit, int(ghost_batch_examples))
-    return Layout(
-        int(ghost_batch_examples),
-        int(devices),
-        tuple(shape * int(ghost_batch_examples) for shape in shapes),
-    )
+    limit = min(microbatch_examples_per_device // unit, int(loads[-1]))
+    shapes = _choose_shapes(loads, weights, limit, unit)
+    small = None if small_batch_examples is None else unit
+    shapes = tuple(shape * unit for shape in shapes)
+    return Layout(int(ghost_batch_examples), int(devices), shapes, small)
+
+
+def check_small_batch(
+    checks: Checks, noise_small_batch_examples: object, ghost_batch_examples: int
+) -> bool:
+    """Notes a problem unless the small batch holds whole ghost batches."""
+    ghost = max(1, ghost_batch_examples)
+    field = "noise_small_batch_examples"
+    allowed = f"a multiple of ghost_batch_examples = {ghost}, or None"
+    if not checks.whole(field, noise_small_batch_examples, allowed):
+        return False
+    given = int(noise_small_batch_examples)  # type: ignore[call-overload]
+    nearest = max(1, round(given / ghost)) * ghost
+    return checks.require(given == nearest, field, given, allowed, nearest)
 
 
 def _sizes(plan_or_batch_sizes: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -183,7 +213,7 @@ def _check_multiples(sizes: Sequence[int], ghost_batch_examples: int) -> None:
 
 
 def _candidates(loads: NDArray[np.int64], weights: NDArray[Any], limit: int) -> list[int]:
-    """Shapes, in ghost batches, that may be worth compiling."""
+    """Shapes, in units, that may be worth compiling."""
     halves = [math.ceil(limit / 2**i) for i in range(limit.bit_length())]
     work: dict[int, float] = {}
     for load, weight in zip(loads.tolist(), weights.tolist(), strict=True):
@@ -195,19 +225,19 @@ def _candidates(loads: NDArray[np.int64], weights: NDArray[Any], limit: int) -> 
 
 
 def _choose_shapes(
-    loads: NDArray[np.int64], weights: NDArray[Any], limit: int, ghost_batch_examples: int
+    loads: NDArray[np.int64], weights: NDArray[Any], limit: int, unit_examples: int
 ) -> tuple[int, ...]:
-    """The cheapest set of shapes; loads, shapes and costs are in ghost batches per device."""
+    """The cheapest set of shapes; loads, shapes and costs are in units per device."""
     candidates = _candidates(loads, weights, limit)
     sets = [
         shapes
         for count in range(1, MAX_SHAPES + 1)
         for shapes in itertools.combinations(candidates, count)
     ]
-    call_cost = CALL_EXAMPLES / ghost_batch_examples
+    call_cost = CALL_EXAMPLES / unit_examples
     largest = np.array([shapes[0] for shapes in sets])
     costs = _cover_costs(min(int(loads[-1]), _EXACT_MICROBATCHES * limit), sets, call_cost)
-    total = COMPILATION_EXAMPLES / ghost_batch_examples * np.array([len(s) for s in sets])
+    total = COMPILATION_EXAMPLES / unit_examples * np.array([len(s) for s in sets])
     for load, weight in zip(loads.tolist(), weights.tolist(), strict=True):
         full = _full(load, len(costs) - 1, largest)
         rest = costs[load - full * largest, np.arange(len(sets))]
@@ -244,9 +274,9 @@ def cover(load: int, shapes: tuple[int, ...], call_cost: float) -> tuple[int, tu
     """The cheapest microbatches that hold `load`: what they compute plus `call_cost` for each.
 
     Args:
-      load: ghost batches on one device.
-      shapes: ghost batches per device of each shape, largest first.
-      call_cost: in ghost batches.
+      load: units (ghost batches or small batches) on one device.
+      shapes: units per device of each shape, largest first.
+      call_cost: in units.
 
     Returns:
       How many of the largest shape come first, and the shapes that follow, largest first.

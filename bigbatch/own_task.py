@@ -47,6 +47,7 @@ def prepare_task(
     *,
     microbatch_examples_per_device: int,
     ghost_batch_examples: int = 1,
+    noise_small_batch_examples: int | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
 ) -> Updates:
@@ -61,6 +62,8 @@ def prepare_task(
       optimizer: one of `bigbatch.optimizer`.
       microbatch_examples_per_device: the most that a device computes in one call.
       ghost_batch_examples: examples that share statistics; 1 for a model without batch norm.
+      noise_small_batch_examples: measures the gradient noise from small batches of so many; see
+        `gradient_noise`.
       seed: of the initial parameters and the order of the examples.
       mesh: the devices; None for all there are.
 
@@ -87,6 +90,7 @@ def prepare_task(
         ghost_batch_examples=ghost_batch_examples,
         devices=mesh.size,
         microbatch_examples_per_device=microbatch_examples_per_device,
+        noise_small_batch_examples=noise_small_batch_examples,
     )
     hyper_names = optimizer.hyper_names(plan.hypers)
     sizes = tuple(layout.devices * shape for shape in layout.shapes)
@@ -100,6 +104,7 @@ def prepare_task(
         microbatch_examples=sizes,
         evaluation_examples=sizes[0],
         ghost_batch_examples=ghost_batch_examples,
+        noise_small_batch_examples=noise_small_batch_examples,
     )
 
     def source(first_example: int, num_examples: int) -> dict[str, np.ndarray]:

@@ -54,6 +54,7 @@ def compile_programs(
     microbatch_examples: tuple[int, ...],
     evaluation_examples: int,
     ghost_batch_examples: int | None,
+    noise_small_batch_examples: int | None = None,
 ) -> Programs:
     """Compiles everything that a run will call.
 
@@ -67,6 +68,7 @@ def compile_programs(
       microbatch_examples: how many a microbatch computes over all devices, for each shape.
       evaluation_examples: likewise, of an evaluation microbatch.
       ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
+      noise_small_batch_examples: of the noise measurement; None: nothing is measured.
 
     Returns:
       The programs. Equal arguments return the same ones without compiling anew.
@@ -94,12 +96,25 @@ def compile_programs(
     init_state = jax.jit(functools.partial(step.init_state, task, optimizer))
     state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
     empty = functools.partial(
-        step.empty_accumulator, task, state, microbatch(microbatch_examples[0]), mesh
+        step.empty_accumulator,
+        task,
+        state,
+        microbatch(microbatch_examples[0]),
+        mesh,
+        measures_noise=noise_small_batch_examples is not None,
     )
     accumulator = with_sharding(jax.eval_shape(empty), sharded)
     precision = jax.tree.leaves(state.params)[0].dtype
     hyper = {name: jax.ShapeDtypeStruct((), precision, sharding=replicated) for name in hyper_names}
-    accumulate = jax.jit(functools.partial(step.accumulate, task=task, mesh=mesh), donate_argnums=1)
+    accumulate = jax.jit(
+        functools.partial(
+            step.accumulate,
+            task=task,
+            mesh=mesh,
+            noise_small_batch_examples=noise_small_batch_examples,
+        ),
+        donate_argnums=1,
+    )
     apply_update = jax.jit(
         functools.partial(step.apply_update, task=task, optimizer=optimizer, mesh=mesh),
         donate_argnums=(0, 1),

@@ -109,6 +109,7 @@ def prepare(
         microbatch_examples=sizes,
         evaluation_examples=mesh.size * evaluation_examples_per_device,
         ghost_batch_examples=ghost_batch_examples,
+        noise_small_batch_examples=config.noise_small_batch_examples,
     )
 
     def init_state() -> step.State:

@@ -60,6 +60,7 @@ def layout_over(
     devices: int,
     microbatch_examples_per_device: int,
     full_batch_norm: bool = False,
+    noise_small_batch_examples: int | None = None,
 ) -> Layout:
     """The layout of a run over its devices or, where they share ghost batches, over groups of them.
 
@@ -70,6 +71,8 @@ def layout_over(
       microbatch_examples_per_device: the most that a device can compute in one call. Less than a
         ghost batch lets neighbours share one.
       full_batch_norm: whether the statistics are those of an update's whole batch.
+      noise_small_batch_examples: whole small batches of so many must lie on one device; then no
+        ghost batch is shared.
 
     Returns:
       A layout whose `devices` are groups of `devices / layout.devices` neighbours.
@@ -79,6 +82,14 @@ def layout_over(
     """
     if full_batch_norm:
         return _full_batch_layout(plan_or_batch_sizes, devices, microbatch_examples_per_device)
+    if noise_small_batch_examples is not None:
+        return make_layout(
+            plan_or_batch_sizes,
+            ghost_batch_examples=ghost_batch_examples,
+            devices=devices,
+            microbatch_examples_per_device=microbatch_examples_per_device,
+            small_batch_examples=noise_small_batch_examples,
+        )
     sharing = 1
     if microbatch_examples_per_device < ghost_batch_examples:
         sharing = devices_per_ghost_batch(

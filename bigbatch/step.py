@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bigbatch import units
+from bigbatch.gradient_noise import BIG_SQUARE, SMALL_SQUARES
 from bigbatch.task import Examples, PyTree, Sums, Task
 from bigbatch.update_rules import evaluation_params
 
@@ -39,7 +41,7 @@ class Accumulator(NamedTuple):
 
     Attributes:
       gradients: of the summed loss, like the parameters.
-      sums: what the loss returns.
+      sums: what the loss returns, and what `units.small_batch_sums` adds to it.
       ghost_statistics: summed over the ghost batches, like the running statistics.
       ghost_batches: how many there were, as a float, so that one all-reduce carries everything.
     """
@@ -64,12 +66,17 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Arr
     return State(params, running_statistics, optimizer.init(params))
 
 
-def empty_accumulator(task: Task, state: State, examples: Examples, mesh: Mesh) -> Accumulator:
+def empty_accumulator(
+    task: Task, state: State, examples: Examples, mesh: Mesh, *, measures_noise: bool = False
+) -> Accumulator:
     """An accumulator of zeros for microbatches that look like `examples` (shapes are enough)."""
 
     def sums_of(state: State, examples: Examples) -> Sums:
         outputs, _ = task.apply(state.params, state.running_statistics, examples, True)
-        return task.loss(outputs, examples)
+        sums = dict(task.loss(outputs, examples))
+        if measures_noise:
+            sums |= units.small_batch_sums(state.params, sums["count"])
+        return sums
 
     sums = jax.eval_shape(sums_of, state, examples)
     shapes = Accumulator(state.params, sums, state.running_statistics, sums["count"])
@@ -80,7 +87,13 @@ def empty_accumulator(task: Task, state: State, examples: Examples, mesh: Mesh) 
 
 
 def accumulate(
-    state: State, accumulator: Accumulator, microbatch: Examples, *, task: Task, mesh: Mesh
+    state: State,
+    accumulator: Accumulator,
+    microbatch: Examples,
+    *,
+    task: Task,
+    mesh: Mesh,
+    noise_small_batch_examples: int | None = None,
 ) -> Accumulator:
     """Adds one microbatch's gradients, sums and ghost statistics to the accumulator.
 
@@ -92,6 +105,8 @@ def accumulate(
         ghost batches are masked, and a masked one adds exactly 0.
       task: what is trained.
       mesh: the devices, along `data`.
+      noise_small_batch_examples: also sums |gradient|^2 / examples over small batches of so many; a
+        device's share holds whole ones.
 
     Returns:
       The sums with this microbatch added.
@@ -102,18 +117,30 @@ def accumulate(
     ) -> Accumulator:
         params, running = jax.lax.pcast((params, running), DATA_AXIS, to="varying")
 
-        def summed_loss(params: PyTree) -> tuple[jax.Array, tuple[Sums, PyTree]]:
-            outputs, ghost_statistics = task.apply(params, running, microbatch, True)
-            sums = task.loss(outputs, microbatch)
+        def summed_loss(params: PyTree, unit: Examples) -> tuple[jax.Array, tuple[Sums, PyTree]]:
+            outputs, ghost_statistics = task.apply(params, running, unit, True)
+            sums = task.loss(outputs, unit)
             return sums["loss"], (sums, ghost_statistics)
 
-        gradients, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(params)
-        mask = microbatch["ghost_mask"]
-        ghost_statistics = jax.tree.map(
-            lambda leaf: jnp.tensordot(mask.astype(leaf.dtype), leaf, 1), ghost_statistics
-        )
-        addend = Accumulator(gradients, sums, ghost_statistics, jnp.sum(mask))
-        return jax.tree.map(lambda total, leaf: total + leaf[None], accumulator, addend)
+        def addend(unit: Examples) -> Accumulator:
+            gradients, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(params, unit)
+            if noise_small_batch_examples is not None:
+                sums = {**sums, **units.small_batch_sums(gradients, sums["count"])}
+            mask = unit["ghost_mask"]
+            ghost_statistics = jax.tree.map(
+                lambda leaf: jnp.tensordot(mask.astype(leaf.dtype), leaf, 1), ghost_statistics
+            )
+            return Accumulator(gradients, sums, ghost_statistics, jnp.sum(mask))
+
+        def add(accumulator: Accumulator, addend: Accumulator) -> Accumulator:
+            return jax.tree.map(
+                lambda total, leaf: total + leaf[None].astype(total.dtype), accumulator, addend
+            )
+
+        share = len(microbatch["weight"])
+        is_whole = noise_small_batch_examples in (None, share)
+        unit_examples = None if is_whole else noise_small_batch_examples
+        return units.add_units(addend, add, accumulator, microbatch, unit_examples)
 
     return jax.shard_map(
         on_device,
@@ -144,7 +171,8 @@ def apply_update(
       mesh: the devices, along `data`.
 
     Returns:
-      The next state, the accumulator emptied, and the loss's sums over the whole update.
+      The next state, the accumulator emptied, and the loss's sums over the whole update, with
+      those of the noise measurement where `accumulate` made it.
     """
 
     def on_device(
@@ -164,7 +192,10 @@ def apply_update(
             decay=task.running_decay,
         )
         next_state = State(optax.apply_updates(state.params, changes), running, optimizer_state)
-        return next_state, jax.tree.map(jnp.zeros_like, accumulator), total.sums
+        sums = total.sums
+        if SMALL_SQUARES in sums:
+            sums = {**sums, BIG_SQUARE: units.square(gradients)}
+        return next_state, jax.tree.map(jnp.zeros_like, accumulator), sums
 
     return jax.shard_map(
         on_device,

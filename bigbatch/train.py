@@ -75,7 +75,7 @@ def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
     if latest is None:
         return state, Progress()
     update, record = latest
-    return checkpoints.restore(update, state), Progress(**record["progress"])
+    return checkpoints.restore(update, state), Progress.read(record["progress"])
 
 
 def updates(

@@ -1,11 +1,12 @@
 """What a run says of itself while it trains: progress, the records of the log, the bar."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bigbatch import metrics
+from bigbatch import gradient_noise, metrics
 from bigbatch.errors import RunError
 from bigbatch.plan import Row
 from bigbatch.run import Run
@@ -25,6 +26,7 @@ class Progress(NamedTuple):
       train_loss: of that record.
       test_loss: of the last evaluation.
       test_accuracy: likewise.
+      noise: averages of the gradient noise, empty where it is not measured.
     """
 
     updates: int = 0
@@ -36,6 +38,12 @@ class Progress(NamedTuple):
     train_loss: float = math.nan
     test_loss: float = math.nan
     test_accuracy: float = math.nan
+    noise: gradient_noise.Smoothed = gradient_noise.Smoothed()
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Progress":
+        """What `_asdict` gave, after a way through JSON."""
+        return cls(**{**values, "noise": gradient_noise.Smoothed(*values.get("noise", ()))})
 
 
 def record(
@@ -51,13 +59,15 @@ def record(
         loss_examples=progress.loss_examples + count,
         input_wait_s=progress.input_wait_s + float(sums["input_wait_s"]),
     )
+    noise, noise_fields = _noise(run, progress.noise, sums)
+    progress = progress._replace(noise=noise)
     span = row.first_example, row.batch_size, row.update, run.plan.train_examples
     if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
         return progress
     train_loss = progress.loss_sum / progress.loss_examples
     rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
     speed = {"examples_per_s": round(rate, 1), "input_wait_s": round(progress.input_wait_s, 6)}
-    log.write(position(run, row) | {"train_loss": train_loss, **speed})
+    log.write(position(run, row) | {"train_loss": train_loss, **speed, **noise_fields})
     return progress._replace(
         loss_sum=0.0,
         loss_examples=0.0,
@@ -65,6 +75,24 @@ def record(
         record_seconds=now_s,
         train_loss=train_loss,
     )
+
+
+def _noise(
+    run: Run, smoothed: gradient_noise.Smoothed, sums: Sums
+) -> tuple[gradient_noise.Smoothed, dict[str, Any]]:
+    """The averages with an update's estimates in them, and what the log says of the noise.
+
+    `gradient_square` and `gradient_variance` are this update's own; the noise scale is that of the
+    averages, which forget over one epoch. Where there is none, the status says why.
+    """
+    measured = gradient_noise.measurement_of(sums)
+    if measured is None:
+        return smoothed, {}
+    estimate = gradient_noise.estimate(measured)
+    smoothed = gradient_noise.smooth(
+        smoothed, estimate, measured, memory_examples=run.plan.train_examples
+    )
+    return smoothed, gradient_noise.log_fields(smoothed, estimate)
 
 
 def position(run: Run, row: Row) -> dict[str, Any]:

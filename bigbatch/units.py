@@ -1,0 +1,75 @@
+"""The unit of work of a device: its whole share of a microbatch, or small batches one by one."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bigbatch.gradient_noise import SMALL_BATCHES, SMALL_SQUARES
+from bigbatch.task import Examples, PyTree, Sums
+
+
+def add_units(
+    function: Callable[[Examples], PyTree],
+    add: Callable[[PyTree, PyTree], PyTree],
+    total: PyTree,
+    examples: Examples,
+    unit_examples: int | None,
+) -> PyTree:
+    """Adds what `function` makes of each unit of a device's share to a total, one after another.
+
+    The loop's body is one program, whatever the length of the share, and the number of its rounds
+    is not known to the compiler, which would otherwise turn a single round into something else.
+    Masked units, at the end of a share, are not computed.
+
+    Args:
+      function: the examples of one unit -> an addend.
+      add: (total, addend) -> total.
+      total: the sums so far.
+      examples: a device's share, [examples, ...] by name, and `ghost_mask`, [ghost batches].
+      unit_examples: examples of a unit; None: the whole share is one.
+
+    Returns:
+      The total with all units added.
+    """
+    share = len(examples["weight"])
+    if unit_examples is None:
+        return add(total, function(examples))
+    count = share // unit_examples
+    units = {
+        name: array.reshape(count, len(array) // count, *array.shape[1:])
+        for name, array in examples.items()
+    }
+    present = jnp.sum(jnp.max(units["ghost_mask"], axis=1) > 0, dtype=jnp.int32)
+
+    def body(index: jax.Array, total: PyTree) -> PyTree:
+        unit = {
+            name: jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
+            for name, array in units.items()
+        }
+        return add(total, function(jax.lax.optimization_barrier(unit)))
+
+    return jax.lax.fori_loop(jnp.zeros_like(present), present, body, total)
+
+
+def square(tree: PyTree) -> jax.Array:
+    """The sum of the squares of all elements, in their precision, float32 at least."""
+    leaves = [
+        leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)
+    ]
+    return sum((jnp.sum(leaf * leaf) for leaf in leaves), start=jnp.zeros((), leaves[0].dtype))
+
+
+def small_batch_sums(gradients: PyTree, count: jax.Array) -> Sums:
+    """What one small batch adds to the measurement of the noise; nothing if all is masked.
+
+    Args:
+      gradients: of its summed loss.
+      count: its examples, by their weights.
+    """
+    held = count > 0
+    squares = square(gradients)
+    return {
+        SMALL_SQUARES: jnp.where(held, squares / jnp.where(held, count, 1), 0),
+        SMALL_BATCHES: held.astype(squares.dtype),
+    }
