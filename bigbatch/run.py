@@ -77,7 +77,7 @@ def prepare(
       UserError: the data is missing or does not fit, or the layout cannot be formed.
     """
     mesh = step.data_mesh() if mesh is None else mesh
-    data = _load(config) if data is None else data
+    data = load_data(config) if data is None else data
     if data.train_examples != plan.train_examples:
         allowed = f"the {plan.train_examples:,} training examples that the plan is for"
         raise UserError(Problem("data.train_examples", data.train_examples, allowed))
@@ -91,7 +91,6 @@ def prepare(
     task = image_classification(
         module, data.image_shape, data.mean, data.std, config.label_smoothing
     )
-    takes_keys = getattr(config.model, "dropout_rate", 0) > 0
     optimizer = config.optimizer.transformation()
     hyper_names = config.optimizer.hyper_names(plan.hypers)
     evaluation_examples_per_device = -(-config.evaluation_batch_examples // mesh.size)
@@ -104,7 +103,7 @@ def prepare(
             ("image", data.image_shape, np.dtype(np.uint8)),
             ("label", (), np.dtype(np.int32)),
         ),
-        training_shapes=(("key", (2,), np.dtype(np.uint32)),) if takes_keys else (),
+        training_shapes=(("key", (2,), np.dtype(np.uint32)),) if _takes_keys(config) else (),
         hyper_names=hyper_names,
         microbatch_examples=sizes,
         evaluation_examples=mesh.size * evaluation_examples_per_device,
@@ -116,23 +115,6 @@ def prepare(
         state = programs.init_state(jax.random.key(config.seed))
         return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
 
-    augment = config.data.augment
-    indices = on_device.index_source(len(data.train), config.seed, augment)
-
-    def examples(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
-        span = first_example, num_examples
-        if config.data.on_device:
-            made = indices(*span)
-        else:
-            made = stream.examples(data.train, config.seed, *span, augment)
-        if takes_keys:
-            made["key"] = example_keys(len(data.train), config.seed, *span)
-        return made
-
-    microbatch = microbatches.maker(examples, layout, mesh, ghost_batch_examples)
-    if config.data.on_device:
-        sharding = NamedSharding(mesh, step.SHARDED)
-        microbatch = on_device.maker(microbatch, data.train, augment, sharding, sizes)
     return Run(
         config=config,
         plan=plan,
@@ -143,11 +125,42 @@ def prepare(
         hyper_names=hyper_names,
         evaluation_examples_per_device=evaluation_examples_per_device,
         init_state=init_state,
-        microbatch=microbatch,
+        microbatch=training_input(config, data, layout, mesh),
     )
 
 
-def _load(config: Config) -> DataSet:
+def training_input(
+    config: Config, data: DataSet, layout: Layout, mesh: Mesh
+) -> Callable[[microbatches.Request], tuple[int, Examples]]:
+    """What makes a config's microbatches on the devices; see `microbatches.maker`."""
+    augment = config.data.augment
+    indices = on_device.index_source(len(data.train), config.seed, augment)
+
+    def examples(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
+        span = first_example, num_examples
+        if config.data.on_device:
+            made = indices(*span)
+        else:
+            made = stream.examples(data.train, config.seed, *span, augment)
+        if _takes_keys(config):
+            made["key"] = example_keys(len(data.train), config.seed, *span)
+        return made
+
+    ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
+    microbatch = microbatches.maker(examples, layout, mesh, ghost_batch_examples)
+    if not config.data.on_device:
+        return microbatch
+    sizes = [layout.devices * shape for shape in layout.shapes]
+    sharding = NamedSharding(mesh, step.SHARDED)
+    return on_device.maker(microbatch, data.train, augment, sharding, sizes)
+
+
+def _takes_keys(config: Config) -> bool:
+    """Whether the model draws random numbers in training."""
+    return getattr(config.model, "dropout_rate", 0) > 0
+
+
+def load_data(config: Config) -> DataSet:
     """The config's data set; what is wrong with it is said in the config's names."""
     try:
         return load(

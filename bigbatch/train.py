@@ -26,7 +26,7 @@ from bigbatch.task import Sums
 from bigbatch.training_log import Progress
 
 # Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
-_MICROBATCHES_IN_FLIGHT = 4
+MICROBATCHES_IN_FLIGHT = 4
 
 
 def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def updates(
     precision = jax.tree.leaves(state.params)[0].dtype
     accumulator = run.programs.empty_accumulator()
     requests = microbatches.requests(run.plan, run.layout, first_update)
-    with Prefetch(run.microbatch, requests, max_in_flight=_MICROBATCHES_IN_FLIGHT) as parts:
+    with Prefetch(run.microbatch, requests, max_in_flight=MICROBATCHES_IN_FLIGHT) as parts:
         for update in range(first_update, run.plan.num_updates):
             row = run.plan.row(update)
             waited_s = parts.waited_s

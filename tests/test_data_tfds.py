@@ -182,3 +182,75 @@ def test_mistakes_of_data_prepare(tmp_path):
     ]
     assert problems(prepare.prepare, "digits", data_dir=tmp_path) == [("name", None)]
     assert problems(prepare.prepare, "cifar10", source=tmp_path / "none") == [("from", None)]
+
+
+def test_info_says_what_is_known_and_the_command_that_gets_the_rest(tmp_path, capsys):
+    def info(*arguments):
+        assert cli.main(["data", "info", *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "comes with bigbatch" in info("digits")
+    text = info("cifar10", f"--directory={tmp_path}")
+    for expected in ("50,000 training", "(32, 32, 3), 10 classes", "125.31", "not on disk"):
+        assert expected in text
+    assert f"bigbatch data prepare cifar10 --directory={tmp_path}\n" in text
+    write_tfds(tmp_path, "stl10", "array_record", {"train": 12, "test": 5})
+    text = info("stl10", f"--directory={tmp_path}")
+    for expected in ("12 training", "5 to test", "(96, 96, 3)", "array_record files in"):
+        assert expected in text
+    (shard,) = tfds_metadata.find("stl10", tmp_path).files("test")
+    shard.unlink()
+    assert f"missing of test: 1 of 1 files\n    {shard.name}" in info(
+        "stl10", f"--directory={tmp_path}"
+    )
+
+
+def test_missing_damaged_and_wrong_files_are_named(tmp_path):
+    write_tfds(tmp_path, "stl10", "array_record", {"train": 12, "test": 5})
+    prepared = find("stl10", tmp_path)
+    (train,), (test,) = prepared.files("train"), prepared.files("test")
+    whole = train.read_bytes()
+    train.write_bytes(whole[:-1_000])
+    with pytest.raises(UserError, match=r"stl10-train.*prepare it again"):
+        sets.load("stl10", data_dir=tmp_path)
+    # A whole file of another part: the number of records tells.
+    train.write_bytes(test.read_bytes())
+    with pytest.raises(UserError, match="it holds 5 records, not 12"):
+        sets.load("stl10", data_dir=tmp_path)
+    train.unlink()
+    with pytest.raises(UserError, match=r"stl10-train.*it is not there"):
+        sets.load("stl10", data_dir=tmp_path)
+
+
+def test_labels_out_of_range_are_named(tmp_path):
+    """Ten classes, and a description that knows of seven."""
+    write_tfds(tmp_path, "stl10", "array_record", {"train": 12, "test": 5})
+    features = find("stl10", tmp_path).directory / "features.json"
+    features.write_text(features.read_text().replace('"numClasses": "10"', '"numClasses": "7"'))
+    with pytest.raises(UserError, match=r"label 7 of example 7 in the train part") as error:
+        sets.load("stl10", data_dir=tmp_path)
+    assert len(error.value.problems) == 1
+
+
+def test_tfrecord_files_are_read_as_tensorflow_wrote_them(tmp_path):
+    """TFRecord is what tensorflow-datasets writes unless it is told otherwise."""
+    import tensorflow as tf
+
+    written = write_tfds(tmp_path, "stl10", "array_record", {"train": 12, "test": 5})
+    prepared = find("stl10", tmp_path)
+    for split in written:
+        (file,) = prepared.files(split)
+        records = tfds_files._records(file, "array_record")
+        with tf.io.TFRecordWriter(str(file).replace("array_record", "tfrecord")) as writer:
+            for record in records:
+                writer.write(record)
+        file.unlink()
+    info = prepared.directory / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    data = sets.load("stl10", data_dir=tmp_path)
+    np.testing.assert_array_equal(data.train.images, written["train"][0])
+    np.testing.assert_array_equal(data.test.labels, written["test"][1])
+    (file,) = find("stl10", tmp_path).files("train")
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(UserError, match="it ends within record 11"):
+        sets.load("stl10", data_dir=tmp_path)

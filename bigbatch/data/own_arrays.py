@@ -84,7 +84,8 @@ def _from_npz(path: str | Path, held: Mapping[str, np.ndarray], train_examples: 
 def _read(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Some arrays of a file."""
     try:
-        with np.load(path) as file:
+        # NumPy leaves a damaged file open that it opened itself.
+        with Path(path).open("rb") as opened, np.load(opened) as file:
             missing = [name for name in _IMAGES + _LABELS if name not in file.files]
             if missing:
                 given = f"{path}, with {', '.join(file.files) or 'nothing'}"

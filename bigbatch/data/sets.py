@@ -182,9 +182,12 @@ def _find(name: str, data_dir: str | Path | None) -> tfds_metadata.Prepared:
     prepared = tfds_metadata.find(str(name), data_dir)
     if prepared is not None:
         return prepared
+    from bigbatch.data import tfds_files
+
     known = [*_INFOS, own_arrays.NAME]
     allowed = "one of " + ", ".join(known) + ", or a data set for image classification prepared in "
-    allowed += f"{tfds_metadata.data_directory(data_dir)} by: bigbatch data prepare {name}"
+    allowed += f"{tfds_metadata.data_directory(data_dir)} by: "
+    allowed += tfds_files.prepare_command(name, data_dir)
     raise UserError(Problem("name", name, allowed, nearest_name(str(name), known)))
 
 

@@ -77,9 +77,15 @@ def check(prepared: Prepared) -> None:
 def missing(name: str, data_dir: str | Path | None) -> Problem:
     """What to say of a data set that is not on disk: the command that gets it."""
     place = tfds_metadata.data_directory(data_dir) / name
+    command = prepare_command(name, data_dir)
+    allowed = f"a data set that is on disk (nothing is in {place}; this gets it: {command})"
+    return Problem("name", name, allowed)
+
+
+def prepare_command(name: str, data_dir: str | Path | None) -> str:
+    """The command that puts a data set on disk."""
     where = "" if data_dir is None else f" --directory={data_dir}"
-    allowed = f"a data set that is on disk (nothing is in {place}; this gets it: "
-    return Problem("name", name, f"{allowed}bigbatch data prepare {name}{where})")
+    return f"bigbatch data prepare {name}{where}"
 
 
 def _damaged(prepared: Prepared, file: Path, words: str) -> Problem:

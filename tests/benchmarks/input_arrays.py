@@ -1,0 +1,203 @@
+"""The input of a data set in memory, beside tf.data's and Grain's pipelines.
+
+    bigbatch data prepare fashion_mnist
+    pip install '.[test,bench]'
+    python -m tests.benchmarks.input_arrays
+
+Fashion-MNIST with mirroring and a crop from 4 pixels of padding, in microbatches of 1,024. Every
+figure is a median of `RUNS` runs, in which all that it is compared with take turns; minimum and
+maximum stand beside it.
+"""
+
+import itertools
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+import bigbatch
+from bigbatch import microbatches, step
+from bigbatch.data import on_device, sets, stream
+from bigbatch.data.augment import Augment
+from bigbatch.data.prefetch import Prefetch
+from bigbatch.layout import Layout
+
+RUNS = 7
+MICROBATCH_EXAMPLES = 1_024
+IN_FLIGHT = 4
+CHANGE = Augment(flip=True, pad_pixels=4)
+BATCH_SIZES = (1_024, 65_536)
+
+
+def ours(data: sets.Arrays) -> Iterator[Any]:
+    """Microbatches of the example stream, through the prefetch, on the host."""
+
+    def make(first_example: int) -> dict[str, np.ndarray]:
+        return stream.examples(data, 0, first_example, MICROBATCH_EXAMPLES, CHANGE)
+
+    with Prefetch(make, itertools.count(0, MICROBATCH_EXAMPLES), max_in_flight=IN_FLIGHT) as items:
+        yield from items
+
+
+def tf_data(data: sets.Arrays) -> Iterator[Any]:
+    """tf.data as its guides have it: shuffle, repeat, map each element, batch, prefetch."""
+    import tensorflow as tf
+
+    height, width, channels = data.images.shape[1:]
+    pad = CHANGE.pad_pixels
+
+    def change(image: Any, label: Any) -> Any:
+        image = tf.image.random_flip_left_right(image)
+        image = tf.pad(image, [[pad, pad], [pad, pad], [0, 0]])
+        return tf.image.random_crop(image, [height, width, channels]), label
+
+    elements = tf.data.Dataset.from_tensor_slices((data.images, data.labels))
+    elements = elements.shuffle(len(data)).repeat().map(change, tf.data.AUTOTUNE)
+    elements = elements.batch(MICROBATCH_EXAMPLES, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    return iter(elements.as_numpy_iterator())
+
+
+def grain_threads(data: sets.Arrays) -> Iterator[Any]:
+    """Grain: shuffle, repeat, map each element, batch; its threads read ahead."""
+    import grain
+
+    height, width, _ = data.images.shape[1:]
+    pad = CHANGE.pad_pixels
+
+    def change(index: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        image = data.images[index]
+        if rng.random() < 0.5:
+            image = image[:, ::-1]
+        image = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        top, left = rng.integers(0, 2 * pad + 1, 2)
+        return image[top : top + height, left : left + width], data.labels[index]
+
+    elements = grain.MapDataset.range(len(data)).seed(0).shuffle().repeat().random_map(change)
+    return iter(elements.to_iter_dataset().batch(MICROBATCH_EXAMPLES, drop_remainder=True))
+
+
+def rate(items: Iterator[Any], seconds: float) -> float:
+    """Examples a second over at least so long, the first microbatches left aside."""
+    for _ in range(2):
+        next(items)
+    count, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        next(items)
+        count += MICROBATCH_EXAMPLES
+    return count / passed
+
+
+def placed(data: sets.Arrays, batch_size: int, *, there: bool = False) -> Iterator[Any]:
+    """The microbatches of updates of one batch size, on the device."""
+    mesh = step.data_mesh(jax.devices()[:1])
+    ghost = 128
+    layout = Layout(ghost_batch_examples=ghost, devices=1, shapes=(MICROBATCH_EXAMPLES,))
+    policy = bigbatch.constant(0.1, batch_size, 0.9)
+    plan = bigbatch.make_plan(policy, train_examples=len(data), epochs=1_000)
+
+    def pixels(first_example: int, num_examples: int) -> dict[str, np.ndarray]:
+        return stream.examples(data, 0, first_example, num_examples, CHANGE)
+
+    source = on_device.index_source(len(data), 0, CHANGE) if there else pixels
+    make = microbatches.maker(source, layout, mesh, ghost)
+    if there:
+        sharding = NamedSharding(mesh, step.SHARDED)
+        make = on_device.maker(make, data, CHANGE, sharding, [MICROBATCH_EXAMPLES])
+    requests = microbatches.requests(plan, layout, 0)
+    with Prefetch(make, requests, max_in_flight=IN_FLIGHT) as items:
+        for item in items:
+            yield jax.block_until_ready(item)
+
+
+def alternate(made: dict[str, Callable[[], float]], runs: int = RUNS) -> dict[str, list[float]]:
+    """What each gives in turns."""
+    values: dict[str, list[float]] = {name: [] for name in made}
+    for _ in range(runs):
+        for name, measure in made.items():
+            values[name].append(measure())
+    return values
+
+
+def row(name: str, values: Iterable[float], form: str, *more: str) -> str:
+    """A line of a table."""
+    values = list(values)
+    spread = f"{form.format(min(values))} .. {form.format(max(values))}"
+    median = form.format(statistics.median(values))
+    return "| " + " | ".join([name, f"{median} ({spread})", *more]) + " |"
+
+
+def first_microbatch_ms(data: sets.Arrays, position: int) -> float:
+    """Milliseconds from nothing to the microbatch at a position."""
+    for cache in (stream._order, stream._bits):
+        cache.cache_clear()
+    start = time.perf_counter()
+    stream.examples(data, 0, position, MICROBATCH_EXAMPLES, CHANGE)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_mb(batch_size: int) -> None:
+    """Prints the most memory that this process has held after 128 microbatches, in MB."""
+    data = sets.load("fashion_mnist").train
+    for _ in itertools.islice(placed(data, batch_size), 128):
+        pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def main() -> None:
+    """Prints Markdown."""
+    data = sets.load("fashion_mnist").train
+    names = ("jax", "numpy", "tensorflow-cpu", "grain")
+    versions = ", ".join(f"{name} {version(name)}" for name in names)
+    print(f"Python {platform.python_version()}, {versions}, {os.cpu_count()} shared CPU cores\n")
+
+    pipelines = {"bigbatch": ours, "tf.data": tf_data, "Grain": grain_threads}
+    rates = alternate({n: lambda f=f: rate(f(data), 3.0) for n, f in pipelines.items()})
+    best = statistics.median(rates["bigbatch"])
+    print(
+        "| pipeline | examples/s, median (min .. max) | bigbatch is so many times as fast |\n"
+        "| --- | ---: | ---: |"
+    )
+    for name, values in rates.items():
+        print(row(name, values, "{:,.0f}", f"{best / statistics.median(values):.1f}"), flush=True)
+
+    print("\n| on the device, in updates of | examples/s |\n| --- | ---: |")
+    rates = alternate(
+        {f"{b:,} examples": lambda b=b: rate(placed(data, b), 2.0) for b in BATCH_SIZES}
+        | {"1,024, data on the device": lambda: rate(placed(data, 1_024, there=True), 2.0)}
+    )
+    for name, values in rates.items():
+        print(row(name, values, "{:,.0f}"), flush=True)
+
+    print("\n| first microbatch at position | ms |\n| --- | ---: |")
+    positions = (0, 10**8, 10**12)
+    times = alternate({f"{p:,}": lambda p=p: first_microbatch_ms(data, p) for p in positions}, 21)
+    for name, values in times.items():
+        print(row(name, values, "{:.1f}"), flush=True)
+
+    print("\n| batch size | most memory of the process, MB |\n| --- | ---: |")
+
+    def peak(batch_size: int) -> float:
+        command = [sys.executable, "-m", "tests.benchmarks.input_arrays", str(batch_size)]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    for name, values in alternate({f"{b:,}": lambda b=b: peak(b) for b in BATCH_SIZES}, 3).items():
+        print(row(name, values, "{:,.0f}"), flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        peak_mb(int(sys.argv[1]))
+    else:
+        main()
