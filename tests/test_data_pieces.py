@@ -1,4 +1,4 @@
-"""Updates cut and shared out in any way show the same examples, and no process holds more for it."""
+"""Updates of any sizes, cut and shared out in any way, show the same examples."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ GHOST = 4
 
 
 def requests(layout, batch_sizes):
-    """The microbatches of updates of these sizes, as `microbatches.requests` makes them of a plan."""
+    """The microbatches of updates of these sizes, as those of a plan."""
     position = 0
     for batch_size in batch_sizes:
         for part in layout.microbatches(batch_size):
