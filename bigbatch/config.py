@@ -34,6 +34,7 @@ class Config:
         neighbouring devices share one.
       evaluation_batch_examples: examples evaluated at a time.
       full_batch_norm: takes batch-norm statistics over each update's whole batch, for comparison.
+      shard_optimizer: divides the optimizer's state over the devices; a hardware quantity.
       label_smoothing: share of each label that is spread over all classes.
       reestimate_examples: training examples from which the running statistics are estimated anew
         before each evaluation; None to use those that training has kept.
@@ -58,6 +59,7 @@ class Config:
     microbatch_examples_per_device: int
     evaluation_batch_examples: int
     full_batch_norm: bool
+    shard_optimizer: bool
     label_smoothing: float
     reestimate_examples: int | None
     noise_small_batch_examples: int | None
@@ -144,6 +146,7 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         microbatch_examples_per_device=fields.microbatch_examples_per_device,
         evaluation_batch_examples=fields.evaluation_batch_examples,
         full_batch_norm=fields.full_batch_norm,
+        shard_optimizer=fields.shard_optimizer,
         label_smoothing=fields.label_smoothing,
         reestimate_examples=fields.reestimate_examples,
         noise_small_batch_examples=fields.noise_small_batch_examples,

@@ -109,6 +109,7 @@ class Fields:
     evaluation_batch_examples: int
     seed: int = 0
     full_batch_norm: bool = False
+    shard_optimizer: bool = False
     label_smoothing: float = 0.0
     reestimate_examples: int | None = None
     noise_small_batch_examples: int | None = None

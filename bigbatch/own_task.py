@@ -49,6 +49,7 @@ def prepare_task(
     ghost_batch_examples: int = 1,
     noise_small_batch_examples: int | None = None,
     seed: int = 0,
+    shard_optimizer: bool = False,
     mesh: Mesh | None = None,
 ) -> Updates:
     """Lays a plan out over the devices and compiles everything for a task of one's own.
@@ -65,6 +66,7 @@ def prepare_task(
       noise_small_batch_examples: measures the gradient noise from small batches of so many; see
         `gradient_noise`.
       seed: of the initial parameters and the order of the examples.
+      shard_optimizer: whether the optimizer's state is divided over the devices.
       mesh: the devices; None for all there are.
 
     Returns:
@@ -105,6 +107,7 @@ def prepare_task(
         evaluation_examples=sizes[0],
         ghost_batch_examples=ghost_batch_examples,
         noise_small_batch_examples=noise_small_batch_examples,
+        shard_optimizer=shard_optimizer,
     )
 
     def source(first_example: int, num_examples: int) -> dict[str, np.ndarray]:
@@ -113,7 +116,7 @@ def prepare_task(
 
     def init_state() -> step.State:
         state = programs.init_state(jax.random.key(seed))
-        return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
+        return programs.divide(jax.device_put(state, NamedSharding(mesh, step.REPLICATED)))
 
     return Updates(
         plan=plan,

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import step
+from bigbatch import sharded_optimizer, step
 from bigbatch.task import PyTree, Task
 
 
@@ -26,7 +26,9 @@ class Programs:
       accumulate: microbatch examples -> compiled `step.accumulate` (the accumulator is donated).
       apply_update: compiled `step.apply_update` (state and accumulator are donated).
       evaluate: compiled `step.evaluate`.
-      init_state: compiled for one device, whatever the mesh; key -> state.
+      init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
+      divide: from a state as in a checkpoint, replicated, to that which the updates take.
+      unite: and back. Both the same one where the optimizer's state is not divided.
       empty_accumulator: makes the accumulator that the first update starts with.
     """
 
@@ -34,6 +36,8 @@ class Programs:
     apply_update: Callable
     evaluate: Callable
     init_state: Callable[[jax.Array], step.State]
+    divide: Callable[[step.State], step.State]
+    unite: Callable[[step.State], step.State]
     empty_accumulator: Callable[[], step.Accumulator]
 
     @property
@@ -55,6 +59,7 @@ def compile_programs(
     evaluation_examples: int,
     ghost_batch_examples: int | None,
     noise_small_batch_examples: int | None = None,
+    shard_optimizer: bool = False,
 ) -> Programs:
     """Compiles everything that a run will call.
 
@@ -69,6 +74,7 @@ def compile_programs(
       evaluation_examples: likewise, of an evaluation microbatch.
       ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
       noise_small_batch_examples: of the noise measurement; None: nothing is measured.
+      shard_optimizer: whether the optimizer's state is divided over the devices.
 
     Returns:
       The programs. Equal arguments return the same ones without compiling anew.
@@ -95,6 +101,14 @@ def compile_programs(
 
     init_state = jax.jit(functools.partial(step.init_state, task, optimizer))
     state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
+    divide: Callable[[step.State], step.State] = _unchanged
+    unite, update = divide, step.apply_update
+    if shard_optimizer:
+        over = {"optimizer": optimizer, "mesh": mesh}
+        divide = jax.jit(functools.partial(sharded_optimizer.divide, **over)).lower(state).compile()
+        state = sharded_optimizer.divided_shapes(state, **over)
+        unite = jax.jit(functools.partial(sharded_optimizer.unite, **over)).lower(state).compile()
+        update = sharded_optimizer.apply_update
     empty = functools.partial(
         step.empty_accumulator,
         task,
@@ -116,7 +130,7 @@ def compile_programs(
         donate_argnums=1,
     )
     apply_update = jax.jit(
-        functools.partial(step.apply_update, task=task, optimizer=optimizer, mesh=mesh),
+        functools.partial(update, task=task, optimizer=optimizer, mesh=mesh),
         donate_argnums=(0, 1),
     )
     evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
@@ -128,5 +142,11 @@ def compile_programs(
         apply_update=apply_update.lower(state, accumulator, hyper).compile(),
         evaluate=evaluate.lower(state, microbatch(evaluation_examples, training=False)).compile(),
         init_state=init_state,
+        divide=divide,
+        unite=unite,
         empty_accumulator=jax.jit(empty),
     )
+
+
+def _unchanged(state: step.State) -> step.State:
+    return state

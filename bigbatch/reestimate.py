@@ -30,7 +30,8 @@ def reestimate(run: Run, state: State) -> State:
     """
     assert run.config.reestimate_examples is not None
     batch_size = int(run.plan.batch_sizes[-1])
-    params = evaluation_params(state.params, state.optimizer)
+    replicated = NamedSharding(run.mesh, REPLICATED)
+    params = jax.device_put(evaluation_params(state.params, state.optimizer), replicated)
     accumulator = run.programs.empty_accumulator()
     for batch in range(max(1, run.config.reestimate_examples // batch_size)):
         for part in run.layout.microbatches(batch_size):
@@ -45,5 +46,5 @@ def reestimate(run: Run, state: State) -> State:
     means = jax.tree.map(
         lambda leaf: jnp.sum(leaf, axis=0) / ghost_batches, accumulator.ghost_statistics
     )
-    statistics = jax.device_put(means, NamedSharding(run.mesh, REPLICATED))
+    statistics = jax.device_put(means, replicated)
     return state._replace(running_statistics=statistics)

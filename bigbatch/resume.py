@@ -19,6 +19,7 @@ _INTERVALS = ("log_every", "evaluate_every", "checkpoint_every")
 # Fields that may change between two starts of a run, or that the plan's comparison covers.
 _FREE_FIELDS = {
     "microbatch_examples_per_device",
+    "shard_optimizer",
     "evaluation_batch_examples",
     "reestimate_examples",
     "data.directory",
@@ -95,7 +96,8 @@ def evaluate_run(files: Workdir) -> dict[str, Any]:
         if latest is None:
             allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
             raise UserError(Problem("workdir", str(files.path), allowed))
-        state = checkpoints.restore(latest[0], run.init_state())
+        target = run.programs.unite(run.init_state())
+        state = run.programs.divide(checkpoints.restore(latest[0], target))
     return {"updates": latest[0], **evaluate(run, state)}
 
 

@@ -109,11 +109,12 @@ def prepare(
         evaluation_examples=mesh.size * evaluation_examples_per_device,
         ghost_batch_examples=ghost_batch_examples,
         noise_small_batch_examples=config.noise_small_batch_examples,
+        shard_optimizer=config.shard_optimizer,
     )
 
     def init_state() -> step.State:
         state = programs.init_state(jax.random.key(config.seed))
-        return jax.device_put(state, NamedSharding(mesh, step.REPLICATED))
+        return programs.divide(jax.device_put(state, NamedSharding(mesh, step.REPLICATED)))
 
     return Run(
         config=config,

@@ -75,7 +75,8 @@ def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
     if latest is None:
         return state, Progress()
     update, record = latest
-    return checkpoints.restore(update, state), Progress.read(record["progress"])
+    state = checkpoints.restore(update, run.programs.unite(state))
+    return run.programs.divide(state), Progress.read(record["progress"])
 
 
 def updates(
@@ -164,5 +165,5 @@ def _loop(
                 "seed": config.seed,
             }
             log.sync()
-            checkpoints.save(row.update + 1, state, record)
+            checkpoints.save(row.update + 1, run.programs.unite(state), record)
     return state, progress

@@ -152,4 +152,16 @@ def evaluation_params(params: PyTree, optimizer_state: optax.OptState) -> PyTree
     """The average of the parameters where the optimizer keeps one, else the parameters."""
     parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: isinstance(part, Average))
     averages = [part.average for part in parts if isinstance(part, Average)]
-    return averages[0] if averages else params
+    return jax.tree.map(in_shape_of, averages[0], params) if averages else params
+
+
+def in_shape_of(array: jax.Array, like: Any) -> jax.Array:
+    """An array that was made flat and padded, in the shape and dtype that it had.
+
+    Args:
+      array: the elements in order, and more or none after them.
+      like: has that `shape`, `size` and `dtype`.
+    """
+    if array.shape == like.shape:
+        return array
+    return array.ravel()[: like.size].reshape(like.shape).astype(like.dtype)
