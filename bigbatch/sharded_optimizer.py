@@ -4,8 +4,8 @@ Each device keeps one part in `devices` of the optimizer's state and updates tha
 parameters (Rajbhandari et al. 2020, "ZeRO", stage 1). An update reduce-scatters the gradients,
 updates the parts and all-gathers the new parameters: one collective each, whatever the number of
 arrays, since all arrays are joined to one [devices, part]. Beside them there is the all-reduce of
-the sums and ghost statistics, and one of a single number for every norm that the optimizer asks for
-(clipping, LARS, LAMB).
+the sums and ghost statistics, and one of a single number for every norm that the optimizer asks
+for: the global one of clipping, those of each array for LARS and LAMB.
 
 An array is divided as [padded length, 1, 1, ...]: flat, zeros at its end up to a multiple of the
 devices, and with as many axes as it had, since rules ask for them (what has one axis does not

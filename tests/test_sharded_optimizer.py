@@ -110,8 +110,8 @@ def test_one_reduce_scatter_and_one_all_gather_carry_all_arrays():
     expected = {"reduce-scatter": 1, "all-gather": 1, "all-reduce": 1}
     assert collectives(plain.programs.apply_update) == expected
     assert all(collectives(program) == {} for program in plain.programs.accumulate.values())
-    # One norm for each array, of a single number.
-    assert collectives(clipped.programs.apply_update) == expected | {"all-reduce": 1 + len(SHAPES)}
+    # The global norm, a single number.
+    assert collectives(clipped.programs.apply_update) == expected | {"all-reduce": 2}
 
 
 def test_a_device_holds_its_part_of_the_state_only():
