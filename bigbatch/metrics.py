@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bigbatch import workdir
+from bigbatch.event_files import EventFiles
 
 
 class MetricsLog:
@@ -18,15 +19,19 @@ class MetricsLog:
 
     Args:
       path: the file; it is made if it does not exist.
+      events: gets every record too, if given; it is closed with the log.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, events: EventFiles | None = None):
+        self._events = events
         self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; a kill leaves whole lines, at worst a last one cut short."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._events is not None:
+            self._events.write(record)
 
     def sync(self) -> None:
         """Makes sure that what was written outlives a loss of power."""
@@ -37,6 +42,8 @@ class MetricsLog:
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def truncate(path: Path, *, last_update: int) -> None:

@@ -20,6 +20,7 @@ from bigbatch import metrics, microbatches, step, training_log, workdir
 from bigbatch.checkpoint import Checkpoints, params_sha256
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.evaluate import evaluate
+from bigbatch.event_files import EventFiles
 from bigbatch.plan import Row
 from bigbatch.run import Run, Updates
 from bigbatch.task import Sums
@@ -49,7 +50,7 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
         state, progress = restore(run, checkpoints)
         metrics.truncate(files.metrics, last_update=progress.updates)
         with (
-            metrics.MetricsLog(files.metrics) as log,
+            metrics.MetricsLog(files.metrics, _events(run, files, progress)) as log,
             training_log.progress_bar(run, progress, show_progress) as bar,
         ):
             say = functools.partial(bar.write, file=sys.stderr) if show_progress else None
@@ -66,6 +67,15 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
     }
     workdir.write_json(files.result, result)
     return result
+
+
+def _events(run: Run, files: workdir.Workdir, progress: Progress) -> EventFiles:
+    """The TensorBoard files of a run that goes on from there."""
+    done = progress.updates
+    examples = int(run.plan.batch_sizes[:done].sum())
+    return EventFiles(
+        files.tensorboard, last_update=done, last_example=examples, config=run.config.tree
+    )
 
 
 def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:

@@ -3,6 +3,7 @@
     config.json     the config as it was read, with the experiment's name
     plan.json       the plan; the truth for every resume
     metrics.jsonl   one JSON object a line
+    tensorboard/    the same for TensorBoard
     result.json     written last: the run is finished
     checkpoints/    by update
 
@@ -33,6 +34,7 @@ class Workdir:
     config = property(lambda self: self.path / "config.json")
     plan = property(lambda self: self.path / "plan.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
+    tensorboard = property(lambda self: self.path / "tensorboard")
     result = property(lambda self: self.path / "result.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
 

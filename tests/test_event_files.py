@@ -1,0 +1,81 @@
+"""What TensorBoard's own reader finds in a run's directory, beside the log's lines."""
+
+import contextlib
+import json
+import warnings
+
+import pytest
+
+from bigbatch.event_files import EventFiles
+from bigbatch.metrics import MetricsLog, truncate
+from bigbatch.train import train
+from tests.trained import config, prepared
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+
+def reader(path):
+    found = EventAccumulator(str(path), size_guidance={"scalars": 0})
+    found.Reload()
+    return found
+
+
+def scalars(path):
+    """{tag: [(step, value), ...]} as TensorBoard shows them."""
+    found = reader(path)
+    return {t: [(e.step, e.value) for e in found.Scalars(t)] for t in found.Tags()["scalars"]}
+
+
+def expected(records, axis):
+    """The same from records; TensorBoard holds float32."""
+    tags = {}
+    for record in records:
+        for name, value in record.items():
+            if name not in ("update", "examples") and value is not None:
+                tags.setdefault(name, []).append((record[axis], pytest.approx(value, rel=1e-6)))
+    return tags
+
+
+def record(update, **fields):
+    return {"update": update, "examples": 100 * update + 2**33, "train_loss": 1 / update, **fields}
+
+
+def test_both_axes_hold_the_log_after_kills_and_resumes(tmp_path):
+    log_path, events = tmp_path / "metrics.jsonl", tmp_path / "tensorboard"
+    killed = contextlib.ExitStack()
+    for last_update, updates in ((0, range(1, 8)), (4, range(5, 7)), (0, [1]), (1, range(2, 10))):
+        truncate(log_path, last_update=last_update)
+        files = EventFiles(
+            events,
+            last_update=last_update,
+            last_example=record(last_update or 1)["examples"] if last_update else 0,
+            config={},
+        )
+        # Not closed, as after a kill: every record must be in the file at once.
+        log = killed.enter_context(MetricsLog(log_path, files))
+        for update in updates:
+            log.write(record(update, noise_scale=None, learning_rate=0.1 * last_update))
+    records = [json.loads(line) for line in log_path.read_text().splitlines()]
+    assert [row["update"] for row in records] == list(range(1, 10))
+    assert scalars(events / "updates") == expected(records, "update")
+    assert scalars(events / "examples") == expected(records, "examples")
+    killed.close()
+
+
+def test_a_run_can_be_opened_in_tensorboard(tmp_path):
+    settings = config(epochs=0.1, checkpoint_every_updates=2)
+    train(prepared(settings), tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("test_accuracy" in row for row in records)
+    for axis, field in (("updates", "update"), ("examples", "examples")):
+        assert scalars(tmp_path / "tensorboard" / axis) == expected(records, field)
+    summary = reader(tmp_path / "tensorboard" / "updates").SummaryMetadata(
+        metadata.SESSION_START_INFO_TAG
+    )
+    shown = metadata.parse_session_start_info_plugin_data(summary.plugin_data.content).hparams
+    assert shown["policy.learning_rate"].number_value == 0.1
+    assert shown["model.name"].string_value == "wide_resnet"
+    assert json.loads(shown["policy.boundaries_epochs"].string_value) == [0.2, 0.5]
