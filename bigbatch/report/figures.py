@@ -1,10 +1,9 @@
-"""The figures: panels drawn on Matplotlib axes, put together as PNG for a paper or SVG for a page.
+"""The figures: panels drawn on Matplotlib axes, put together as PNG and SVG for a paper.
 
 Matplotlib is imported when the first figure is drawn, and used without its global state.
 """
 
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -132,13 +131,13 @@ def curve_gap(axes: "Axes", summary: Summary) -> None:
     axes.set(title=title, xlabel="epochs")
 
 
-def save_png(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
+def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
     """Writes panels side by side with a legend below them, sharp at 800 pixels and at twice that.
 
     Args:
       panels: what to draw, left to right.
       summary: the experiments.
-      path: the PNG file to write, 1,600 pixels wide.
+      path: the PNG file to write, 1,600 pixels wide; the SVG file beside it has the same name.
     """
     import matplotlib
 
@@ -154,18 +153,7 @@ def save_png(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
         handles = [Line2D([], [], **_line(style)) for _, style in _styled(summary)]
         figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=12)
         figure.savefig(path, dpi=160, metadata={"Software": "bigbatch"})
-
-
-def svg(panel: Panel, summary: Summary) -> bytes:
-    """One panel as an SVG file, without legend."""
-    import matplotlib
-
-    with matplotlib.rc_context(_RC):
-        figure = _figure((5.4, 4.0))
-        panel(figure.subplots(), summary)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": "bigbatch"})
-        return buffer.getvalue()
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": "bigbatch"})
 
 
 def _figure(size: tuple[float, float]) -> "Figure":

@@ -1,47 +1,43 @@
-"""The report as one HTML page: no script, no network, readable on a phone and on a desk."""
+"""The report as one HTML page: no network, its own small script, readable on a phone and a desk."""
 
-import base64
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
-from bigbatch.report import figures, table
-from bigbatch.report.figures import Panel, Style
-from bigbatch.report.summary import Summary
+import numpy as np
 
-# (name of the PNG file, heading, panels, caption)
-FIGURES: tuple[tuple[str, str, tuple[Panel, ...], str], ...] = (
-    (
-        "growing_batch",
-        "Training loss",
-        (figures.loss_by_epochs, figures.loss_by_updates),
-        "Mean over the seeds of the log training loss; the band is one standard deviation of a "
-        "run. Losses are averages over whole epochs, in which every run has seen every example "
-        "once. Dots mark where runs end. A dashed experiment has another noise scale than the "
-        "reference.",
-    ),
-    (
-        "curve_gap",
-        "How far the curves are apart",
-        (figures.curve_gap,),
-        "Difference of the mean log losses divided by the standard deviation of one run between "
-        "seeds, epoch by epoch. The band is twice what chance gives, up and down: an experiment "
-        "that does not differ seldom leaves it. Beyond 4 the axis is logarithmic.",
-    ),
-    (
-        "schedules",
-        "Batch size and learning rate",
-        (figures.batch_size, figures.learning_rate),
-        "As logged by the first run of each experiment.",
-    ),
-    (
-        "test_accuracy",
-        "Test accuracy",
-        (figures.accuracy_by_epochs, figures.accuracy_by_updates),
-        "Mean over the seeds; the band is one standard deviation of a run. The lowest of the "
-        "early evaluations lie below the figure.",
-    ),
-)
+from bigbatch.report import figures, table
+from bigbatch.report.figures import Panel
+from bigbatch.report.interactive import AXES, page_data
+from bigbatch.report.summary import Summary
+from bigbatch.report.timing import StageSpeed, equal_budgets, input_wait_s, stage_speeds
+
+# Name of the PNG and SVG files -> their panels.
+FIGURES: dict[str, tuple[Panel, ...]] = {
+    "growing_batch": (figures.loss_by_epochs, figures.loss_by_updates),
+    "curve_gap": (figures.curve_gap,),
+    "schedules": (figures.batch_size, figures.learning_rate),
+    "test_accuracy": (figures.accuracy_by_epochs, figures.accuracy_by_updates),
+}
+_CAPTIONS = {
+    "loss": "Mean over the seeds of the log training loss; the band is one standard deviation of a "
+    "run. Losses are averages over whole epochs, in which every run has seen every example once. A "
+    "dashed experiment has another noise scale than the reference.",
+    "gap": "Difference of the mean log losses divided by the standard deviation of one run between "
+    "seeds, epoch by epoch. The grey band is twice what chance gives, up and down: an experiment "
+    "that does not differ seldom leaves it.",
+    "accuracy": "Mean over the seeds; the band is one standard deviation of a run. The lowest of "
+    "the early evaluations lie below the figure.",
+    "batch_size": "As logged by the first run of each experiment.",
+    "learning_rate": "Likewise.",
+    "noise_scale": "What the plan keeps where the learning rate falls or the batch grows.",
+    "gradient_noise": "The batch size at which the noise of the gradient is as large as the "
+    "gradient, from the gradients of the first run; the band is one standard error.",
+    "throughput": "Evaluations and checkpoints included; mean over the seeds.",
+}
+_FILES = Path(__file__).parent
 
 _STAGE_HEAD = (
     "stage",
@@ -53,44 +49,9 @@ _STAGE_HEAD = (
     "learning rate",
     "momentum",
     "noise scale",
+    "seconds",
+    "examples/s",
 )
-
-_CSS = """
-:root { color-scheme: light; --ink: #1d1d1f; --soft: #5c5c63; --line: #e2e2e6; --tint: #f6f6f8; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 78rem; color: var(--ink);
-  background: #fff; font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue",
-  Arial, sans-serif; -webkit-text-size-adjust: 100%; }
-h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -0.015em; margin: 0 0 .35rem; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin: 2.75rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .4rem; }
-p, ul { margin: .6rem 0; max-width: 46rem; }
-.lead, figcaption, .small { color: var(--soft); }
-.small, figcaption { font-size: .875rem; }
-ul { padding-left: 1.15rem; }
-li { margin: .4rem 0; overflow-wrap: anywhere; }
-.warnings { border: 1px solid #e6c37a; background: #fff9ea; border-radius: .5rem;
-  padding: .3rem 1rem; margin: 1.5rem 0; max-width: 46rem; }
-.warnings h2 { font-size: 1rem; margin: .6rem 0 0; }
-figure { margin: 0; }
-.panels { display: flex; flex-wrap: wrap; gap: 1rem; }
-.panels img { flex: 1 1 19rem; min-width: 0; max-width: 100%; width: 19rem; height: auto; }
-.panels img:only-child { flex-grow: 0; flex-basis: 33rem; }
-figcaption { max-width: 46rem; margin-top: .4rem; }
-.legend { display: flex; flex-wrap: wrap; gap: .15rem 1.4rem; list-style: none; padding: 0;
-  margin: .3rem 0 .6rem; max-width: none; font-size: .875rem; }
-.legend li { margin: 0; }
-.legend svg { vertical-align: middle; margin-right: .45rem; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .55rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-thead th { vertical-align: bottom; white-space: normal; color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-tbody th { font-weight: 600; }
-.wide td { white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
-code { font-size: .9em; background: var(--tint); padding: .05em .3em; border-radius: .25em; }
-"""
 
 
 def page(summary: Summary) -> str:
@@ -100,28 +61,32 @@ def page(summary: Summary) -> str:
       summary: the experiments.
 
     Returns:
-      A document without script, and with all images inside.
+      A document with its script, style and data inside.
     """
-    look = figures.styles(summary)
+    data = page_data(summary)
     title = _title(summary)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
-        f"<title>{escape(title)}</title><style>{_CSS}</style></head><body>",
+        f"<title>{escape(title)}</title><style>{_file('page.css')}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(_lead(summary))}</p>',
         *_claims(summary),
         *_warnings(summary),
-        *_figures(summary, look),
+        *_figures(summary, data),
         "<h2>Numbers</h2>",
         _html_table(table.COLUMNS, table.table(summary)),
         f'<p class="small">{escape(table.notes(summary))}</p>',
         f'<p class="small">{escape(table.explanation(summary))}</p>',
+        *_budgets(summary),
+        *_times(summary),
         *_config_differences(summary),
         *_plans(summary),
         *_runs(summary),
+        f'<script type="application/json" id="data">{_json(data)}</script>',
+        f"<script>{_file('page.js')}</script>",
         "</body></html>\n",
     ]
     return "\n".join(parts)
@@ -164,18 +129,39 @@ def _warnings(summary: Summary) -> Iterator[str]:
         yield "</ul></section>"
 
 
-def _figures(summary: Summary, look: dict[str, Style]) -> Iterator[str]:
-    for name, heading, panels, caption in FIGURES:
-        if name == "curve_gap" and not has_gap(summary):
-            continue
-        yield f"<h2>{escape(heading)}</h2><figure>"
-        yield from _legend(summary, look)
-        yield '<div class="panels">'
-        for panel in panels:
-            image = base64.b64encode(figures.svg(panel, summary)).decode("ascii")
-            text = escape((panel.__doc__ or heading).rstrip("."))
-            yield f'<img alt="{text}" src="data:image/svg+xml;base64,{image}">'
-        yield f"</div><figcaption>{escape(caption)}</figcaption></figure>"
+def _figures(summary: Summary, data: Mapping[str, Any]) -> Iterator[str]:
+    """The tools, and an empty box for every chart; the script fills them."""
+    yield '<div class="tools"><fieldset aria-label="x axis">'
+    for name in AXES:
+        checked = " checked" if name == AXES[0] else ""
+        yield f'<label><input type="radio" name="axis" value="{name}"{checked}>{name}</label>'
+    yield '</fieldset><fieldset aria-label="experiments, shown or hidden">'
+    for number, (experiment, style) in enumerate(figures.styles(summary).items()):
+        dash = ' stroke-dasharray="6 3"' if style.dashed else ""
+        yield (
+            f'<button type="button" data-experiment="{number}" aria-pressed="true">'
+            '<svg width="22" height="8" aria-hidden="true"><line x1="0" x2="22" y1="4" y2="4" '
+            f'stroke="{style.colour}" stroke-width="{style.width}"{dash}/></svg>'
+            f"{escape(experiment)}</button>"
+        )
+    yield "</fieldset></div>"
+    yield "<noscript><p>These figures need JavaScript; those beside this page do not.</p>"
+    yield "</noscript>"
+    yield '<div class="charts">'
+    for chart in data["charts"]:
+        yield f"<figure><h2>{escape(chart['title'])}</h2>"
+        yield f'<div class="chart" id="chart-{chart["id"]}"><div class="tip" hidden></div></div>'
+        yield f"<figcaption>{escape(_CAPTIONS[chart['id']])}</figcaption></figure>"
+    yield "</div>"
+
+
+def _file(name: str) -> str:
+    return (_FILES / name).read_text(encoding="utf-8")
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON that cannot end the element it stands in."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def has_gap(summary: Summary) -> bool:
@@ -183,17 +169,47 @@ def has_gap(summary: Summary) -> bool:
     return any(experiment.gap is not None for experiment in summary.experiments)
 
 
-def _legend(summary: Summary, look: dict[str, Style]) -> Iterator[str]:
-    yield '<ul class="legend">'
-    for experiment in summary.experiments:
-        style = look[experiment.name]
-        dash = ' stroke-dasharray="6 3"' if style.dashed else ""
+def _budgets(summary: Summary) -> Iterator[str]:
+    """Test accuracy at equal updates, examples and seconds."""
+    groups = [experiment.runs for experiment in summary.experiments]
+    budgets = equal_budgets(groups) if len(groups) > 1 else []
+    if budgets:
+        yield "<h2>Test accuracy at equal cost, %</h2>"
+        head = ["experiment", *(f"at {_amount(b.amount)} {b.unit}" for b in budgets)]
+        rows = [
+            (experiment.name, *(table.percent(b.accuracies[i].tolist()) for b in budgets))
+            for i, experiment in enumerate(summary.experiments)
+        ]
+        yield _html_table(head, rows)
         yield (
-            '<li><svg width="26" height="8" aria-hidden="true"><line x1="0" x2="26" y1="4" y2="4" '
-            f'stroke="{style.colour}" stroke-width="{style.width}"{dash}/></svg>'
-            f"{escape(experiment.name)}</li>"
+            '<p class="small">At as much as the experiment that ended first has spent: the last '
+            "evaluation until then, mean and standard deviation over the runs.</p>"
         )
-    yield "</ul>"
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(summary: Summary) -> Iterator[str]:
+    """Seconds of a run, and how many of them it waited for input."""
+    waits = [[input_wait_s(run) for run in e.runs] for e in summary.experiments]
+    if not np.isfinite(np.concatenate(waits)).any():
+        return
+    rows = []
+    for experiment, waited in zip(summary.experiments, waits, strict=True):
+        wait_s, seconds = float(np.mean(waited)), experiment.seconds.mean
+        share = 100 * wait_s / seconds if seconds > 0 else np.nan
+        cells = (
+            _known(v, form) for v, form in ((seconds, ",.1f"), (wait_s, ",.2f"), (share, ".1f"))
+        )
+        rows.append((experiment.name, *cells))
+    yield "<h2>Where the time went</h2>"
+    yield _html_table(("experiment", "seconds", "of them waiting for input", "%"), rows)
+
+
+def _known(value: float, form: str) -> str:
+    return format(value, form) if np.isfinite(value) else table.MISSING
 
 
 def _config_differences(summary: Summary) -> Iterator[str]:
@@ -206,21 +222,20 @@ def _config_differences(summary: Summary) -> Iterator[str]:
 
 def _plans(summary: Summary) -> Iterator[str]:
     plans = [
-        (experiment.name, plan)
+        (experiment, plan)
         for experiment in summary.experiments
         if (plan := next((run.plan for run in experiment.runs if run.plan is not None), None))
     ]
     if plans:
         yield "<h2>Plans</h2>"
-    for name, plan in plans:
-        total = f"{name}: {plan['num_updates']:,} updates, {plan['epochs']:g} epochs"
+    for experiment, plan in plans:
+        total = f"{experiment.name}: {plan['num_updates']:,} updates, {plan['epochs']:g} epochs"
         yield f"<h3>{escape(total)}</h3>"
-        yield _html_table(
-            _STAGE_HEAD, [_stage_row(i, stage) for i, stage in enumerate(plan["stages"], 1)]
-        )
+        stages = zip(plan["stages"], stage_speeds(experiment.runs), strict=True)
+        yield _html_table(_STAGE_HEAD, [_stage_row(i, *pair) for i, pair in enumerate(stages, 1)])
 
 
-def _stage_row(number: int, stage: Mapping[str, Any]) -> tuple[str, ...]:
+def _stage_row(number: int, stage: Mapping[str, Any], speed: StageSpeed) -> tuple[str, ...]:
     first, last = (_number(stage[name], ".4g") for name in ("learning_rate", "last_learning_rate"))
     return (
         str(number),
@@ -232,6 +247,8 @@ def _stage_row(number: int, stage: Mapping[str, Any]) -> tuple[str, ...]:
         first if first == last else f"{first} to {last}",
         _number(stage["momentum"], ".6g"),
         _number(stage["noise_scale"], ".4g"),
+        _known(speed.seconds, ",.1f"),
+        _known(speed.examples_per_s, ",.0f"),
     )
 
 

@@ -26,7 +26,14 @@ POSITION_FIELDS = (
     "momentum",
     "noise_scale",
 )
-TRAINING_FIELDS = (*POSITION_FIELDS, "train_loss", "examples_per_s")
+TRAINING_FIELDS = (
+    *POSITION_FIELDS,
+    "train_loss",
+    "examples_per_s",
+    "input_wait_s",
+    "gradient_noise_scale",
+    "gradient_noise_scale_error",
+)
 EVALUATION_FIELDS = (*POSITION_FIELDS, "test_loss", "test_accuracy")
 
 _PLAN_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -260,7 +267,6 @@ class _Table:
     def __init__(self, fields: Sequence[str], needed: Sequence[str]):
         self._fields = fields
         self._needed = needed
-        self._get = operator.itemgetter(*fields)
         self._parts: list[np.ndarray] = [np.empty((0, len(fields) + 1))]
 
     def add(
@@ -276,7 +282,14 @@ class _Table:
         if not own:
             return
         try:
-            values = np.array([self._get(row) for row in own], dtype=np.float64)
+            # Most logs lack a field or two, and lack them everywhere. A row in between that lacks
+            # another ends the quick way.
+            there = [i for i, f in enumerate(self._fields) if f in own[0] or f in own[-1]]
+            get = operator.itemgetter(*(self._fields[i] for i in there))
+            values = np.full((len(own), len(self._fields)), np.nan)
+            values[:, there] = np.array([get(row) for row in own], dtype=np.float64)
+            if not set(self._needed) <= {self._fields[i] for i in there}:
+                raise KeyError(mark)
         except (KeyError, TypeError, ValueError, OverflowError):
             values = np.array([self._values(row) for row in own], dtype=np.float64)
         # NaN marks an unusable row; a loss may be NaN, the position may not.

@@ -161,6 +161,11 @@ def _estimate(estimate: Estimate, form: str, *, spread: bool = True) -> str:
     return text
 
 
+def percent(values: Sequence[float]) -> str:
+    """Mean and standard deviation of percentages, one a run."""
+    return _estimate(Estimate.of(values), "{:.2f}")
+
+
 def _decimals(estimate: Estimate) -> str:
     """A format with two digits of the standard deviation, or three of the mean."""
     known = [value for value in (estimate.sd, estimate.mean / 10) if value > 0]

@@ -18,7 +18,7 @@ class Report:
     Attributes:
       page: the HTML page.
       table: the Markdown table.
-      figures: the PNG files.
+      figures: the PNG files; each has an SVG file beside it.
       summary: the numbers.
     """
 
@@ -34,7 +34,7 @@ class Report:
 
 
 def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Report:
-    """Writes `report.html`, `report.md` and the figures as PNG files.
+    """Writes `report.html`, `report.md` and the figures as PNG and SVG files.
 
     Args:
       run_dirs: working directories of `bigbatch train`, finished or not. They are only read. One
@@ -87,12 +87,13 @@ def _cannot_write(out: str | Path, error: OSError) -> Problem:
 def _write(summary: Summary, out: Path) -> Report:
     # The page last: where it is, everything is.
     written = []
-    for name, _, panels, _ in FIGURES:
+    for name, panels in FIGURES.items():
         path = out / f"{name}.png"
         if name == "curve_gap" and not has_gap(summary):
             path.unlink(missing_ok=True)
+            path.with_suffix(".svg").unlink(missing_ok=True)
             continue
-        figures.save_png(panels, summary, path)
+        figures.save(panels, summary, path)
         written.append(path)
     markdown = out / "report.md"
     markdown.write_text(table.markdown(summary), encoding="utf-8")
