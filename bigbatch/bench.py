@@ -106,10 +106,11 @@ def prepared(config: Config) -> Run:
     if limit < ghost:
         allowed = f"for one device at least the {ghost} examples of a ghost batch"
         raise UserError(Problem("microbatch_examples_per_device", limit, allowed, ghost))
-    half = max(ghost, limit // 2 // ghost * ghost)
+    unit = config.noise_small_batch_examples or ghost
+    half = max(unit, limit // 2 // unit * unit)
     sizes = np.repeat(np.array([limit, half]), _UPDATES)
     hypers = {name: np.full(len(sizes), c[0]) for name, c in config.plan.hypers.items()}
-    plan = Plan(config.plan.train_examples, config.plan.epochs, config.plan.rule, sizes, hypers)
+    plan = Plan(limit, config.plan.epochs, config.plan.rule, sizes, hypers)
     mesh = step.data_mesh(jax.devices()[:1])
     return prepare(config, plan, mesh, data=_random_images(config.data.info, limit))
 
