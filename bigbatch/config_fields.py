@@ -3,9 +3,10 @@
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 from bigbatch.checks import Checks
-from bigbatch.data import sets
+from bigbatch.data import record_set, sets
 from bigbatch.data.augment import Augment
 from bigbatch.errors import UserError
 from bigbatch.layout import check_small_batch
@@ -15,6 +16,7 @@ UNITS = ("epochs", "examples", "updates")
 # 0.07 epochs of 50,000 are 3500.0000000000005 examples in floats: a number of intervals this close
 # below a whole one is that one.
 _ROUNDINGS = 1 + 1e-14
+_ONLY_FOR_RECORDS = ("test_examples", "image_size", "decoding", "on_bad_record", "workers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +66,19 @@ class DataConfig:
       directory: where tensorflow-datasets keeps its files; None for its default.
       path: of the npz file, for the data set `arrays`; see `bigbatch.data.own_arrays`.
       flip: mirror half of the images.
-      pad_pixels: pad and crop by so many.
+      pad_pixels: pad and crop by so many; not for record sets, which have a crop of their own
+        (`data.crops`).
       on_device: keep the training images on every device, and make microbatches there; a hardware
         matter, without influence on the result.
+      test_examples: of a record set, evaluate on the first so many; None for all.
+      image_size: of a record set, side of the images that are made of its own, in pixels; None
+        for 224.
+      decoding: of a record set: `smooth` decodes and resizes as TensorFlow's usual pipelines do,
+        `fast` is cheaper; see `data.jpeg`.
+      on_bad_record: of a record set: whether a record that cannot be used ends the run, or another
+        example is shown in its place (`data.record_examples`).
+      workers: of a record set, threads that decode, without influence on the result; None for as
+        many as there are cores.
     """
 
     name: str
@@ -76,14 +88,50 @@ class DataConfig:
     flip: bool = False
     pad_pixels: int = 0
     on_device: bool = False
+    test_examples: int | None = None
+    image_size: int | None = None
+    decoding: Literal["fast", "smooth"] = "fast"
+    on_bad_record: Literal["error", "replace"] = "error"
+    workers: int | None = None
 
     def __post_init__(self) -> None:
-        self.augment.check(self.info.image_shape)
+        checks = Checks()
+        if self.is_record_set:
+            given, allowed = self.pad_pixels, "0: the images of record sets are cropped at random"
+            checks.require(given == 0, "pad_pixels", given, allowed, 0)
+            allowed = "False: the images of record sets stay in their files"
+            checks.require(not self.on_device, "on_device", self.on_device, allowed, False)
+            if self.workers is not None:
+                checks.whole("workers", self.workers, "a number of threads, at least 1, or None")
+        else:
+            for field in dataclasses.fields(self):
+                given, allowed = getattr(self, field.name), f"{field.default!r} for {self.name}: "
+                allowed += "only the images of record sets, as imagenet2012, are decoded in a run"
+                only = field.name in _ONLY_FOR_RECORDS and given != field.default
+                checks.require(not only, field.name, given, allowed, field.default)
+        try:
+            self.augment.check(self.info.image_shape)
+        except UserError as error:
+            checks.problems += error.problems
+        checks.done()
+
+    @functools.cached_property
+    def is_record_set(self) -> bool:
+        """Whether the images stay encoded in files."""
+        return record_set.is_record_set(self.name, self.directory)
 
     @functools.cached_property
     def info(self) -> sets.Info:
         """What is known of the data set without its images."""
         try:
+            if self.is_record_set:
+                return record_set.info(
+                    self.name,
+                    train_examples=self.train_examples,
+                    test_examples=self.test_examples,
+                    image_size=self.image_size,
+                    data_dir=self.directory,
+                )
             return sets.info(
                 self.name,
                 train_examples=self.train_examples,

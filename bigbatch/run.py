@@ -1,7 +1,8 @@
 """A prepared run: the parts of a config, put together for the devices that are there."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -9,14 +10,14 @@ from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import microbatches, step
 from bigbatch.config import Config
-from bigbatch.config_fields import in_config_names
-from bigbatch.data import on_device, stream
-from bigbatch.data.keys import example_keys
-from bigbatch.data.sets import DataSet, load
+from bigbatch.data import on_device
+from bigbatch.data.record_set import RecordSet
+from bigbatch.data.sets import DataSet
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout import Layout
 from bigbatch.plan import Plan
 from bigbatch.programs import Programs, compile_programs
+from bigbatch.sources import Source, load_data, test_source, training_source
 from bigbatch.task import Examples, image_classification
 
 
@@ -53,14 +54,16 @@ class Run(Updates):
     Attributes:
       config: what was asked for.
       data: the data set.
+      test_source: its test examples, by their numbers.
     """
 
     config: Config
-    data: DataSet
+    data: DataSet | RecordSet
+    test_source: Source
 
 
 def prepare(
-    config: Config, plan: Plan, mesh: Mesh | None = None, data: DataSet | None = None
+    config: Config, plan: Plan, mesh: Mesh | None = None, data: DataSet | RecordSet | None = None
 ) -> Run:
     """Loads the data, lays the plan out over the devices and compiles every program.
 
@@ -77,7 +80,7 @@ def prepare(
       UserError: the data is missing or does not fit, or the layout cannot be formed.
     """
     mesh = step.data_mesh() if mesh is None else mesh
-    data = load_data(config) if data is None else data
+    data = load_data(config, show_progress=sys.stderr.isatty()) if data is None else data
     if data.train_examples != plan.train_examples:
         allowed = f"the {plan.train_examples:,} training examples that the plan is for"
         raise UserError(Problem("data.train_examples", data.train_examples, allowed))
@@ -126,49 +129,25 @@ def prepare(
         hyper_names=hyper_names,
         evaluation_examples_per_device=evaluation_examples_per_device,
         init_state=init_state,
+        test_source=test_source(data),
         microbatch=training_input(config, data, layout, mesh),
     )
 
 
 def training_input(
-    config: Config, data: DataSet, layout: Layout, mesh: Mesh
+    config: Config, data: DataSet | RecordSet, layout: Layout, mesh: Mesh
 ) -> Callable[[microbatches.Request], tuple[int, Examples]]:
     """What makes a config's microbatches on the devices; see `microbatches.maker`."""
-    augment = config.data.augment
-    indices = on_device.index_source(len(data.train), config.seed, augment)
-
-    def examples(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
-        span = first_example, num_examples
-        if config.data.on_device:
-            made = indices(*span)
-        else:
-            made = stream.examples(data.train, config.seed, *span, augment)
-        if _takes_keys(config):
-            made["key"] = example_keys(len(data.train), config.seed, *span)
-        return made
-
+    source = training_source(data, config, keys=_takes_keys(config))
     ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
-    microbatch = microbatches.maker(examples, layout, mesh, ghost_batch_examples)
-    if not config.data.on_device:
+    microbatch = microbatches.maker(source, layout, mesh, ghost_batch_examples)
+    if isinstance(data, RecordSet) or not config.data.on_device:
         return microbatch
     sizes = [layout.devices * shape for shape in layout.shapes]
     sharding = NamedSharding(mesh, step.SHARDED)
-    return on_device.maker(microbatch, data.train, augment, sharding, sizes)
+    return on_device.maker(microbatch, data.train, config.data.augment, sharding, sizes)
 
 
 def _takes_keys(config: Config) -> bool:
     """Whether the model draws random numbers in training."""
     return getattr(config.model, "dropout_rate", 0) > 0
-
-
-def load_data(config: Config) -> DataSet:
-    """The config's data set; what is wrong with it is said in the config's names."""
-    try:
-        return load(
-            config.data.name,
-            train_examples=config.data.train_examples,
-            data_dir=config.data.directory,
-            path=config.data.path,
-        )
-    except UserError as error:
-        raise UserError(p.under("data") for p in in_config_names(error).problems) from error

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bigbatch import metrics, microbatches, step, training_log, workdir
 from bigbatch.checkpoint import Checkpoints, params_sha256
 from bigbatch.data.prefetch import Prefetch
+from bigbatch.data.record_set import RecordSet
 from bigbatch.evaluate import evaluate
 from bigbatch.event_files import EventFiles
 from bigbatch.plan import Row
@@ -65,6 +66,8 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
         "compilations": run.programs.compilations,
         "params_sha256": params_sha256(state.params),
     }
+    if isinstance(run.data, RecordSet) and run.config.data.on_bad_record == "replace":
+        result["bad_records"] = run.data.num_bad_records
     workdir.write_json(files.result, result)
     return result
 

@@ -4,6 +4,9 @@ import os
 
 import hypothesis
 import jax
+import pytest
+
+from tests import imagenet_files
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -11,3 +14,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory) -> imagenet_files.Prepared:
+    """A tiny imagenet2012 in both file formats; copy what is to be changed."""
+    return imagenet_files.prepare(tmp_path_factory.mktemp("imagenet"))

@@ -146,7 +146,7 @@ def load(
     known = info(name, train_examples=train_examples, data_dir=data_dir, path=path)
     if name in _TOO_LARGE_FOR_ARRAYS:
         small = [other for other in _INFOS if other not in _TOO_LARGE_FOR_ARRAYS]
-        allowed = "a data set that fits into memory, as records are not read yet: "
+        allowed = "a data set that fits into memory, not one of `data.record_set`: "
         allowed += ", ".join(small)
         raise UserError(Problem("name", name, allowed))
     if path is not None:

@@ -47,7 +47,7 @@ def examples(
     Raises:
       UserError: seed, position or number out of range, or a change that the images do not allow.
     """
-    _check(data, seed, first_example, num_examples)
+    check_range(len(data), seed, first_example, num_examples)
     augment.check(data.images.shape[1:])
     index = indices(len(data), seed, first_example, num_examples)
     images = data.images.take(index, axis=0)
@@ -135,9 +135,10 @@ def _bits(train_examples: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
     return bits
 
 
-def _check(data: Arrays, seed: int, first_example: int, num_examples: int) -> None:
+def check_range(train_examples: int, seed: int, first_example: int, num_examples: int) -> None:
+    """Raise a UserError where a seed or a range of positions has no examples."""
     problems = []
-    end = (_MAX_WORD + 1) * len(data)
+    end = (_MAX_WORD + 1) * train_examples
     for field, given, most in (
         ("seed", seed, _MAX_WORD),
         ("first_example", first_example, end),

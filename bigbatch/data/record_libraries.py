@@ -1,0 +1,33 @@
+"""The libraries that only record data needs, imported when the first record is read."""
+
+import functools
+from typing import Any, NamedTuple
+
+from bigbatch.errors import RunError
+
+
+class Libraries(NamedTuple):
+    """Modules, which come without types."""
+
+    cv2: Any
+    google_crc32c: Any
+    simplejpeg: Any
+
+
+@functools.cache
+def libraries() -> Libraries:
+    """The modules, set up.
+
+    Raises:
+      RunError: one is not installed.
+    """
+    try:
+        import cv2
+        import google_crc32c
+        import simplejpeg
+    except ImportError as error:
+        words = f"record data needs a library that is not installed ({error.name}): "
+        raise RunError(f"{words}pip install 'bigbatch[records]'") from error
+    # One image is one thread's.
+    cv2.setNumThreads(0)
+    return Libraries(cv2, google_crc32c, simplejpeg)

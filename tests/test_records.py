@@ -1,0 +1,437 @@
+"""The real imagenet2012 of tensorflow-datasets, read without TensorFlow."""
+
+import itertools
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bigbatch.data import crops, jpeg, random, record_set, tfds_metadata, tfrecord_index
+from bigbatch.data.records import BadRecordError, Records, parse
+from bigbatch.errors import RunError, UserError
+from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
+
+N = TRAIN_CLASSES * IMAGES_PER_CLASS
+
+
+def open_set(data_dir, **changes):
+    sizes = {"train_examples": N, "test_examples": TEST_IMAGES, "image_size": 24}
+    return record_set.load("imagenet2012", data_dir=data_dir, **(sizes | changes))
+
+
+@pytest.fixture(params=FORMATS)
+def own_copy(request, imagenet, tmp_path):
+    """A copy of the data set that may be damaged."""
+    shutil.copytree(imagenet.directories[request.param], tmp_path / "data")
+    return tmp_path / "data"
+
+
+def train_files(data_dir):
+    return sorted(
+        file
+        for file in data_dir.glob("imagenet2012/*/imagenet2012-train.*-*-of-*")
+        if file.suffix != ".npz"
+    )
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_records_are_tensorflow_datasets_own(imagenet, file_format):
+    import tensorflow_datasets as tfds
+
+    data_dir = imagenet.directories[file_format]
+    prepared = tfds_metadata.find("imagenet2012", data_dir)
+    for split, count in (("train", N), ("validation", TEST_IMAGES)):
+        records = Records(prepared, split)
+        assert len(records) == count
+        read = [parse(records.read(i)) for i in range(count)]
+        builder = tfds.builder("imagenet2012", data_dir=data_dir)
+        options = {"split": split, "decoders": {"image": tfds.decode.SkipDecoding()}}
+        if file_format == "tfrecord":
+            config = tfds.ReadConfig(interleave_cycle_length=1)
+            there = builder.as_dataset(**options, read_config=config).as_numpy_iterator()
+        else:
+            there = builder.as_data_source(**options)
+        assert read == [(e["image"], int(e["label"])) for e in there]
+        records.close()
+        # The next read opens them again.
+        assert parse(records.read(count - 1)) == read[-1]
+        records.close()
+        if split == "train":
+            assert {image for image, _ in read} == set(imagenet.images.values())
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("decoding", ["fast", "smooth"])
+def test_examples_are_the_definition(imagenet, file_format, decoding):
+    """Each example by itself, from the random words on; the window in whole pixels by OpenCV."""
+    import cv2
+    import tensorflow as tf
+
+    data = open_set(imagenet.directories[file_format], decoding=decoding, workers=2)
+    records = Records(
+        tfds_metadata.find("imagenet2012", imagenet.directories[file_format]), "train"
+    )
+    # As its threads do.
+    jpeg.prepare_thread()
+    seed, first, count = 7, 2 * N - 5, 12
+    made = data.train.training(seed, first, count, flip=True)
+    smooth = decoding == "smooth"
+    flips = 0
+    for i, position in enumerate(range(first, first + count)):
+        epoch, offset = divmod(position, N)
+        index = int(random.permute(np, offset, N, random.epoch_key(np, seed, epoch)))
+        encoded, label = parse(records.read(index))
+        pixels = tf.io.decode_jpeg(encoded, channels=3, fancy_upscaling=smooth).numpy()
+        base = random.random_bits(np, seed, random.Purpose.AUGMENTATION, epoch, np.uint32(offset))
+        words = [random.threefry2x32(np, base, (attempt, 0)) for attempt in range(11)]
+        height, width = pixels.shape[:2]
+        top, left, rows, columns = crops.training_window(
+            [(int(a), int(b)) for a, b in words], height, width
+        )
+        assert label == made["label"][i]
+        flip = int(base[1]) >= 2**31
+        flips += flip
+        shown = made["image"][i][:, ::-1] if flip else made["image"][i]
+        if min(rows, columns) >= 48:
+            # Decoded in half of the size: see test_jpeg.
+            continue
+        expected = cv2.resize(
+            np.ascontiguousarray(pixels[top : top + rows, left : left + columns]),
+            (24, 24),
+            interpolation=cv2.INTER_CUBIC if smooth else cv2.INTER_LINEAR,
+        )
+        np.testing.assert_array_equal(shown, expected)
+    assert 0 < flips < count
+    assert made["image"].dtype == np.uint8
+    assert made["label"].dtype == np.int32
+    for part in (data.train, data.test):
+        part.close()
+
+
+def test_examples_are_the_same_however_they_are_made(imagenet):
+    """Workers, file formats, cuts of the range, and where two processes' shares join."""
+    first, count = 10**8 - 20, 64
+    whole = None
+    for file_format in FORMATS:
+        for workers in (1, 2, 4, 8):
+            data = open_set(imagenet.directories[file_format], workers=workers)
+            made = data.train.training(3, first, count, flip=True)
+            whole = whole or made
+            rng = np.random.default_rng(workers)
+            cuts = [0, *sorted(rng.choice(np.arange(1, count), workers, replace=False)), count]
+            parts = [
+                data.train.training(3, first + a, b - a, flip=True)
+                for a, b in itertools.pairwise(cuts)
+            ]
+            for name, array in whole.items():
+                np.testing.assert_array_equal(made[name], array)
+                np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
+            data.train.close()
+
+
+def test_every_epoch_shows_every_image_once(imagenet):
+    data = open_set(imagenet.directories["array_record"])
+    expected = np.bincount(list(imagenet.labels.values()), minlength=TRAIN_CLASSES)
+    for epoch in (0, 1, 5):
+        labels = data.train.training(0, epoch * N, N, flip=False)["label"]
+        np.testing.assert_array_equal(np.bincount(labels), expected)
+
+
+def test_reading_needs_no_tensorflow(imagenet):
+    program = f"""
+import sys
+from bigbatch.data import record_set
+sizes = {{"train_examples": 8, "test_examples": 2, "image_size": 16}}
+for directory in {[str(d) for d in imagenet.directories.values()]}:
+    data = record_set.load("imagenet2012", data_dir=directory, **sizes)
+    train, test = data.train.training(0, 0, 9, flip=True), data.test.evaluation(0, 2)
+    print(train["image"].sum(), test["image"].sum())
+assert "tensorflow" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, other = done.stdout.splitlines()
+    assert one == other
+
+
+def test_the_first_examples_only(imagenet):
+    data = open_set(imagenet.directories["array_record"], train_examples=5)
+    whole = open_set(imagenet.directories["array_record"])
+    assert data.train_examples == len(data.train) == 5
+    # Records 0 to 4, in another order: each label comes as often.
+    shown = data.train.training(0, 0, 5, flip=False)["label"]
+    first = whole.train.evaluation(0, 5)["label"]
+    assert sorted(shown) == sorted(first)
+
+
+# The index of TFRecord files.
+
+
+def test_index_is_made_once_and_kept_beside_the_data(imagenet, tmp_path, monkeypatch):
+    data_dir = tmp_path / "data"
+    shutil.copytree(imagenet.directories["tfrecord"], data_dir)
+    for file in data_dir.glob("*/*/*.npz"):
+        file.unlink()
+    before = {file.name for file in data_dir.rglob("*")}
+    open_set(data_dir)
+    new = {file.name for file in data_dir.rglob("*")} - before
+    assert new == {
+        "imagenet2012-train.tfrecord.bigbatch_index.npz",
+        "imagenet2012-validation.tfrecord.bigbatch_index.npz",
+    }
+    monkeypatch.setattr(tfrecord_index, "_walk", lambda *args: pytest.fail("made again"))
+    open_set(data_dir)
+
+
+def test_index_boundaries_against_tensorflow(imagenet):
+    import tensorflow as tf
+
+    files = imagenet.files("tfrecord", "train")
+    files = [file for file in files if file.suffix != ".npz"]
+    expected = [list(tf.data.TFRecordDataset(str(f)).as_numpy_iterator()) for f in files]
+    index = tfrecord_index.load_or_build(files, [len(records) for records in expected])
+    for file, records, boundaries in zip(files, expected, index.boundaries, strict=True):
+        content = file.read_bytes()
+        assert boundaries[-1] == len(content)
+        found = [content[a + 12 : b - 4] for a, b in itertools.pairwise(boundaries)]
+        assert found == records
+
+
+def test_checksums_are_tensorflows(imagenet):
+    """Of lengths and records, as they stand in a file that TensorFlow wrote."""
+    content = next(
+        f for f in imagenet.files("tfrecord", "train") if f.suffix != ".npz"
+    ).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert tfrecord_index.masked_crc32c(content[:8]) == int.from_bytes(content[8:12], "little")
+    record, checksum = content[12 : 12 + length], content[12 + length : 16 + length]
+    assert tfrecord_index.masked_crc32c(record) == int.from_bytes(checksum, "little")
+
+
+def test_index_of_data_that_cannot_be_written_to(imagenet, tmp_path, monkeypatch):
+    data_dir = tmp_path / "data"
+    shutil.copytree(imagenet.directories["tfrecord"], data_dir)
+    for file in data_dir.glob("*/*/*.npz"):
+        file.unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    there = tfds_metadata.find("imagenet2012", data_dir).directory
+    real = tfrecord_index.tempfile.NamedTemporaryFile
+
+    def refuse(dir, **options):
+        # The superuser, who may run this, can write anywhere.
+        if dir == there:
+            raise PermissionError(dir)
+        return real(dir=dir, **options)
+
+    monkeypatch.setattr(tfrecord_index.tempfile, "NamedTemporaryFile", refuse)
+    open_set(data_dir)
+    kept = list((tmp_path / "cache").rglob("*.npz"))
+    assert len(kept) == 2
+    assert not list(data_dir.rglob("*.npz"))
+    assert all(stat.S_IMODE(file.stat().st_mode) == 0o644 for file in kept)
+    monkeypatch.setattr(tfrecord_index, "_walk", lambda *args: pytest.fail("made again"))
+    open_set(data_dir)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK not an archive", None])
+def test_a_damaged_or_old_index_is_made_anew(imagenet, tmp_path, content):
+    data_dir = tmp_path / "data"
+    shutil.copytree(imagenet.directories["tfrecord"], data_dir)
+    expected = open_set(data_dir).train.training(0, 0, N, flip=True)
+    kept = next(data_dir.rglob("*train*.npz"))
+    if content is None:
+        with np.load(kept) as file:
+            arrays = dict(file)
+        arrays["sizes_bytes"] = arrays["sizes_bytes"] + 1
+        np.savez(kept, **arrays)
+    else:
+        kept.write_bytes(content)
+    made = open_set(data_dir).train.training(0, 0, N, flip=True)
+    np.testing.assert_array_equal(made["image"], expected["image"])
+
+
+# Bad input.
+
+
+def problems(call, *args, **kwargs):
+    with pytest.raises(UserError) as error:
+        call(*args, **kwargs)
+    return error.value.problems
+
+
+def test_missing_files_are_named_together(own_copy):
+    files = train_files(own_copy)
+    files[0].unlink()
+    files[2].unlink()
+    found = problems(open_set, own_copy)
+    assert [p.given for p in found] == [str(files[0]), str(files[2])]
+    assert all("not there" in p.allowed for p in found)
+
+
+def test_a_file_that_was_cut(own_copy):
+    """TFRecord: found when it is opened. ArrayRecord: when its first record is shown."""
+    file = train_files(own_copy)[1]
+    os.truncate(file, file.stat().st_size - 700)
+    if "tfrecord" in file.name:
+        (problem,) = problems(open_set, own_copy)
+        assert problem.given == str(file)
+        assert "ends within record" in problem.allowed
+    else:
+        data = open_set(own_copy)
+        with pytest.raises(RunError, match=f"record 0 of {file}|record [0-9]+ of {file}"):
+            data.train.training(0, 0, N, flip=False)
+
+
+def test_a_file_of_other_records(own_copy):
+    """Whole files, but one of them is another shard's."""
+    files = train_files(own_copy)
+    counts = tfds_metadata.find("imagenet2012", own_copy).shard_examples["train"]
+    test = next(own_copy.glob("*/*/imagenet2012-validation*-00000-of-*"))
+    shutil.copy(test, files[0])
+    if "tfrecord" in files[0].name:
+        (problem,) = problems(open_set, own_copy)
+        assert f"not {counts[0]}" in problem.allowed
+    else:
+        with pytest.raises(RunError, match=f"not {counts[0]}"):
+            open_set(own_copy).train.training(0, 0, N, flip=False)
+
+
+def test_another_number_of_examples_than_the_plans(imagenet):
+    data_dir = imagenet.directories["array_record"]
+    train, test = problems(record_set.load, "imagenet2012", data_dir=data_dir, image_size=24)
+    assert (train.field, train.nearest) == ("train_examples", N)
+    assert (test.field, test.nearest) == ("test_examples", TEST_IMAGES)
+    (problem,) = problems(open_set, data_dir, train_examples=N + 1)
+    assert (problem.field, problem.nearest) == ("train_examples", N)
+
+
+def test_nothing_there(tmp_path):
+    (problem,) = problems(open_set, tmp_path)
+    assert "bigbatch data prepare imagenet2012" in problem.allowed
+
+
+def flip_a_bit(data_dir, image: bytes) -> None:
+    """Changes one bit of one image in its file."""
+    piece = image[len(image) // 2 :][:32]
+    for file in train_files(data_dir):
+        content = bytearray(file.read_bytes())
+        at = content.find(piece)
+        if at >= 0:
+            content[at] ^= 4
+            file.write_bytes(content)
+            return
+    raise AssertionError("no file holds the image")
+
+
+def write_again(data_dir, changes) -> None:
+    """Writes the TFRecord files of a split with other examples: `changes(example)` in place."""
+    import tensorflow as tf
+
+    for file in train_files(data_dir):
+        records = list(tf.data.TFRecordDataset(str(file)).as_numpy_iterator())
+        with tf.io.TFRecordWriter(str(file)) as writer:
+            for record in records:
+                example = tf.train.Example.FromString(record)
+                changes(example.features.feature)
+                writer.write(example.SerializeToString())
+
+
+def test_flipped_bits_are_found_by_checksums(own_copy, imagenet):
+    flip_a_bit(own_copy, next(iter(imagenet.images.values())))
+    data = open_set(own_copy)
+    with pytest.raises(RunError, match=r"record \d+ of .*imagenet2012-train.*cannot be used"):
+        data.train.training(0, 0, N, flip=False)
+    whole = open_set(own_copy, replace_bad_records=True)
+    assert len(whole.train.training(0, 0, N, flip=False)["label"]) == N
+    assert whole.num_bad_records == 1
+
+
+@pytest.fixture
+def with_bad_records(imagenet, tmp_path):
+    """Three records that cannot be used: half a JPEG, a label out of range, no image."""
+    data_dir = tmp_path / "data"
+    shutil.copytree(imagenet.directories["tfrecord"], data_dir)
+    bad = dict(zip(list(imagenet.images)[3:6], ("half", "label", "none"), strict=True))
+
+    def change(feature):
+        kind = bad.get(feature["file_name"].bytes_list.value[0].decode())
+        image = feature["image"].bytes_list.value
+        if kind == "half":
+            image[0] = image[0][: len(image[0]) // 2]
+        elif kind == "label":
+            feature["label"].int64_list.value[0] = 1000
+        elif kind == "none":
+            del image[:]
+
+    write_again(data_dir, change)
+    return data_dir
+
+
+def test_bad_records_are_an_error_that_names_them(with_bad_records):
+    data = open_set(with_bad_records)
+    messages = []
+    for position in range(N):
+        try:
+            data.train.training(0, position, 1, flip=True)
+        except RunError as error:
+            messages.append(str(error))
+    assert len(messages) == 3
+    for message in messages:
+        assert "imagenet2012-train.tfrecord-" in message
+        assert "data.on_bad_record" in message
+    for words in ("damaged", "label is 1000", "feature `image`"):
+        assert sum(words in message for message in messages) == 1
+    for part in (data.train, data.test):
+        part.close()
+
+
+def test_bad_records_are_replaced_by_the_next_of_the_epoch(with_bad_records, capsys):
+    good = open_set(with_bad_records)
+    bad = set()
+    for position in range(N):
+        try:
+            good.train.training(0, position, 1, flip=True)
+        except RunError:
+            bad.add(position)
+    assert len(bad) == 3
+    expected = []
+    for position in range(N):
+        while position % N in bad:
+            position += 1
+        expected.append(good.train.training(0, position % N, 1, flip=True))
+    whole = None
+    for workers in (1, 4):
+        data = open_set(with_bad_records, replace_bad_records=True, workers=workers)
+        made = data.train.training(0, 0, N, flip=True)
+        whole = whole or made
+        parts = [data.train.training(0, p, 1, flip=True) for p in range(N)]
+        for name in made:
+            np.testing.assert_array_equal(made[name], whole[name])
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), made[name])
+            np.testing.assert_array_equal(np.concatenate([e[name] for e in expected]), made[name])
+        assert data.num_bad_records == 3
+        # Each is said once.
+        assert capsys.readouterr().err.count("another one is shown") == 3
+
+
+def test_a_set_of_bad_records_ends(imagenet, tmp_path):
+    data_dir = tmp_path / "data"
+    shutil.copytree(imagenet.directories["tfrecord"], data_dir)
+
+    def change(feature):
+        feature["label"].int64_list.value[0] = -1
+
+    write_again(data_dir, change)
+    data = open_set(data_dir, replace_bad_records=True)
+    with pytest.raises(RunError, match="100 records in a row"):
+        data.train.training(0, 0, 2, flip=True)
+
+
+def test_records_that_are_no_examples():
+    for record in (b"\xff\xff\xff", b""):
+        with pytest.raises(BadRecordError):
+            parse(record)
