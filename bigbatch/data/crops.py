@@ -64,7 +64,7 @@ def training_window(words: Sequence[Sequence[int]], height: int, width: int) -> 
       The window.
 
     >>> training_window([(2**31, 2**31)] * 11, 375, 500)
-    Window(top=38, left=246, height=312, width=325)
+    Window(top=0, left=112, height=312, width=325)
     """
     for area_word, ratio_word in words[:ATTEMPTS]:
         share = _AREA[0] + (_AREA[1] - _AREA[0]) * (area_word / 2**32)

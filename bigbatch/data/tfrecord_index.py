@@ -77,7 +77,7 @@ def masked_crc32c(data: bytes | memoryview) -> int:
     """The checksum as TFRecord writes it: CRC-32C, rotated right by 15 bits, plus a constant.
 
     >>> hex(masked_crc32c(b"123456789"))
-    '0xc7a9d61e'
+    '0xc78ab0e5'
     """
     crc = libraries().google_crc32c.value(bytes(data))
     return (((crc >> 15) | (crc << 17)) + _CRC_MASK_DELTA) & 0xFFFFFFFF
