@@ -17,7 +17,7 @@ from bigbatch.errors import Problem, UserError
 from bigbatch.layout import Layout
 from bigbatch.plan import Plan
 from bigbatch.programs import Programs, compile_programs
-from bigbatch.sources import Source, load_data, test_source, training_source
+from bigbatch.sources import Source, evaluation_source, load_data, training_source
 from bigbatch.task import Examples, image_classification
 
 
@@ -129,7 +129,7 @@ def prepare(
         hyper_names=hyper_names,
         evaluation_examples_per_device=evaluation_examples_per_device,
         init_state=init_state,
-        test_source=test_source(data),
+        test_source=evaluation_source(data),
         microbatch=training_input(config, data, layout, mesh),
     )
 

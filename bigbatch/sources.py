@@ -80,7 +80,7 @@ def training_source(data: DataSet | RecordSet, config: Config, *, keys: bool = F
     return source
 
 
-def test_source(data: DataSet | RecordSet) -> Source:
+def evaluation_source(data: DataSet | RecordSet) -> Source:
     """The test examples by their numbers, unchanged: `image`, uint8, `label`, int32.
 
     Args:

@@ -3,9 +3,8 @@
     bigbatch train --config=configs/imagenet_inception_resnet_v2.py:momentum_0.9 --workdir=runs/0.9
 
 90 epochs of 1,281,167 images, the noise scale divided by 10 at epochs 30, 60 and 80. Meant for a
-TPU slice or a cluster of 64 or more accelerators. The record files of ImageNet cannot be read yet,
-so these experiments can be planned and not trained. Nothing of this file has been run here; the
-updates are computed from the plan.
+TPU slice or a cluster of 64 or more accelerators. On the real images nothing of this file has been
+run here; the updates are computed from the plan.
 
 | experiment | updates | the paper's result | how sure |
 | --- | --- | --- | --- |
@@ -23,10 +22,10 @@ stages are not known here.
 - Read, in the abstract or in a text about the paper: the momenta, ghost batch 32 in figure 6 and 64
   in figure 7, batch size 8,192, B_max 65,536.
 - Believed: learning rate 3.0 without warm-up, growth to 81,920 in figure 6, images of 299x299
-  pixels (the data set is known here with 224x224, on which no update depends). The 90 epochs, the
-  drops and their epochs too; the numbers of updates computed from them fit the paper's.
+  pixels. The 90 epochs, the drops and their epochs too; the numbers of updates computed from them
+  fit the paper's.
 - Chosen by us, as the paper's values are not known here: weight decay 4e-5 on kernels and label
-  smoothing 0.1, believed to be usual for this network; no augmentation but mirroring.
+  smoothing 0.1, believed to be usual for this network; the usual random window and mirroring.
 """
 
 from ml_collections import ConfigDict
@@ -51,7 +50,7 @@ def get_config(experiment: str) -> ConfigDict:
             "epochs": 90,
             "ghost_batch_examples": ghost_batch_examples,
             "label_smoothing": 0.1,
-            "data": {"name": "imagenet2012", "flip": True},
+            "data": {"name": "imagenet2012", "flip": True, "image_size": 299},
             "model": {"name": "inception_resnet_v2"},
             "optimizer": {"name": "momentum", "weight_decay": 4e-5, "decayed": "kernels"},
             "policy": {

@@ -2,10 +2,10 @@
 
     bigbatch train --config=configs/imagenet_resnet50.py:increase --workdir=runs/resnet50
 
-90 epochs of 1,281,167 images. Meant for a TPU slice or a cluster of 64 or more accelerators, and
-mlperf_lars for a whole TPU pod. The record files of ImageNet cannot be read yet, so these
-experiments can be planned and not trained. Nothing of this file has been run here; the updates are
-computed from the plan.
+90 epochs of 1,281,167 images, read from the files that `bigbatch data prepare imagenet2012 --from=DIR
+--directory=DIR` or tensorflow-datasets itself wrote (--config.data.directory). Meant for a TPU slice
+or a cluster of 64 or more accelerators, and mlperf_lars for a whole TPU pod. On the real images
+nothing of this file has been run here; the updates are computed from the plan.
 
 | experiment | updates | the result of its authors | how sure |
 | --- | --- | --- | --- |
@@ -24,7 +24,8 @@ computed from the plan.
   Label smoothing 0.1 and the trust coefficient 0.001 are believed; a warm-up from 0, the decay to
   0 and 90 epochs are chosen by us.
 
-Images have 224x224 pixels. No augmentation but mirroring is built yet.
+Images have 224x224 pixels: a random window of 8 to 100 % of the area, mirrored or not; for
+evaluation the middle after resizing to 256.
 """
 
 from ml_collections import ConfigDict

@@ -12,7 +12,7 @@ from bigbatch import cli
 from bigbatch.config_fields import DataConfig
 from bigbatch.data import tfds_metadata
 from bigbatch.errors import UserError
-from bigbatch.sources import load_data, test_source
+from bigbatch.sources import evaluation_source, load_data
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
 
 N = TRAIN_CLASSES * IMAGES_PER_CLASS
@@ -124,8 +124,8 @@ def test_a_data_set_with_images_of_many_sizes(imagenet, tmp_path):
     assert (data.info.train_examples, data.info.test_examples) == (N, TEST_IMAGES)
     assert (data.info.num_classes, data.info.image_shape) == (1000, (20, 20, 3))
     opened = load_data(SimpleNamespace(data=data))
-    shown = test_source(opened)(3, 5)
+    shown = evaluation_source(opened)(3, 5)
     assert shown["image"].shape == (5, 20, 20, 3)
-    whole = test_source(opened)(0, TEST_IMAGES)
+    whole = evaluation_source(opened)(0, TEST_IMAGES)
     for name, array in shown.items():
         np.testing.assert_array_equal(array, whole[name][3:8])
