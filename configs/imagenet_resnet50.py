@@ -2,10 +2,10 @@
 
     bigbatch train --config=configs/imagenet_resnet50.py:increase --workdir=runs/resnet50
 
-90 epochs of 1,281,167 images, read from the files that `bigbatch data prepare imagenet2012 --from=DIR
---directory=DIR` or tensorflow-datasets itself wrote (--config.data.directory). Meant for a TPU slice
-or a cluster of 64 or more accelerators, and mlperf_lars for a whole TPU pod. On the real images
-nothing of this file has been run here; the updates are computed from the plan.
+90 epochs of 1,281,167 images, read from the files that `bigbatch data prepare imagenet2012` or
+tensorflow-datasets itself wrote (--config.data.directory=DIR). Meant for a TPU slice or a cluster
+of 64 or more accelerators, and mlperf_lars for a whole TPU pod. On the real images nothing of this
+file has been run here; the updates are computed from the plan.
 
 | experiment | updates | the result of its authors | how sure |
 | --- | --- | --- | --- |
