@@ -42,7 +42,8 @@ def bench(config: Config) -> dict[str, Any]:
       UserError: the layout cannot be formed on one device.
     """
     run = prepared(config)
-    seconds = update_seconds(run, run.layout.shapes, _MICROBATCHES)
+    taken = update_seconds(run, run.layout.shapes, _MICROBATCHES)
+    seconds = {key: statistics.median(values) for key, values in taken.items()}
     fit = fitted(seconds, run.layout.shapes)
     device = run.mesh.devices.flat[0]
     return {
@@ -83,7 +84,7 @@ def fitted(seconds: Mapping[tuple[int, int], float], sizes: Sequence[int]) -> Fi
     """The terms from the seconds of updates.
 
     Args:
-      seconds: from `update_seconds`, with 1 and 3 microbatches of each size.
+      seconds: of an update with 1 and with 3 microbatches, of each size.
       sizes: one or two sizes of microbatch.
     """
     microbatches = microbatch_seconds(seconds, sizes)
@@ -127,8 +128,8 @@ def _random_images(info: sets.Info, examples: int) -> sets.DataSet:
 
 def update_seconds(
     run: Run, sizes: tuple[int, ...], counts: tuple[int, ...], runs: int = RUNS
-) -> dict[tuple[int, int], float]:
-    """Median seconds of one update, by the size of its microbatches and their number.
+) -> dict[tuple[int, int], list[float]]:
+    """Seconds of one update, so often measured, by the size of its microbatches and their number.
 
     Args:
       run: from `prepared`.
@@ -155,7 +156,7 @@ def update_seconds(
                 jax.block_until_ready((state, accumulator, sums))
                 if number:
                     taken.setdefault((size, count), []).append(time.perf_counter() - start_s)
-    return {key: statistics.median(values) for key, values in taken.items()}
+    return taken
 
 
 def table(result: dict[str, Any]) -> str:
