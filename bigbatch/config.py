@@ -40,6 +40,7 @@ class Config:
         before each evaluation; None to use those that training has kept.
       noise_small_batch_examples: examples of the small batches from which the gradient noise is
         measured; None to measure nothing.
+      reproducible: sums exactly, so that devices and microbatches change no bit of the result.
       data: the data set.
       model: a config of `bigbatch.models`.
       optimizer: one of `bigbatch.optimizer`.
@@ -63,6 +64,7 @@ class Config:
     label_smoothing: float
     reestimate_examples: int | None
     noise_small_batch_examples: int | None
+    reproducible: bool
     data: DataConfig
     model: models.ModelConfig
     optimizer: Optimizer
@@ -150,6 +152,7 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         label_smoothing=fields.label_smoothing,
         reestimate_examples=fields.reestimate_examples,
         noise_small_batch_examples=fields.noise_small_batch_examples,
+        reproducible=fields.reproducible,
         data=data,
         model=model,
         optimizer=optimizer,

@@ -161,6 +161,7 @@ class Fields:
     label_smoothing: float = 0.0
     reestimate_examples: int | None = None
     noise_small_batch_examples: int | None = None
+    reproducible: bool = False
     log_every_epochs: float | None = None
     log_every_examples: int | None = None
     log_every_updates: int | None = None
@@ -190,7 +191,13 @@ class Fields:
             checks.whole(name, microbatch, "a whole number of examples, at least 1")
         else:
             fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
+            if self.reproducible:
+                fits = microbatch > 0 and microbatch % ghost == 0
+                allowed = f"a multiple of ghost_batch_examples = {ghost} with reproducible"
             checks.require(fits, name, microbatch, allowed, nearest)
+        if self.reproducible:
+            allowed = "False with full_batch_norm, whose ghost batch spans the devices"
+            checks.require(not self.full_batch_norm, "reproducible", True, allowed, False)
         smoothing = self.label_smoothing
         allowed = "a number from 0 to below 1"
         checks.number("label_smoothing", smoothing, allowed, at_least=0, below=1)

@@ -30,6 +30,7 @@ class Programs:
       divide: from a state as in a checkpoint, replicated, to that which the updates take.
       unite: and back. Both the same one where the optimizer's state is not divided.
       empty_accumulator: makes the accumulator that the first update starts with.
+      reproducible_unit_examples: of an addend of the reproducible sums; None where they are not.
     """
 
     accumulate: Mapping[int, Callable]
@@ -39,6 +40,12 @@ class Programs:
     divide: Callable[[step.State], step.State]
     unite: Callable[[step.State], step.State]
     empty_accumulator: Callable[[], step.Accumulator]
+    reproducible_unit_examples: int | None = None
+
+    def addends(self, batch_size: int) -> tuple[np.ndarray, ...]:
+        """What `accumulate` takes beside a microbatch: how many addends an update has."""
+        unit = self.reproducible_unit_examples
+        return () if unit is None else (np.asarray(-(-batch_size // unit), np.int32),)
 
     @property
     def compilations(self) -> int:
@@ -60,6 +67,7 @@ def compile_programs(
     ghost_batch_examples: int | None,
     noise_small_batch_examples: int | None = None,
     shard_optimizer: bool = False,
+    reproducible: bool = False,
 ) -> Programs:
     """Compiles everything that a run will call.
 
@@ -75,6 +83,7 @@ def compile_programs(
       ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
       noise_small_batch_examples: of the noise measurement; None: nothing is measured.
       shard_optimizer: whether the optimizer's state is divided over the devices.
+      reproducible: sums exactly, so that no layout changes a bit; see `exact_sums`.
 
     Returns:
       The programs. Equal arguments return the same ones without compiling anew.
@@ -99,7 +108,19 @@ def compile_programs(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
         )
 
-    init_state = jax.jit(functools.partial(step.init_state, task, optimizer))
+    measures_noise = noise_small_batch_examples is not None
+    unit_examples = noise_small_batch_examples
+    if reproducible and unit_examples is None:
+        unit_examples = ghost_batch_examples
+
+    def first_state(key: jax.Array) -> step.State:
+        state = step.init_state(task, optimizer, key)
+        if not reproducible:
+            return state
+        examples = microbatch(microbatch_examples[0])
+        return state._replace(bounds=step.first_bounds(task, state, examples, measures_noise))
+
+    init_state = jax.jit(first_state)
     state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
     divide: Callable[[step.State], step.State] = _unchanged
     unite, update = divide, step.apply_update
@@ -115,7 +136,8 @@ def compile_programs(
         state,
         microbatch(microbatch_examples[0]),
         mesh,
-        measures_noise=noise_small_batch_examples is not None,
+        measures_noise=measures_noise,
+        reproducible=reproducible,
     )
     accumulator = with_sharding(jax.eval_shape(empty), sharded)
     precision = jax.tree.leaves(state.params)[0].dtype
@@ -125,10 +147,12 @@ def compile_programs(
             step.accumulate,
             task=task,
             mesh=mesh,
-            noise_small_batch_examples=noise_small_batch_examples,
+            unit_examples=unit_examples,
+            measures_noise=measures_noise,
         ),
         donate_argnums=1,
     )
+    addends = (jax.ShapeDtypeStruct((), np.int32, sharding=replicated),) if reproducible else ()
     apply_update = jax.jit(
         functools.partial(update, task=task, optimizer=optimizer, mesh=mesh),
         donate_argnums=(0, 1),
@@ -136,7 +160,7 @@ def compile_programs(
     evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
     return Programs(
         accumulate={
-            examples: accumulate.lower(state, accumulator, microbatch(examples)).compile()
+            examples: accumulate.lower(state, accumulator, microbatch(examples), *addends).compile()
             for examples in microbatch_examples
         },
         apply_update=apply_update.lower(state, accumulator, hyper).compile(),
@@ -145,6 +169,7 @@ def compile_programs(
         divide=divide,
         unite=unite,
         empty_accumulator=jax.jit(empty),
+        reproducible_unit_examples=unit_examples if reproducible else None,
     )
 
 

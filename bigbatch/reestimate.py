@@ -5,10 +5,9 @@ them. A few thousand examples give statistics of the present ones.
 """
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from bigbatch import microbatches
+from bigbatch import microbatches, step
 from bigbatch.run import Run
 from bigbatch.step import REPLICATED, State
 from bigbatch.update_rules import evaluation_params
@@ -33,18 +32,18 @@ def reestimate(run: Run, state: State) -> State:
     replicated = NamedSharding(run.mesh, REPLICATED)
     params = jax.device_put(evaluation_params(state.params, state.optimizer), replicated)
     accumulator = run.programs.empty_accumulator()
-    for batch in range(max(1, run.config.reestimate_examples // batch_size)):
+    batches = max(1, run.config.reestimate_examples // batch_size)
+    addends = run.programs.addends(batches * batch_size)
+    for batch in range(batches):
         for part in run.layout.microbatches(batch_size):
             first = batch * batch_size + part.offset_examples
             size, examples = run.microbatch(microbatches.Request(first, part))
             accumulator = run.programs.accumulate[size](
-                state._replace(params=params), accumulator, examples
+                state._replace(params=params), accumulator, examples, *addends
             )
             # Bounds what is in flight, here and where ghost batches span devices.
             jax.block_until_ready(accumulator)
-    ghost_batches = jnp.sum(accumulator.ghost_batches)
-    means = jax.tree.map(
-        lambda leaf: jnp.sum(leaf, axis=0) / ghost_batches, accumulator.ghost_statistics
-    )
+    sums = step.sums_so_far(accumulator)
+    means = jax.tree.map(lambda leaf: leaf / sums.ghost_batches, sums.ghost_statistics)
     statistics = jax.device_put(means, replicated)
     return state._replace(running_statistics=statistics)

@@ -113,6 +113,7 @@ def prepare(
         ghost_batch_examples=ghost_batch_examples,
         noise_small_batch_examples=config.noise_small_batch_examples,
         shard_optimizer=config.shard_optimizer,
+        reproducible=config.reproducible,
     )
 
     def init_state() -> step.State:

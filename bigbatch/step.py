@@ -10,34 +10,47 @@ Every device sums its own share: the leaves of the accumulator carry a leading a
 reduction into the gradient itself; marking them as varying over `data` prevents that.)
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bigbatch import units
+from bigbatch import exact_sums, units
+from bigbatch.exact_sums import Bins
 from bigbatch.gradient_noise import BIG_SQUARE, SMALL_SQUARES
 from bigbatch.task import Examples, PyTree, Sums, Task
 from bigbatch.update_rules import evaluation_params
 
 DATA_AXIS = "data"
+IS_EXACT = "is_exact"
 REPLICATED = PartitionSpec()
 SHARDED = PartitionSpec(DATA_AXIS)
 
 
 class State(NamedTuple):
-    """Everything that an update changes, replicated over the devices."""
+    """Everything that an update changes, replicated over the devices.
+
+    Attributes:
+      params: of the model.
+      running_statistics: likewise.
+      optimizer: its state, hyperparameters included.
+      bounds: where sums are reproducible, int32[leaves of the accumulator]: see `exact_sums`.
+    """
 
     params: PyTree
     running_statistics: PyTree
     optimizer: optax.OptState
+    bounds: PyTree = ()
 
 
 class Accumulator(NamedTuple):
     """Sums over the microbatches of one update so far; leaves are [devices, ...].
+
+    Where sums are reproducible it lies in `exact_sums.Bins`, its leaves [devices, bins, ...].
 
     Attributes:
       gradients: of the summed loss, like the parameters.
@@ -67,10 +80,31 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Arr
 
 
 def empty_accumulator(
-    task: Task, state: State, examples: Examples, mesh: Mesh, *, measures_noise: bool = False
-) -> Accumulator:
+    task: Task,
+    state: State,
+    examples: Examples,
+    mesh: Mesh,
+    *,
+    measures_noise: bool = False,
+    reproducible: bool = False,
+) -> Accumulator | Bins:
     """An accumulator of zeros for microbatches that look like `examples` (shapes are enough)."""
+    shapes = _addend_shapes(task, state, examples, measures_noise)
+    accumulator = jax.eval_shape(exact_sums.zeros, shapes) if reproducible else shapes
+    sharding = NamedSharding(mesh, SHARDED)
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=sharding), accumulator
+    )
 
+
+def first_bounds(task: Task, state: State, examples: Examples, measures_noise: bool) -> jax.Array:
+    """The bounds of reproducible sums before the first update."""
+    return exact_sums.first_exponents(_addend_shapes(task, state, examples, measures_noise))
+
+
+def _addend_shapes(
+    task: Task, state: State, examples: Examples, measures_noise: bool
+) -> Accumulator:
     def sums_of(state: State, examples: Examples) -> Sums:
         outputs, _ = task.apply(state.params, state.running_statistics, examples, True)
         sums = dict(task.loss(outputs, examples))
@@ -79,22 +113,27 @@ def empty_accumulator(
         return sums
 
     sums = jax.eval_shape(sums_of, state, examples)
-    shapes = Accumulator(state.params, sums, state.running_statistics, sums["count"])
-    sharding = NamedSharding(mesh, SHARDED)
-    return jax.tree.map(
-        lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=sharding), shapes
-    )
+    return Accumulator(state.params, sums, state.running_statistics, sums["count"])
+
+
+def sums_so_far(accumulator: Accumulator | Bins) -> Accumulator:
+    """What an accumulator holds, summed over the devices."""
+    slices = accumulator.slices if isinstance(accumulator, Bins) else accumulator
+    total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), slices)
+    return exact_sums.total(total) if isinstance(accumulator, Bins) else total
 
 
 def accumulate(
     state: State,
-    accumulator: Accumulator,
+    accumulator: Accumulator | Bins,
     microbatch: Examples,
+    addends: jax.Array | None = None,
     *,
     task: Task,
     mesh: Mesh,
-    noise_small_batch_examples: int | None = None,
-) -> Accumulator:
+    unit_examples: int | None = None,
+    measures_noise: bool = False,
+) -> Accumulator | Bins:
     """Adds one microbatch's gradients, sums and ghost statistics to the accumulator.
 
     Args:
@@ -103,19 +142,30 @@ def accumulate(
       microbatch: arrays [examples, ...] sharded over `data`: whatever the task reads, among it
         `"weight"`, 0 for a masked example; and `"ghost_mask"`, [ghost batches], 1 or 0. Only whole
         ghost batches are masked, and a masked one adds exactly 0.
+      addends: makes the sums reproducible, `accumulator` and `state.bounds` being made for it: how
+        many units the update has, masked ones included or not. A traced whole number.
       task: what is trained.
       mesh: the devices, along `data`.
-      noise_small_batch_examples: also sums |gradient|^2 / examples over small batches of so many; a
-        device's share holds whole ones.
+      unit_examples: the gradient is computed for so many examples at a time, whole ghost batches; a
+        device's share holds whole units. None: of the whole share at once.
+      measures_noise: also sums |gradient|^2 / examples over the units.
 
     Returns:
       The sums with this microbatch added.
     """
 
     def on_device(
-        params: PyTree, running: PyTree, accumulator: Accumulator, microbatch: Examples
-    ) -> Accumulator:
-        params, running = jax.lax.pcast((params, running), DATA_AXIS, to="varying")
+        params: PyTree,
+        running: PyTree,
+        bounds: PyTree,
+        accumulator: Accumulator | Bins,
+        microbatch: Examples,
+        addends: jax.Array | None,
+    ) -> Accumulator | Bins:
+        params, running, bounds, addends = jax.lax.pcast(
+            (params, running, bounds, addends), DATA_AXIS, to="varying"
+        )
+        accumulator = jax.tree.map(lambda leaf: leaf[0], accumulator)
 
         def summed_loss(params: PyTree, unit: Examples) -> tuple[jax.Array, tuple[Sums, PyTree]]:
             outputs, ghost_statistics = task.apply(params, running, unit, True)
@@ -124,7 +174,7 @@ def accumulate(
 
         def addend(unit: Examples) -> Accumulator:
             gradients, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(params, unit)
-            if noise_small_batch_examples is not None:
+            if measures_noise:
                 sums = {**sums, **units.small_batch_sums(gradients, sums["count"])}
             mask = unit["ghost_mask"]
             ghost_statistics = jax.tree.map(
@@ -132,33 +182,39 @@ def accumulate(
             )
             return Accumulator(gradients, sums, ghost_statistics, jnp.sum(mask))
 
-        def add(accumulator: Accumulator, addend: Accumulator) -> Accumulator:
+        def plainly(accumulator: Accumulator, addend: Accumulator) -> Accumulator:
             return jax.tree.map(
-                lambda total, leaf: total + leaf[None].astype(total.dtype), accumulator, addend
+                lambda total, leaf: total + leaf.astype(total.dtype), accumulator, addend
             )
 
-        share = len(microbatch["weight"])
-        is_whole = noise_small_batch_examples in (None, share)
-        unit_examples = None if is_whole else noise_small_batch_examples
-        return units.add_units(addend, add, accumulator, microbatch, unit_examples)
+        add: Callable[[Any, Accumulator], Any] = plainly
+        unit = unit_examples
+        if isinstance(accumulator, Bins):
+            assert addends is not None
+            shifters = exact_sums.shifters(bounds, addends, accumulator.largest.dtype)
+            add = functools.partial(exact_sums.add, shifters=shifters)
+        elif unit == len(microbatch["weight"]):
+            unit = None
+        total = units.add_units(addend, add, accumulator, microbatch, unit)
+        return jax.tree.map(lambda leaf: leaf[None], total)
 
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, SHARDED, SHARDED),
+        in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED),
         out_specs=SHARDED,
-    )(state.params, state.running_statistics, accumulator, microbatch)
+    )(state.params, state.running_statistics, state.bounds, accumulator, microbatch, addends)
 
 
 def apply_update(
     state: State,
-    accumulator: Accumulator,
+    accumulator: Accumulator | Bins,
     hyper: Mapping[str, jax.Array],
     *,
     task: Task,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> tuple[State, Accumulator, Sums]:
+) -> tuple[State, Accumulator | Bins, Sums]:
     """Turns the sums of one update into the next state.
 
     Args:
@@ -172,13 +228,36 @@ def apply_update(
 
     Returns:
       The next state, the accumulator emptied, and the loss's sums over the whole update, with
-      those of the noise measurement where `accumulate` made it.
+      those of the noise measurement where `accumulate` made it. With reproducible sums there is
+      also `is_exact`: where it is 0 a bound has failed, and the next state is the old one with
+      bounds that hold; the same update is to be computed again.
     """
 
     def on_device(
-        state: State, accumulator: Accumulator, hyper: Mapping[str, jax.Array]
-    ) -> tuple[State, Accumulator, Sums]:
-        total = jax.lax.psum(jax.tree.map(lambda leaf: leaf[0], accumulator), DATA_AXIS)
+        state: State, accumulator: Accumulator | Bins, hyper: Mapping[str, jax.Array]
+    ) -> tuple[State, Accumulator | Bins, Sums]:
+        own = jax.tree.map(lambda leaf: leaf[0], accumulator)
+        if not isinstance(own, Bins):
+            next_state, sums = updated(state, jax.lax.psum(own, DATA_AXIS), hyper)
+        else:
+            exact = jax.lax.psum(own.slices, DATA_AXIS), jax.lax.pmax(own.largest, DATA_AXIS)
+            # From here on the program is the same on any number of devices.
+            slices, largest = jax.lax.optimization_barrier(exact)
+            total = exact_sums.total(slices)
+            bounds, is_exact = exact_sums.next_bounds(total, largest, state.bounds)
+            new_state, sums = updated(state, total, hyper)
+            kept = state._replace(bounds=bounds)
+            next_state = jax.tree.map(
+                lambda new, old: jnp.where(is_exact, new, old),
+                new_state._replace(bounds=bounds),
+                kept,
+            )
+            sums = {**sums, IS_EXACT: is_exact.astype(largest.dtype)}
+        return next_state, jax.tree.map(jnp.zeros_like, accumulator), sums
+
+    def updated(
+        state: State, total: Accumulator, hyper: Mapping[str, jax.Array]
+    ) -> tuple[State, Sums]:
         count = total.sums["count"]
         gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
         injected = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, **hyper})
@@ -191,11 +270,12 @@ def apply_update(
             total.ghost_batches,
             decay=task.running_decay,
         )
-        next_state = State(optax.apply_updates(state.params, changes), running, optimizer_state)
+        params = optax.apply_updates(state.params, changes)
+        next_state = State(params, running, optimizer_state, state.bounds)
         sums = total.sums
         if SMALL_SQUARES in sums:
             sums = {**sums, BIG_SQUARE: units.square(gradients)}
-        return next_state, jax.tree.map(jnp.zeros_like, accumulator), sums
+        return next_state, sums
 
     return jax.shard_map(
         on_device,

@@ -7,7 +7,7 @@ newest checkpoint, and ends with the same parameters: bit for bit on the same de
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +118,33 @@ def updates(
         for update in range(first_update, run.plan.num_updates):
             row = run.plan.row(update)
             waited_s = parts.waited_s
+            addends = run.programs.addends(row.batch_size)
             for _ in run.layout.microbatches(row.batch_size):
                 size, examples = next(parts)
-                accumulator = run.programs.accumulate[size](state, accumulator, examples)
+                accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
                 if one_at_a_time and run.layout.devices < run.mesh.size:
                     jax.block_until_ready(accumulator)
             hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
-            state, accumulator, sums = run.programs.apply_update(
-                state, accumulator, jax.device_put(hyper, replicated)
-            )
+            hyper = jax.device_put(hyper, replicated)
+            state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
+            while addends and not bool(sums[step.IS_EXACT]):
+                state, accumulator, sums = _again(run, row, state, accumulator, hyper)
             if one_at_a_time:
                 jax.block_until_ready(state)
             reported: dict[str, Any] = {**sums, "input_wait_s": parts.waited_s - waited_s}
             yield row, state, reported
+
+
+def _again(
+    run: Updates, row: Row, state: step.State, accumulator: Any, hyper: Mapping[str, jax.Array]
+) -> tuple[step.State, Any, Sums]:
+    """Computes an update once more, where a bound of its sums had failed and was raised."""
+    addends = run.programs.addends(row.batch_size)
+    for part in run.layout.microbatches(row.batch_size):
+        request = microbatches.Request(row.first_example + part.offset_examples, part)
+        size, examples = run.microbatch(request)
+        accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
+    return run.programs.apply_update(state, accumulator, hyper)
 
 
 def _loop(

@@ -1,4 +1,4 @@
-"""The unit of work of a device: its whole share of a microbatch, or small batches one by one."""
+"""The unit of work of a device: its whole share of a microbatch, or parts of it one by one."""
 
 from collections.abc import Callable
 
