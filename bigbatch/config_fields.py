@@ -198,6 +198,8 @@ class Fields:
         if self.reproducible:
             allowed = "False with full_batch_norm, whose ghost batch spans the devices"
             checks.require(not self.full_batch_norm, "reproducible", True, allowed, False)
+            allowed = "False with shard_optimizer, whose sums lie elsewhere on other devices"
+            checks.require(not self.shard_optimizer, "reproducible", True, allowed, False)
         smoothing = self.label_smoothing
         allowed = "a number from 0 to below 1"
         checks.number("label_smoothing", smoothing, allowed, at_least=0, below=1)

@@ -155,7 +155,8 @@ def make_layout(
     field = "microbatch_examples_per_device"
     unit, kind = int(small_batch_examples or ghost_batch_examples), "ghost batch"
     if small_batch_examples is not None:
-        kind = "small batch (noise_small_batch_examples)"
+        if small_batch_examples != ghost_batch_examples:
+            kind = "small batch (noise_small_batch_examples)"
         good &= check_small_batch(checks, small_batch_examples, ghost_batch_examples)
     if checks.whole(field, microbatch_examples_per_device, allowed) and good:
         multiple = max(1, microbatch_examples_per_device // unit)

@@ -48,6 +48,7 @@ def prepare_task(
     microbatch_examples_per_device: int,
     ghost_batch_examples: int = 1,
     noise_small_batch_examples: int | None = None,
+    reproducible: bool = False,
     seed: int = 0,
     shard_optimizer: bool = False,
     mesh: Mesh | None = None,
@@ -65,6 +66,8 @@ def prepare_task(
       ghost_batch_examples: examples that share statistics; 1 for a model without batch norm.
       noise_small_batch_examples: measures the gradient noise from small batches of so many; see
         `gradient_noise`.
+      reproducible: sums exactly, ghost batch by ghost batch (or small batch), so that devices and
+        microbatches change no bit; see `exact_sums`.
       seed: of the initial parameters and the order of the examples.
       shard_optimizer: whether the optimizer's state is divided over the devices.
       mesh: the devices; None for all there are.
@@ -92,7 +95,8 @@ def prepare_task(
         ghost_batch_examples=ghost_batch_examples,
         devices=mesh.size,
         microbatch_examples_per_device=microbatch_examples_per_device,
-        noise_small_batch_examples=noise_small_batch_examples,
+        noise_small_batch_examples=noise_small_batch_examples
+        or (ghost_batch_examples if reproducible else None),
     )
     hyper_names = optimizer.hyper_names(plan.hypers)
     sizes = tuple(layout.devices * shape for shape in layout.shapes)
@@ -108,6 +112,7 @@ def prepare_task(
         ghost_batch_examples=ghost_batch_examples,
         noise_small_batch_examples=noise_small_batch_examples,
         shard_optimizer=shard_optimizer,
+        reproducible=reproducible,
     )
 
     def source(first_example: int, num_examples: int) -> dict[str, np.ndarray]:

@@ -1,0 +1,262 @@
+"""With `reproducible` the parameters are the same, to the bit, whatever the hardware."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+
+import bigbatch
+from bigbatch import layout, run, step, train
+from bigbatch.checkpoint import params_sha256
+from bigbatch.config import read_config
+from bigbatch.config_file import load_config
+from bigbatch.errors import UserError
+from bigbatch.optimizer import Momentum
+from bigbatch.own_task import prepare_task
+from bigbatch.run import Updates
+from bigbatch.task import Task
+from tests import trained
+from tests.test_noise_measurement import log_of
+from tests.test_step import collectives
+
+DEVICES = (1, 2, 4, 8)
+
+
+@pytest.fixture(autouse=True)
+def _many_shapes(monkeypatch):
+    """Layouts with as many shapes of microbatch as they may have."""
+    monkeypatch.setattr(layout, "COMPILATION_EXAMPLES", 0)
+
+
+def mesh_of(devices: int) -> Mesh:
+    return step.data_mesh(jax.devices()[:devices])
+
+
+def perceptron() -> Task:
+    """Two layers, with a bias that starts at 0 and a loss of several sums."""
+
+    def init(key):
+        first, second = jax.random.split(key)
+        params = {
+            "in": jax.random.normal(first, (5, 16)),
+            "bias": jnp.zeros(16),
+            "out": jax.random.normal(second, (16,)),
+        }
+        return params, {}
+
+    def apply(params, statistics, examples, train):
+        hidden = jnp.tanh(examples["x"] @ params["in"] + params["bias"])
+        return hidden @ params["out"], {}
+
+    def loss(outputs, examples):
+        weight, error = examples["weight"], outputs - examples["y"]
+        return {"loss": jnp.sum(weight * error**2), "count": jnp.sum(weight)}
+
+    return Task(init, apply, loss)
+
+
+TASK = perceptron()
+RNG = np.random.default_rng(0)
+ARRAYS = {"x": RNG.normal(size=(1_000, 5)), "y": RNG.normal(size=1_000)}
+ARRAYS = {name: array.astype(np.float32) for name, array in ARRAYS.items()}
+
+
+def small_run(mesh: Mesh, share: int, *, reproducible: bool = True) -> Updates:
+    """Batches of 24, then 120, in units of 8. A test over processes gives its own mesh."""
+    recipe = bigbatch.step_decay(0.02, 24, 0.9, boundaries_epochs=[0.4], factor=0.2)
+    plan = bigbatch.make_plan(
+        bigbatch.grow_batch(recipe), train_examples=1_000, epochs=1.5, batch_multiple_examples=8
+    )
+    return prepare_task(
+        TASK,
+        ARRAYS,
+        plan,
+        Momentum(clip_norm=5.0, weight_decay=1e-3),
+        microbatch_examples_per_device=share,
+        ghost_batch_examples=8,
+        noise_small_batch_examples=8,
+        reproducible=reproducible,
+        mesh=mesh,
+    )
+
+
+def hash_of_everything(prepared: Updates) -> str:
+    """Of the last state and the sums of every update."""
+    state, history = go_on(prepared, prepared.init_state(), 0, prepared.plan.num_updates)
+    return params_sha256((state, history))
+
+
+def go_on(prepared: Updates, state, done: int, until: int):
+    """The state after some updates, on the host, and the sums of each."""
+    history = []
+    updates = train.updates(prepared, state, done)
+    for _ in range(done, until):
+        _, state, sums = next(updates)
+        history.append({n: np.asarray(v) for n, v in sums.items() if n != "input_wait_s"})
+    state = jax.device_get(state)
+    updates.close()
+    return state, history
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return hash_of_everything(small_run(mesh_of(1), 8))
+
+
+@pytest.mark.parametrize(("devices", "share"), [(1, 120), (2, 40), (4, 16), (8, 8)])
+def test_any_devices_and_microbatches_give_the_same_bits(expected, devices, share):
+    """The state, the losses and the measurements of the noise, with a clip by the global norm."""
+    assert hash_of_everything(small_run(mesh_of(devices), share)) == expected
+
+
+def test_without_it_they_do_not():
+    found = {
+        hash_of_everything(small_run(mesh_of(devices), 8, reproducible=False)) for devices in (1, 2)
+    }
+    assert len(found) > 1
+
+
+def test_it_changes_no_more_than_rounding_does():
+    def last(reproducible):
+        prepared = small_run(mesh_of(1), 24, reproducible=reproducible)
+        *_, (_, state, _) = train.updates(prepared, prepared.init_state(), 0)
+        return jax.device_get(state.params)
+
+    pairs = zip(jax.tree.leaves(last(True)), jax.tree.leaves(last(False)), strict=True)
+    for ours, plain in pairs:
+        np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-5)
+        assert not np.array_equal(ours, np.zeros_like(ours))
+
+
+def test_a_state_goes_on_on_other_devices(expected):
+    """1 device, then 8, 2 and 4, the state carried over by the host."""
+    history, state, done = [], None, 0
+    for devices, share, until in ((1, 24, 5), (8, 8, 11), (2, 40, 20), (4, 16, None)):
+        prepared = small_run(mesh_of(devices), share)
+        state = prepared.init_state() if state is None else state
+        state = jax.device_put(state, NamedSharding(prepared.mesh, step.REPLICATED))
+        until = until or prepared.plan.num_updates
+        state, more = go_on(prepared, state, done, until)
+        history, done = history + more, until
+    assert params_sha256((state, history)) == expected
+
+
+def test_a_bound_that_fails_is_raised_and_the_update_computed_again(monkeypatch):
+    prepared = small_run(mesh_of(2), 24)
+    again, original = [], train._again
+    monkeypatch.setattr(
+        train,
+        "_again",
+        lambda run, row, *rest: again.append(row.update) or original(run, row, *rest),
+    )
+    new, _ = go_on(prepared, prepared.init_state(), 0, 4)
+    # Nothing is known before the first update; afterwards bounds hold.
+    assert again == [0]
+    spoilt = new._replace(bounds=np.full_like(new.bounds, -30))
+    replicated = NamedSharding(prepared.mesh, step.REPLICATED)
+    starts = [jax.device_put(start, replicated) for start in (new, spoilt)]
+    results = [go_on(prepared, start, 4, 5)[0] for start in starts]
+    assert again == [0, 4]
+    # The bounds differ, so may the roundings; the update is the same one.
+    for ours, theirs in zip(*(jax.tree.leaves(r.params) for r in results), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_does_not_repeat_for_ever():
+    prepared = small_run(mesh_of(1), 24)
+    state = prepared.init_state()
+    broken = jax.tree.map(lambda leaf: leaf * np.float32("nan"), state.params)
+    _, (sums,) = go_on(prepared, state._replace(params=broken), 0, 1)
+    assert not np.isfinite(sums["loss"])
+
+
+def test_collectives():
+    """None in accumulate; a sum and a maximum in apply_update."""
+    programs = small_run(mesh_of(8), 8).programs
+    for accumulate in programs.accumulate.values():
+        assert collectives(accumulate) == {}
+    assert collectives(programs.apply_update) == {"all-reduce": 2}
+    text = programs.apply_update.as_text()
+    reducers = re.findall(r"all-reduce(?:-start)?\(.*?to_apply=%?([\w.\-]+)", text)
+    bodies = [re.search(rf"%?{re.escape(name)} .*?\n}}", text, re.S)[0] for name in reducers]
+    assert sorted("maximum" in body for body in bodies) == [False, True]
+
+
+def test_digits_over_a_change_of_the_batch_size(tmp_path):
+    """A network with ghost norm: parameters and training log, on 1 device and on 4."""
+    found = []
+    for devices, share in ((1, 96), (4, 32)):
+        config = trained.config(reproducible=True, microbatch_examples_per_device=share, epochs=0.7)
+        result = train.train(trained.prepared(config, devices), tmp_path / str(devices))
+        losses = [r.get("train_loss") for r in log_of(tmp_path / str(devices))]
+        found.append((result["params_sha256"], losses))
+    assert found[0] == found[1]
+    # The checkpoint of one goes on with the other.
+    (tmp_path / "1" / "result.json").unlink()
+    config = trained.config(reproducible=True, microbatch_examples_per_device=32, epochs=0.7)
+    again = train.train(trained.prepared(config, 4), tmp_path / "1")
+    assert again["params_sha256"] == found[0][0]
+
+
+def last_hash(config, devices: int, updates: int | None = None) -> str:
+    prepared = run.prepare(config, config.plan, mesh_of(devices))
+    state, _ = go_on(prepared, prepared.init_state(), 0, updates or prepared.plan.num_updates)
+    return params_sha256(state.params)
+
+
+@pytest.mark.long
+def test_the_whole_run_of_the_digits_on_1_2_4_and_8_devices():
+    """Every stage of `configs/digits.py:increase`; and without it, other bits on 2 or 4 devices."""
+    tree = load_config("configs/digits.py:increase").tree
+    shares = dict(zip(DEVICES, (160, 32, 96, 32), strict=True))
+
+    def hashes(devices, **changes):
+        return [
+            last_hash(
+                read_config(tree | changes | {"microbatch_examples_per_device": shares[n]}), n
+            )
+            for n in devices
+        ]
+
+    assert len(set(hashes(DEVICES, reproducible=True))) == 1
+    assert len(set(hashes((1, 2, 4), reproducible=False))) > 1
+
+
+@pytest.mark.long
+def test_50_updates_of_wrn_16_4():
+    """8x8 images and ghost batches of 16, so that two cores do it; batches of 32, then 64."""
+    model = {"name": "wide_resnet", "depth": 16, "width": 4, "strides": [1, 2, 1]}
+    policy = trained.DECAY | {"boundaries_epochs": [0.9], "factor": 0.5, "learning_rate": 0.05}
+
+    def hashes(pairs, **changes):
+        settings = {
+            "model": model,
+            "policy": policy,
+            "transformations": [trained.GROW | {"max_batch_size": 64}],
+            "ghost_batch_examples": 16,
+            "epochs": 1.5,
+            **changes,
+        }
+        return [
+            last_hash(trained.config(**settings, microbatch_examples_per_device=share), devices, 50)
+            for devices, share in pairs
+        ]
+
+    assert len(set(hashes([(1, 48), (2, 16), (4, 16), (8, 16)], reproducible=True))) == 1
+    assert len(set(hashes([(1, 16), (2, 16), (4, 16)], reproducible=False))) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "nearest"),
+    [
+        ({"microbatch_examples_per_device": 8}, "microbatch_examples_per_device", 32),
+        ({"full_batch_norm": True}, "reproducible", False),
+    ],
+)
+def test_ghost_batches_over_several_devices_are_refused(changes, field, nearest):
+    with pytest.raises(UserError) as error:
+        trained.config(reproducible=True, **changes)
+    assert [(p.field, p.nearest) for p in error.value.problems] == [(field, nearest)]
