@@ -149,9 +149,11 @@ def update_seconds(
         for size in sizes:
             for count in counts:
                 jax.block_until_ready((state, accumulator))
+                addends = run.programs.addends(count * size)
+                accumulate = run.programs.accumulate[size]
                 start_s = time.perf_counter()
                 for _ in range(count):
-                    accumulator = run.programs.accumulate[size](state, accumulator, examples[size])
+                    accumulator = accumulate(state, accumulator, examples[size], *addends)
                 state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
                 jax.block_until_ready((state, accumulator, sums))
                 if number:

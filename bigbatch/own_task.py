@@ -85,6 +85,8 @@ def prepare_task(
         length, allowed = np.shape(array)[:1], f"{plan.train_examples} examples, as in the plan"
         checks.require(length == (plan.train_examples,), f"arrays.{name}", length, allowed)
     checks.problems += optimizer.plan_problems(plan.hypers)
+    allowed = "False with shard_optimizer"
+    checks.require(not (reproducible and shard_optimizer), "reproducible", True, allowed, False)
     checks.done()
     # JAX has no float64 outside of its 64-bit mode; weights are float32, as masks are.
     held = {name: np.asarray(jax.device_get(jax.numpy.asarray(a))) for name, a in arrays.items()}

@@ -123,7 +123,8 @@ def compile_programs(
     init_state = jax.jit(first_state)
     state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
     divide: Callable[[step.State], step.State] = _unchanged
-    unite, update = divide, step.apply_update
+    unite = divide
+    update: Callable = step.apply_update
     if shard_optimizer:
         over = {"optimizer": optimizer, "mesh": mesh}
         divide = jax.jit(functools.partial(sharded_optimizer.divide, **over)).lower(state).compile()

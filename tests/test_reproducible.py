@@ -254,9 +254,10 @@ def test_50_updates_of_wrn_16_4():
     [
         ({"microbatch_examples_per_device": 8}, "microbatch_examples_per_device", 32),
         ({"full_batch_norm": True}, "reproducible", False),
+        ({"shard_optimizer": True}, "reproducible", False),
     ],
 )
-def test_ghost_batches_over_several_devices_are_refused(changes, field, nearest):
+def test_what_cannot_be_reproducible_is_refused(changes, field, nearest):
     with pytest.raises(UserError) as error:
         trained.config(reproducible=True, **changes)
     assert [(p.field, p.nearest) for p in error.value.problems] == [(field, nearest)]
