@@ -30,6 +30,8 @@ MAX_BATCH_SHARE = 0.1
 # The paper raised the learning rate by 5 without trouble.
 MAX_LEARNING_RATE_RATIO = 5.0
 MAX_MASKED_SHARE = 0.05
+# At the noise scale itself the best learning rate is half of what linear scaling gives.
+MAX_NOISE_SCALE_SHARE = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +151,29 @@ def effective_learning_rate(plan: Plan, source: Plan) -> Diagnostic:
         f"the effective learning rate lr/(1-m) starts at {ours[0]:.3g} and reaches {peak:.3g}, "
         f"{ratio:.3g} times that of the source: training may diverge early; add the "
         "transformation warmup, or scale (lr, B) or raise the momentum by less",
+    )
+
+
+def linear_scaling(plan: Plan, gradient_noise_scale: float) -> Diagnostic:
+    """The largest batch size against a measured gradient noise scale B_noise.
+
+    By lr_best(B) = lr_max / (1 + B_noise/B) (`gradient_noise.best_learning_rate`) a learning rate
+    that grows with B in proportion is 1 + B/B_noise times the best: twice at B = B_noise.
+
+    Args:
+      plan: the plan.
+      gradient_noise_scale: B_noise in examples, of the time at which the batch is largest.
+    """
+    size = int(plan.batch_sizes.max())
+    share = size / gradient_noise_scale
+    return _diagnostic(
+        "linear_scaling",
+        share,
+        MAX_NOISE_SCALE_SHARE,
+        f"largest batch size: {share:.2g} times the measured gradient noise scale",
+        f"at batch size {size:,} a learning rate in proportion to it is {1 + share:.2g} times the "
+        f"best by lr_max / (1 + B_noise/B), with B_noise = {gradient_noise_scale:,.0f} examples as "
+        "measured: set max_batch_size to about that, or scale the learning rate by less",
     )
 
 

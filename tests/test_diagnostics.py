@@ -5,7 +5,8 @@ import types
 import numpy as np
 import pytest
 
-from bigbatch.diagnostics import diagnose, momentum_lags_epochs
+from bigbatch.diagnostics import diagnose, linear_scaling, momentum_lags_epochs
+from bigbatch.gradient_noise import best_learning_rate
 from bigbatch.layout import make_layout
 from bigbatch.plan import make_plan
 from bigbatch.policy import constant, cosine, step_decay, warmup
@@ -89,3 +90,17 @@ def test_masked_share():
     assert "8 devices" in diagnostic.warning
     idle = types.SimpleNamespace(masked_share=lambda plan: 0.05, shapes=(128,), devices=1)
     assert found(PAPER, layout=idle)["masked_share"].warning is None
+
+
+def test_linear_scaling_stops_at_the_measured_noise_scale():
+    """Twice the best learning rate at B = B_noise, as the formula has it, and a warning beyond."""
+    plan = plan_of(grow_batch(PAPER, 5120))
+    at = linear_scaling(plan, 5120)
+    assert (at.value, at.warning) == (1.0, None)
+    beyond = linear_scaling(plan, 1280)
+    assert beyond.value == 4.0
+    # A learning rate per example as in the limit of small batches, against the best one.
+    linear = best_learning_rate(1e-6, 1280, largest=1.0) / 1e-6 * 5120
+    ratio = linear / best_learning_rate(5120, 1280, largest=1.0)
+    assert ratio == pytest.approx(5.0, rel=1e-6)
+    assert f"{ratio:.2g} times the best" in beyond.warning
