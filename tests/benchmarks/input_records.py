@@ -4,13 +4,14 @@
 
 DIRECTORY is filled at the first call: imagenet2012 as tensorflow-datasets prepares it, from 1,000
 generated JPEGs of 500x375 pixels. The peer is the usual tf.data pipeline of JAX's and TensorFlow's
-ImageNet examples: a random box, decode-and-crop, bicubic resizing, mirroring, normalisation, in
-as many parallel calls as tf.data chooses. Every round measures every pipeline once, in turn.
+ImageNet examples: a random box, decode-and-crop, bicubic resizing, mirroring, normalisation. Every
+pipeline has as many threads as there are cores; the peer does not shuffle, and begins anew each
+turn, as what it makes ahead would be made in the others' turns. Every round measures every pipeline
+once. On a machine that others use, the processor's time per image is what can be compared.
 """
 
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from bigbatch.data.crops import training_window
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.data.records import Records, parse
 
-SIZE, IMAGES, MICROBATCH, ROUNDS, TAKEN = 224, 1000, 128, 7, 512
+SIZE, IMAGES, MICROBATCH, ROUNDS, TAKEN = 224, 1000, 64, 5, 256
 IMAGENET_EXAMPLES = 1_281_167
 IN_FLIGHT = 4
 
@@ -109,7 +110,7 @@ def ours(directory: Path, file_format: str, decoding: str, workers: int | None =
 
 
 def tf_data(directory: Path, fast: bool):
-    """An endless iterator of batches of the peer."""
+    """The peer's batches of one turn, as a tf.data.Dataset."""
     import tensorflow as tf
 
     prepared = tfds_metadata.find("imagenet2012", directory / "tfrecord")
@@ -139,19 +140,19 @@ def tf_data(directory: Path, fast: bool):
         return (image - mean) / std, parsed["label"]
 
     files = [str(file) for file in prepared.files("train")]
-    data = tf.data.TFRecordDataset(files).cache().repeat().shuffle(16 * MICROBATCH)
-    data = data.map(example, num_parallel_calls=tf.data.AUTOTUNE)
-    data = data.batch(MICROBATCH, drop_remainder=True).prefetch(4)
+    data = tf.data.TFRecordDataset(files).take(TAKEN)
+    data = data.map(example, num_parallel_calls=os.cpu_count())
+    data = data.batch(MICROBATCH, drop_remainder=True).prefetch(IN_FLIGHT)
     options = tf.data.Options()
     options.threading.max_intra_op_parallelism = 1
-    options.threading.private_threadpool_size = 48
-    return iter(data.with_options(options))
+    options.threading.private_threadpool_size = os.cpu_count()
+    return data.with_options(options)
 
 
 def deliver_peer(batches) -> Delivery:
     began_s, began_processor_s = time.perf_counter(), time.process_time()
-    for _ in range(TAKEN // MICROBATCH):
-        next(batches)
+    for _ in batches:
+        pass
     return Delivery(TAKEN, time.perf_counter() - began_s, time.process_time() - began_processor_s)
 
 
@@ -226,6 +227,7 @@ def rebatching(directory: Path) -> None:
 
     source = ours(directory, "tfrecord", "fast")
     rates: dict[int, list[float]] = {MICROBATCH: [], 65_536: []}
+    costs: dict[int, list[float]] = {MICROBATCH: [], 65_536: []}
     for _ in range(ROUNDS):
         for batch_size, found in rates.items():
             policy = step_decay(0.1, batch_size, 0.9, boundaries_epochs=[], factor=0.1)
@@ -237,17 +239,19 @@ def rebatching(directory: Path) -> None:
                 microbatch_examples_per_device=MICROBATCH,
             )
             wanted = microbatches.requests(plan, layout, 0)
-            began_s = time.perf_counter()
+            began_s, began_processor_s = time.perf_counter(), time.process_time()
             make = lambda r: source(r.first_example, r.part.num_examples)  # noqa: E731
             with Prefetch(make, wanted, max_in_flight=IN_FLIGHT) as parts:
                 taken = sum(len(next(parts)["label"]) for _ in range(2 * TAKEN // MICROBATCH))
             found.append(taken / (time.perf_counter() - began_s))
+            costs[batch_size].append((time.process_time() - began_processor_s) / taken)
     small, large = rates.values()
     ratio = statistics.median(b / a for a, b in zip(small, large, strict=True))
     print(
         f"- delivery for updates of 65,536 examples over that for updates of {MICROBATCH}: "
         f"{ratio:.3f} (medians {statistics.median(large):,.0f} and "
-        f"{statistics.median(small):,.0f} images/s)"
+        f"{statistics.median(small):,.0f} images/s); processor time per image "
+        f"{statistics.median(costs[65_536]) / statistics.median(costs[MICROBATCH]):.3f} of it"
     )
 
 
@@ -281,10 +285,15 @@ def memory(directory: Path) -> None:
 
 def peak(directory: Path, batch_size: int) -> None:
     source = ours(directory, "tfrecord", "fast")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    deliver(source, num_examples=min(max(batch_size, 2048), 4096), microbatch_examples=MICROBATCH)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{after / 1024:.0f} MB, of which {(after - before) / 1024:.0f} MB for the input")
+    before = _peak_mb()
+    deliver(source, num_examples=min(max(batch_size, 1024), 2048), microbatch_examples=MICROBATCH)
+    print(f"{_peak_mb():.0f} MB, of which {_peak_mb() - before:.0f} MB for the input")
+
+
+def _peak_mb() -> float:
+    """This process's own; getrusage counts its parent's too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def access(directory: Path) -> None:
