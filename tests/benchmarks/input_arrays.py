@@ -12,14 +12,14 @@ maximum stand beside it.
 import itertools
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -33,6 +33,8 @@ from bigbatch.data import on_device, sets, stream
 from bigbatch.data.augment import Augment
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.layout import Layout
+
+Result = TypeVar("Result")
 
 RUNS = 7
 MICROBATCH_EXAMPLES = 1_024
@@ -93,15 +95,22 @@ def grain_elements(data: sets.Arrays) -> Iterator[Any]:
     return iter(elements.batch(MICROBATCH_EXAMPLES, drop_remainder=True))
 
 
-def rate(items: Iterator[Any], seconds: float) -> float:
-    """Examples a second over at least so long, the first microbatches left aside."""
+class Rate(NamedTuple):
+    """Examples a second by the clock, and by the time of all cores that the process has used."""
+
+    clock: float
+    cpu: float
+
+
+def rate(items: Iterator[Any], seconds: float) -> Rate:
+    """What is delivered in at least so many seconds, the first microbatches left aside."""
     for _ in range(2):
         next(items)
-    count, start = 0, time.perf_counter()
+    count, start, start_cpu = 0, time.perf_counter(), time.process_time()
     while (passed := time.perf_counter() - start) < seconds:
         next(items)
         count += MICROBATCH_EXAMPLES
-    return count / passed
+    return Rate(count / passed, count / (time.process_time() - start_cpu))
 
 
 def placed(data: sets.Arrays, batch_size: int, *, there: bool = False) -> Iterator[Any]:
@@ -126,21 +135,34 @@ def placed(data: sets.Arrays, batch_size: int, *, there: bool = False) -> Iterat
             yield jax.block_until_ready(item)
 
 
-def alternate(made: dict[str, Callable[[], float]], runs: int = RUNS) -> dict[str, list[float]]:
+def alternate(made: dict[str, Callable[[], Result]], runs: int = RUNS) -> dict[str, list[Result]]:
     """What each gives in turns."""
-    values: dict[str, list[float]] = {name: [] for name in made}
+    values: dict[str, list[Result]] = {name: [] for name in made}
     for _ in range(runs):
         for name, measure in made.items():
             values[name].append(measure())
     return values
 
 
-def row(name: str, values: Iterable[float], form: str, *more: str) -> str:
-    """A line of a table."""
-    values = list(values)
-    spread = f"{form.format(min(values))} .. {form.format(max(values))}"
-    median = form.format(statistics.median(values))
-    return "| " + " | ".join([name, f"{median} ({spread})", *more]) + " |"
+def cell(values: list[float], form: str) -> str:
+    """Median and spread."""
+    median, least, most = (form.format(f(values)) for f in (statistics.median, min, max))
+    return f"{median} ({least} .. {most})"
+
+
+def print_rates(head: str, rates: dict[str, list[Rate]]) -> None:
+    """A table of rates; each is compared with the first, run by run."""
+    print(f"\n| {head} | examples/s | examples/CPU s | first / this | by CPU time |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    first = next(iter(rates.values()))
+    for name, values in rates.items():
+        ratios = [
+            [a / b for a, b in zip(*pair, strict=True)] for pair in zip(first, values, strict=True)
+        ]
+        columns = [[value.clock for value in values], [value.cpu for value in values]]
+        texts = [cell(column, "{:,.0f}") for column in columns]
+        texts += [f"{statistics.median(column):.3g}" for column in zip(*ratios, strict=True)]
+        print("| " + " | ".join([name, *texts]) + " |", flush=True)
 
 
 def first_microbatch_ms(data: sets.Arrays, position: int) -> float:
@@ -152,12 +174,23 @@ def first_microbatch_ms(data: sets.Arrays, position: int) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def peak_mb(batch_size: int) -> None:
-    """Prints the most memory that this process has held after 128 microbatches, in MB."""
+def grown_mb(batch_size: int) -> None:
+    """Prints by how many MB 128 microbatches have made this process larger, at the most (Linux)."""
     data = sets.load("fashion_mnist").train
-    for _ in itertools.islice(placed(data, batch_size), 128):
+    items = placed(data, batch_size)
+    next(items)
+    # The largest size so far is forgotten: loading the data takes more than the microbatches.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_mb("VmRSS")
+    for _ in itertools.islice(items, 127):
         pass
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    print(_status_mb("VmHWM") - before)
+
+
+def _status_mb(name: str) -> float:
+    """An entry of this process's status that is given in kB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(name)) * 1.024e-3
 
 
 def main() -> None:
@@ -169,40 +202,29 @@ def main() -> None:
 
     pipelines = {"bigbatch": ours, "tf.data": tf_data, "Grain": grain_elements}
     rates = alternate({n: lambda f=f: rate(f(data), 3.0) for n, f in pipelines.items()})
-    best = statistics.median(rates["bigbatch"])
-    print(
-        "| pipeline | examples/s, median (min .. max) | bigbatch is so many times as fast |\n"
-        "| --- | ---: | ---: |"
-    )
-    for name, values in rates.items():
-        print(row(name, values, "{:,.0f}", f"{best / statistics.median(values):.1f}"), flush=True)
-
-    print("\n| on the device, in updates of | examples/s |\n| --- | ---: |")
-    rates = alternate(
-        {f"{b:,} examples": lambda b=b: rate(placed(data, b), 2.0) for b in BATCH_SIZES}
-        | {"1,024, data on the device": lambda: rate(placed(data, 1_024, there=True), 2.0)}
-    )
-    for name, values in rates.items():
-        print(row(name, values, "{:,.0f}"), flush=True)
+    print_rates("pipeline", rates)
+    kinds = {f"updates of {b:,}": lambda b=b: rate(placed(data, b), 1.0) for b in BATCH_SIZES}
+    kinds["data on the device"] = lambda: rate(placed(data, BATCH_SIZES[0], there=True), 1.0)
+    print_rates("microbatches on the device", alternate(kinds, 3 * RUNS))
 
     print("\n| first microbatch at position | ms |\n| --- | ---: |")
     positions = (0, 10**8, 10**12)
     times = alternate({f"{p:,}": lambda p=p: first_microbatch_ms(data, p) for p in positions}, 21)
     for name, values in times.items():
-        print(row(name, values, "{:.1f}"), flush=True)
+        print(f"| {name} | {cell(values, '{:.1f}')} |", flush=True)
 
-    print("\n| batch size | most memory of the process, MB |\n| --- | ---: |")
+    print("\n| batch size | memory beyond the first microbatch, at most, MB |\n| --- | ---: |")
 
-    def peak(batch_size: int) -> float:
+    def grown(batch_size: int) -> float:
         command = [sys.executable, "-m", "tests.benchmarks.input_arrays", str(batch_size)]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    for name, values in alternate({f"{b:,}": lambda b=b: peak(b) for b in BATCH_SIZES}, 3).items():
-        print(row(name, values, "{:,.0f}"), flush=True)
+    for name, values in alternate({f"{b:,}": lambda b=b: grown(b) for b in BATCH_SIZES}, 3).items():
+        print(f"| {name} | {cell(values, '{:.1f}')} |", flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        peak_mb(int(sys.argv[1]))
+        grown_mb(int(sys.argv[1]))
     else:
         main()
