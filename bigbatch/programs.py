@@ -120,7 +120,10 @@ def compile_programs(
         examples = microbatch(microbatch_examples[0])
         return state._replace(bounds=step.first_bounds(task, state, examples, measures_noise))
 
-    init_state = jax.jit(first_state)
+    # Called once: on CPU, to compile it well takes seconds and saves milliseconds.
+    quick = {"xla_backend_optimization_level": 0}
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    init_state = jax.jit(first_state, compiler_options=quick if on_cpu else None)
     state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
     divide: Callable[[step.State], step.State] = _unchanged
     unite = divide
