@@ -10,7 +10,8 @@ import jax
 from bigbatch import microbatches, step
 from bigbatch.config import Config
 from bigbatch.data.prefetch import Prefetch
-from bigbatch.run import load_data, training_input
+from bigbatch.run import training_input
+from bigbatch.sources import load_data
 from bigbatch.train import MICROBATCHES_IN_FLIGHT
 
 
