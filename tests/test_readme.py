@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch import cli
+from bigbatch import cli, data_verbs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,6 +32,7 @@ def test_there_is_something_to_test():
         "train",
         "evaluate",
         "report",
+        "data",
     }
 
 
@@ -59,6 +60,8 @@ def test_commands_parse(command, monkeypatch):
     called = []
     for verb in ("_plan", "_train", "_evaluate", "_compare", "_report"):
         monkeypatch.setattr(cli, verb, called.append)
+    for verb in ("_prepare", "_info", "_bench"):
+        monkeypatch.setattr(data_verbs, verb, called.append)
     assert cli.main(command) == 0
     (options,) = called
     for reference in [getattr(options, "config", None)]:
