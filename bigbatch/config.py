@@ -10,11 +10,14 @@ from typing import Any
 
 from bigbatch import models
 from bigbatch.binding import bind
+from bigbatch.checks import Checks
 from bigbatch.config_fields import DataConfig, Every, Fields
+from bigbatch.controller import Controller
 from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.layout import Layout
 from bigbatch.optimizer import OPTIMIZERS, Optimizer
 from bigbatch.plan import Plan, make_plan
+from bigbatch.plan_file import plan_file
 from bigbatch.policy import POLICIES, Policy
 from bigbatch.sharing import layout_over
 from bigbatch.transform import TRANSFORMATIONS
@@ -44,8 +47,10 @@ class Config:
       data: the data set.
       model: a config of `bigbatch.models`.
       optimizer: one of `bigbatch.optimizer`.
-      plan: every update's batch size and hyperparameters.
+      plan: every update's batch size and hyperparameters; of an adaptive run, those that it would
+        have if nothing grew.
       policy: what the plan was made from.
+      controller: decides an adaptive run's updates while it runs; None for a planned one.
       source_plan: the plan of the policy before any transformation.
       log_every: interval of the training records.
       evaluate_every: interval of the evaluations.
@@ -75,11 +80,15 @@ class Config:
     evaluate_every: Every
     checkpoint_every: Every
     tree: Mapping[str, Any]
+    controller: Controller | None = None
 
     def layout(self, plan: Plan, devices: int) -> Layout:
-        """How a plan's updates are cut over so many devices; see `sharing.layout_over`."""
+        """How a plan's updates are cut over so many devices; see `sharing.layout_over`.
+
+        The layout of an adaptive run is made for every batch size that can come.
+        """
         return layout_over(
-            plan,
+            plan if self.controller is None else self.controller.likely_batch_sizes,
             ghost_batch_examples=self.ghost_batch_examples,
             devices=devices,
             microbatch_examples_per_device=self.microbatch_examples_per_device,
@@ -89,6 +98,7 @@ class Config:
 
 
 _GROUPS = ("data", "model", "optimizer", "policy")
+_POLICIES = {**POLICIES, "plan_file": plan_file, "adaptive": Controller}
 
 
 def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
@@ -113,7 +123,10 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         for name in _GROUPS
         if not isinstance(tree.get(name), Mapping)
     ]
-    fields = _bind_top(tree, problems)
+    fields = _bind_top(_with_measurement(tree), problems)
+    small_batch_examples = None
+    if fields is not None:
+        small_batch_examples = fields.noise_small_batch_examples or fields.ghost_batch_examples
     data: Any = None
     if isinstance(tree.get("data"), Mapping):
         data = bind(DataConfig, tree["data"], problems, prefix="data")
@@ -122,8 +135,14 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
     context = {
         "train_examples": data.info.train_examples if data else None,
         "epochs": fields.epochs if fields else None,
+        "batch_multiple_examples": fields.ghost_batch_examples if fields else None,
+        "small_batch_examples": small_batch_examples,
     }
-    source = _bind_named(POLICIES, tree.get("policy"), "policy", problems, context)
+    source = _bind_named(_POLICIES, tree.get("policy"), "policy", problems, context)
+    controller = source if isinstance(source, Controller) else None
+    if controller is not None:
+        source = controller.base_policy
+        problems += _adaptive_problems(tree)
     policy = source
     for group in _transformations(tree, problems):
         prefix = f"transformations.{group.get('name', 'nothing')}"
@@ -163,7 +182,29 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         evaluate_every=fields.every("evaluate_every"),
         checkpoint_every=fields.every("checkpoint_every"),
         tree=tree,
+        controller=controller,
     )
+
+
+def _with_measurement(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields; an adaptive run measures the noise, by default from its ghost batches."""
+    policy, name = tree.get("policy"), "noise_small_batch_examples"
+    adaptive = isinstance(policy, Mapping) and policy.get("name") == "adaptive"
+    if not adaptive or tree.get(name) is not None or "ghost_batch_examples" not in tree:
+        return tree
+    return {**tree, name: tree["ghost_batch_examples"]}
+
+
+def _adaptive_problems(tree: Mapping[str, Any]) -> list[Problem]:
+    """What an adaptive run cannot have beside its policy."""
+    checks = Checks()
+    allowed = "none with policy.name = 'adaptive', which makes its recipe while it runs"
+    names = [group.get("name", "nothing") for group in _transformations(tree, [])]
+    checks.require(not names, "transformations", names, allowed, [])
+    allowed = "False with policy.name = 'adaptive', which measures the noise between ghost batches"
+    whole = tree.get("full_batch_norm", False)
+    checks.require(not whole, "full_batch_norm", whole, allowed, False)
+    return checks.problems
 
 
 def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:

@@ -25,9 +25,11 @@ class Request(NamedTuple):
     part: Microbatch
 
 
-def requests(plan: Plan, layout: Layout, first_update: int) -> Iterator[Request]:
-    """All microbatches from an update on, in order."""
-    for update in range(first_update, plan.num_updates):
+def requests(
+    plan: Plan, layout: Layout, first_update: int, end_update: int
+) -> Iterator[Request]:
+    """All microbatches from an update on, in order, up to those before `end_update`."""
+    for update in range(first_update, end_update):
         row = plan.row(update)
         for part in layout.microbatches(row.batch_size):
             yield Request(row.first_example + part.offset_examples, part)

@@ -5,7 +5,7 @@ it has been trained) must be what it was. What the hardware asks for, and how of
 evaluated and saved, may change at every start.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from bigbatch.checkpoint import Checkpoints
@@ -16,7 +16,7 @@ from bigbatch.plan import Plan
 from bigbatch.workdir import Workdir, read_json, write_json, write_text
 
 _INTERVALS = ("log_every", "evaluate_every", "checkpoint_every")
-# Fields that may change between two starts of a run, or that the plan's comparison covers.
+# Fields that may change between two starts of a run.
 _FREE_FIELDS = {
     "microbatch_examples_per_device",
     "shard_optimizer",
@@ -24,11 +24,10 @@ _FREE_FIELDS = {
     "reestimate_examples",
     "data.directory",
     "experiment",
-    "epochs",
-    "policy",
-    "transformations",
     *(f"{interval}_{unit}" for interval in _INTERVALS for unit in UNITS),
 }
+# What a plan is made from: plans are compared instead. An adaptive run has no plan beforehand.
+_PLAN_FIELDS = {"epochs", "policy", "transformations"}
 
 
 def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> Plan:
@@ -52,11 +51,14 @@ def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> 
         check_same(files, config)
         if files.plan.exists():
             begun = read_plan(files)
-            plan = _continued(begun, config.plan, files, change_future)
-            if plan is begun and read_json(files.config) == tree:
+            # What an adaptive run has decided, its checkpoint knows.
+            adaptive = config.controller is not None
+            plan = begun if adaptive else _continued(begun, config.plan, files, change_future)
+            if plan is begun:
+                if read_json(files.config) != tree:
+                    write_json(files.config, tree)
                 return plan
-            if plan is not begun:
-                files.result.unlink(missing_ok=True)
+            files.result.unlink(missing_ok=True)
     write_json(files.config, tree)
     write_text(files.plan, plan.to_json())
     return plan
@@ -104,12 +106,15 @@ def evaluate_run(files: Workdir) -> dict[str, Any]:
 def check_same(files: Workdir, config: Config) -> None:
     """Refuses a config that trains something else than the run in a working directory.
 
-    Plans are not compared here.
+    Plans are not compared here; the policy of an adaptive run is.
 
     Raises:
       UserError: with every field that differs.
     """
-    before, now = _flat(read_json(files.config)), _flat(config.tree)
+    trees = read_json(files.config), config.tree
+    adaptive = any(tree.get("policy", {}).get("name") == "adaptive" for tree in trees)
+    free = _FREE_FIELDS if adaptive else _FREE_FIELDS | _PLAN_FIELDS
+    before, now = (_flat(tree, free) for tree in trees)
     problems = [
         Problem(
             name,
@@ -124,15 +129,15 @@ def check_same(files: Workdir, config: Config) -> None:
         raise UserError(problems)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The fields that decide the result, by dotted name."""
+def _flat(tree: Mapping[str, Any], free: Set[str], prefix: str = "") -> dict[str, Any]:
+    """The fields that are not free, by dotted name."""
     fields: dict[str, Any] = {}
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
-        if dotted in _FREE_FIELDS:
+        if dotted in free:
             continue
         if isinstance(value, Mapping):
-            fields |= _flat(value, f"{dotted}.")
+            fields |= _flat(value, free, f"{dotted}.")
         else:
             fields[dotted] = value
     return fields

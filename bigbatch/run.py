@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import microbatches, step
 from bigbatch.config import Config
+from bigbatch.controller import Controller
 from bigbatch.data import on_device
 from bigbatch.data.record_set import RecordSet
 from bigbatch.data.sets import DataSet
@@ -35,6 +36,7 @@ class Updates:
       microbatch: makes one microbatch on the devices, with the number of examples that it computes,
         which names its program.
       evaluation_examples_per_device: each device's share of an evaluation microbatch.
+      controller: decides an adaptive run's updates; None for a planned one.
     """
 
     plan: Plan
@@ -45,6 +47,7 @@ class Updates:
     init_state: Callable[[], step.State]
     microbatch: Callable[[microbatches.Request], tuple[int, Examples]]
     evaluation_examples_per_device: int
+    controller: Controller | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,6 +132,7 @@ def prepare(
         programs=programs,
         hyper_names=hyper_names,
         evaluation_examples_per_device=evaluation_examples_per_device,
+        controller=config.controller,
         init_state=init_state,
         test_source=evaluation_source(data),
         microbatch=training_input(config, data, layout, mesh),

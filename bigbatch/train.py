@@ -4,6 +4,7 @@ It may be killed at any moment. Called again on the same working directory it co
 newest checkpoint, and ends with the same parameters: bit for bit on the same devices.
 """
 
+import dataclasses
 import functools
 import sys
 import time
@@ -16,8 +17,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from bigbatch import metrics, microbatches, step, training_log, workdir
+from bigbatch import gradient_noise, metrics, microbatches, step, training_log, workdir
 from bigbatch.checkpoint import Checkpoints, params_sha256
+from bigbatch.course import Course
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.data.record_set import RecordSet
 from bigbatch.evaluate import evaluate
@@ -49,13 +51,18 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
     files = workdir.Workdir(directory)
     with Checkpoints(files.checkpoints) as checkpoints:
         state, progress = restore(run, checkpoints)
+        course = Course(run.plan, run.controller, progress.controller)
+        run = _as_known(run, course, files)
         metrics.truncate(files.metrics, last_update=progress.updates)
         with (
             metrics.MetricsLog(files.metrics, _events(run, files, progress)) as log,
             training_log.progress_bar(run, progress, show_progress) as bar,
         ):
             say = functools.partial(bar.write, file=sys.stderr) if show_progress else None
-            state, progress = _loop(run, state, progress, checkpoints, log, bar, say)
+            state, progress = _loop(run, course, files, state, progress, checkpoints, log, bar, say)
+    run = _as_known(run, course, files)
+    if run.controller is not None:
+        workdir.write_text(files.plan, course.to_json())
     result = {
         "updates": run.plan.num_updates,
         "examples": run.plan.num_examples,
@@ -93,7 +100,7 @@ def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
 
 
 def updates(
-    run: Updates, state: step.State, first_update: int
+    run: Updates, state: step.State, first_update: int, course: Course | None = None
 ) -> Iterator[tuple[Row, step.State, Sums]]:
     """Runs the plan from an update on.
 
@@ -101,6 +108,8 @@ def updates(
       run: from `run.prepare` or `own_task.prepare_task`.
       state: the state before that update; its buffers are given away.
       first_update: its number.
+      course: of an adaptive run. The measurement of each update goes into it before the one after
+        the next is asked for.
 
     Yields:
       For each update its row of the plan, the state after it and its loss's sums, both still being
@@ -113,10 +122,13 @@ def updates(
     replicated = NamedSharding(run.mesh, step.REPLICATED)
     precision = jax.tree.leaves(state.params)[0].dtype
     accumulator = run.programs.empty_accumulator()
-    requests = microbatches.requests(run.plan, run.layout, first_update)
+    course = Course(run.plan) if course is None else course
+    update, known = first_update, course.known_updates
+    requests = microbatches.requests(course.plan, run.layout, update, known)
     with Prefetch(run.microbatch, requests, max_in_flight=MICROBATCHES_IN_FLIGHT) as parts:
-        for update in range(first_update, run.plan.num_updates):
-            row = run.plan.row(update)
+        while update < course.plan.num_updates:
+            row = course.plan.row(update)
+            update += 1
             waited_s = parts.waited_s
             addends = run.programs.addends(row.batch_size)
             for _ in run.layout.microbatches(row.batch_size):
@@ -133,6 +145,18 @@ def updates(
                 jax.block_until_ready(state)
             reported: dict[str, Any] = {**sums, "input_wait_s": parts.waited_s - waited_s}
             yield row, state, reported
+            # The next update may just have become known: its microbatches are made while this one
+            # is computed.
+            before, known = known, course.known_updates
+            parts.request(microbatches.requests(course.plan, run.layout, before, known))
+
+
+def _as_known(run: Run, course: Course, files: workdir.Workdir) -> Run:
+    """The run with all that is known of its plan, which an adaptive run also writes down."""
+    if run.plan is course.plan:
+        return run
+    workdir.write_text(files.plan, course.to_json())
+    return dataclasses.replace(run, plan=course.plan)
 
 
 def _again(
@@ -149,6 +173,8 @@ def _again(
 
 def _loop(
     run: Run,
+    course: Course,
+    files: workdir.Workdir,
     state: step.State,
     progress: Progress,
     checkpoints: Checkpoints,
@@ -160,11 +186,20 @@ def _loop(
     config, train_examples = run.config, run.plan.train_examples
     start_s = time.monotonic() - progress.seconds
     late: tuple[Row, Sums] | None = None
-    remaining = updates(run, state, progress.updates)
+
+    def take(progress: Progress, row: Row, sums: Sums) -> Progress:
+        course.observe(gradient_noise.measurement_of(sums))
+        now_s = time.monotonic() - start_s
+        progress = progress._replace(controller=course.saved)
+        return training_log.record(run, progress, row, sums, log, now_s)
+
+    remaining = updates(run, state, progress.updates, course)
     for row, state, sums in remaining:
         # The update before this one: the device has finished it or will not wait for us.
         if late is not None:
-            progress = training_log.record(run, progress, *late, log, time.monotonic() - start_s)
+            progress = take(progress, *late)
+            run = _as_known(run, course, files)
+            bar.total = run.plan.num_examples
         late = row, sums
         bar.update(row.batch_size)
         bar.set_postfix(batch_size=row.batch_size, loss=progress.train_loss, refresh=False)
@@ -173,7 +208,7 @@ def _loop(
         evaluation_due = is_last or config.evaluate_every.due(*span)
         checkpoint_due = is_last or config.checkpoint_every.due(*span)
         if evaluation_due or checkpoint_due:
-            progress = training_log.record(run, progress, *late, log, time.monotonic() - start_s)
+            progress = take(progress, *late)
             late = None
         if evaluation_due:
             test = evaluate(run, state)

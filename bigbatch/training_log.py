@@ -27,6 +27,7 @@ class Progress(NamedTuple):
       test_loss: of the last evaluation.
       test_accuracy: likewise.
       noise: averages of the gradient noise, empty where it is not measured.
+      controller: an adaptive run's decisions so far and what the next is made from; see `course`.
     """
 
     updates: int = 0
@@ -38,6 +39,7 @@ class Progress(NamedTuple):
     train_loss: float = math.nan
     test_loss: float = math.nan
     test_accuracy: float = math.nan
+    controller: dict[str, Any] | None = None
     noise: gradient_noise.Smoothed = gradient_noise.Smoothed()
 
     @classmethod

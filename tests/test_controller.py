@@ -1,0 +1,200 @@
+"""The controller's decisions, on measurements whose noise is known."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigbatch.controller import DELAY_UPDATES, Controller, State
+from bigbatch.course import Course
+from bigbatch.errors import UserError
+from bigbatch.gradient_noise import Measurement
+from bigbatch.plan import Plan
+
+
+def controller(**changes):
+    fields = {
+        "learning_rate": 0.1,
+        "batch_size": 32,
+        "momentum": 0.9,
+        "max_batch_size": 256,
+        "train_examples": 1_000,
+        "epochs": 20,
+        "batch_multiple_examples": 16,
+        "small_batch_examples": 16,
+    }
+    return Controller(**(fields | changes))
+
+
+def measured(batch_size, gradient_square, variance, random=None, small=16):
+    """An update whose unbiased estimates are as given, or spread around them."""
+    count = batch_size // small
+    if random is not None:
+        # What Gaussian noise in 20 directions gives.
+        variance *= random.chisquare(20 * (count - 1)) / (20 * (count - 1))
+        gradient_square += variance / batch_size * (random.chisquare(20) / 20 - 1)
+    big = gradient_square + variance / batch_size
+    return Measurement((count - 1) * variance + batch_size * big, big, count, batch_size)
+
+
+def rolled_out(controller, gradient_square_of, seed=None, variance=1.0):
+    """The realised plan and all states, where |G|^2 is a function of the level's noise."""
+    random = None if seed is None else np.random.default_rng(seed)
+    state, states = State(), []
+    while True:
+        plan = controller.plan(state)
+        states.append(state)
+        if state.updates == plan.num_updates:
+            return plan, states
+        row = plan.row(state.updates)
+        square = gradient_square_of(row)
+        state = controller.observe(state, measured(row.batch_size, square, variance, random))
+
+
+def hovering(ratio):
+    """|G|^2 where training hovers: B_noise is a multiple of the batch that makes the noise."""
+    return lambda row: 1 / (ratio * row.batch_size * 0.1 / row.hyper["learning_rate"])
+
+
+def test_the_ladder_keeps_the_noise_when_the_learning_rate_takes_over():
+    c = controller(max_batch_size=100, growth_factor=1.7)
+    for index in range(9):
+        size, rate = c.level(index)
+        assert size % 16 == 0
+        assert size == min(32 * 1.7**index // 16 * 16, 96)
+        assert rate / size == pytest.approx(0.1 / 32 / 1.7**index, rel=1e-12)
+    sizes = [level.batch_size for level in c.ladder]
+    assert sizes == [32, 48, 80, 96]
+    assert set(c.likely_batch_sizes) == set(sizes)
+
+
+def test_a_noise_scale_below_the_next_level_grows_nothing():
+    plan, _ = rolled_out(controller(), lambda row: 1 / 63, seed=0)
+    assert set(plan.batch_sizes) == {32}
+    assert plan.diff(controller().plan()) is None
+
+
+@pytest.mark.parametrize(("noise_scale", "level"), [(100, 64), (200, 128), (400, 256)])
+def test_the_batch_tracks_a_constant_noise_scale_from_below(noise_scale, level):
+    plan, _ = rolled_out(controller(), lambda row: 1 / noise_scale)
+    assert plan.batch_sizes[-1] == level
+    half, _ = rolled_out(controller(multiple=0.5), lambda row: 1 / noise_scale)
+    assert half.batch_sizes[-1] == level // 2
+
+
+def test_past_the_cap_the_learning_rate_follows_the_noise_scale():
+    plan, _ = rolled_out(controller(), lambda row: 1 / 2100)
+    assert plan.batch_sizes[-1] == 256
+    assert plan.hypers["learning_rate"][-1] == pytest.approx(0.1 / 8)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_training_hovers_the_batch_grows_with_the_examples_seen(seed):
+    """Levels last about as many updates each, so V follows the number of examples."""
+    c = controller(train_examples=100_000, max_batch_size=10_000)
+    plan, states = rolled_out(c, hovering(10), seed=seed)
+    growths = np.array(states[-1].growths)
+    assert len(growths) >= 5
+    lengths = np.diff(growths)
+    assert lengths.max() < 20 * lengths.min()
+    starts = plan.first_examples[growths[growths < plan.num_updates]]
+    sizes = 32 * 2.0 ** np.arange(1, len(starts) + 1)
+    slope = np.polyfit(np.log(starts[1:]), np.log(sizes[1:]), 1)[0]
+    assert 0.5 < slope < 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_alone_never_raises_the_batch_where_the_signal_is_clear(seed):
+    """B_noise is 40; the next level would need 64."""
+    plan, _ = rolled_out(controller(epochs=100), lambda row: 1 / 40, seed=seed)
+    assert set(plan.batch_sizes) == {32}
+
+
+@pytest.mark.parametrize("square", [-0.01, 0.0, math.nan])
+def test_estimates_that_are_not_positive_raise_nothing(square):
+    plan, _ = rolled_out(controller(), lambda row: square)
+    assert set(plan.batch_sizes) == {32}
+
+
+def test_a_decision_is_for_the_update_after_the_next():
+    c, state = controller(), State()
+    while not state.growths:
+        before = state
+        state = c.observe(state, measured(32, 1e-6, 1.0))
+    assert before.updates >= 5 - 1
+    assert state.growths == (before.updates + DELAY_UPDATES,)
+    # Updates on the lower level that were on their way already count for nothing.
+    assert c.observe(state, measured(32, 1e-9, 1.0)).smoothed == state.smoothed
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    ratio=st.floats(0.5, 100),
+    factor=st.floats(1.1, 5),
+    cap=st.integers(32, 2_000),
+)
+def test_what_is_known_never_changes_and_only_grows(seed, ratio, factor, cap):
+    c = controller(growth_factor=factor, max_batch_size=cap)
+    final, states = rolled_out(c, hovering(ratio), seed)
+    assert (np.diff(final.batch_sizes) >= 0).all()
+    assert (np.diff(final.noise_scales) <= 1e-12 * final.noise_scales[0]).all()
+    assert (final.batch_sizes % 16 == 0).all()
+    assert final.batch_sizes.max() <= cap
+    assert final.first_examples[-1] < 20_000 <= final.num_examples
+    assert set(final.batch_sizes) <= set(c.likely_batch_sizes)
+    for state in states:
+        plan = c.plan(state)
+        known = min(c.known_updates(state), plan.num_updates)
+        assert (plan.batch_sizes[:known] == final.batch_sizes[:known]).all()
+        rates = plan.hypers["learning_rate"][:known]
+        assert (rates == final.hypers["learning_rate"][:known]).all()
+        assert (known == plan.num_updates) <= (plan.num_updates == final.num_updates)
+    assert c.fewest_updates().num_updates <= final.num_updates <= c.plan().num_updates
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 30])
+def test_a_state_that_went_through_json_decides_the_same(stop):
+    c = controller()
+    _, states = rolled_out(c, hovering(10), seed=3)
+    state = State.from_json(json.loads(json.dumps(states[stop].to_json())))
+    assert state == states[stop]
+    row = c.plan(state).row(state.updates)
+    measurement = measured(row.batch_size, hovering(10)(row), 1.0, np.random.default_rng(0))
+    assert c.observe(state, measurement) == c.observe(states[stop], measurement)
+
+
+def test_a_course_knows_a_plan_at_once_and_an_adaptive_run_two_updates_ahead():
+    planned = Course(controller().plan())
+    assert planned.known_updates == planned.plan.num_updates
+    planned.observe(None)
+    assert planned.saved is None
+    adaptive = Course(planned.plan, controller())
+    assert adaptive.known_updates == DELAY_UPDATES
+    adaptive.observe(measured(32, 0.1, 1.0))
+    assert adaptive.known_updates == DELAY_UPDATES + 1
+    again = Course(planned.plan, controller(), json.loads(json.dumps(adaptive.saved)))
+    assert again.saved == adaptive.saved
+    text = again.to_json()
+    assert json.loads(text)["decided_updates"] == DELAY_UPDATES + 1
+    assert Plan.from_json(text).diff(again.plan) is None
+
+
+def test_bad_arguments_are_told_together():
+    with pytest.raises(UserError) as caught:
+        controller(max_batch_size=16, multiple=0, growth_factor=1, smoothing=-1, momentum=1)
+    nearest = {problem.field: problem.nearest for problem in caught.value.problems}
+    assert nearest == {
+        "max_batch_size": 32,
+        "multiple": None,
+        "growth_factor": None,
+        "smoothing": None,
+        "momentum": 0.999,
+    }
+    for size, instead in [(16, 32), (40, 32), (72, 64)]:
+        with pytest.raises(UserError) as caught:
+            controller(batch_size=size)
+        assert [p.nearest for p in caught.value.problems if p.field == "batch_size"] == [instead]
