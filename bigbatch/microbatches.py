@@ -25,9 +25,7 @@ class Request(NamedTuple):
     part: Microbatch
 
 
-def requests(
-    plan: Plan, layout: Layout, first_update: int, end_update: int
-) -> Iterator[Request]:
+def requests(plan: Plan, layout: Layout, first_update: int, end_update: int) -> Iterator[Request]:
     """All microbatches from an update on, in order, up to those before `end_update`."""
     for update in range(first_update, end_update):
         row = plan.row(update)

@@ -26,7 +26,8 @@ def plan_file(
       batch_multiple_examples: the ghost batch (context), which divides every batch size.
 
     Raises:
-      UserError: the file cannot be read, or is for another training set, a shorter run or another ghost batch.
+      UserError: the file cannot be read, or is for another training set, a shorter run or another
+        ghost batch.
     """
     allowed = "the path of a run's plan.json"
     try:
