@@ -88,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     compare = verb("compare", _compare, "Train several experiments and seeds, then report them.")
     compare.add_argument("--config", required=True, **config)
     compare.add_argument("--workdir", **workdir)
-    compare.add_argument("--experiments", metavar="A,B,...", help="default: all of the file")
+    compare.add_argument(
+        "--experiments", metavar="A,B,...", help="default: the file's COMPARED or all"
+    )
     compare.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default 5)")
     report = verb("report", _report, "Write figures, a page and a table.")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
@@ -118,14 +120,19 @@ def _no_overrides(options: argparse.Namespace, instead: str) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from bigbatch import plan_table
+    from bigbatch import ladder_table, plan_table
 
     config = _config(options)
     if options.devices < 1:
         raise UserError(Problem("devices", options.devices, "a whole number >= 1", 1))
     speeds = _speeds(options)
     summary = config.plan.summary() if options.json else {}
-    lines = [] if options.json else [plan_table.text(config, devices=options.devices)]
+    if config.controller is None:
+        text = plan_table.text
+    else:
+        text = ladder_table.text
+        summary["adaptive"] = ladder_table.summary(config.controller)
+    lines = [] if options.json else [text(config, devices=options.devices)]
     if speeds is not None:
         from bigbatch import time_table
 

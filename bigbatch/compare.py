@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bigbatch.config import Config
-from bigbatch.config_file import experiment_names, load_config
+from bigbatch.config_file import compared_names, load_config
 from bigbatch.errors import Problem, UserError
 from bigbatch.resume import open_run
 from bigbatch.workdir import Workdir
@@ -28,7 +28,7 @@ def compare(
     Args:
       reference: the config file.
       directory: gets EXPERIMENT/seed_S for each run, and `report`.
-      experiments: names; None for all that the file has.
+      experiments: names; None for those that the file would have compared.
       seeds: how many, from 0 on.
       overrides: fields to change in every experiment.
 
@@ -43,7 +43,7 @@ def compare(
     path, _, experiment = reference.partition(":")
     if experiment and experiments is None:
         experiments = [experiment]
-    names = list(experiments or experiment_names(path))
+    names = list(experiments or compared_names(path))
     problems: dict[Problem, None] = {}
     configs: dict[tuple[str, int], Config] = {}
     for seed in range(seeds):

@@ -65,6 +65,16 @@ def experiment_names(path: str) -> list[str]:
     return list(getattr(_load_module(path), "EXPERIMENTS", [""]))
 
 
+def compared_names(path: str) -> list[str]:
+    """The experiments that are compared unless others are named: `COMPARED`, or else all.
+
+    Raises:
+      UserError: there is no such file, or it is no config file.
+    """
+    module = _load_module(path)
+    return list(getattr(module, "COMPARED", getattr(module, "EXPERIMENTS", [""])))
+
+
 def _load_module(path: str) -> ModuleType:
     """Runs a config file."""
     if not Path(path).is_file():

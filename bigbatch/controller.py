@@ -24,8 +24,10 @@ updates and V grows about as the number of examples seen. That is lr ~ 1/t, the 
 optimal for SGD against noise (Robbins & Monro 1951), found and not configured. An estimate that is
 not positive or not yet warm raises nothing.
 
-*The multiple.* With updates of B examples a loss takes 1 + B / B_noise times the fewest examples
-A run's examples are given, and MULTIPLE_TEXT
+*The multiple.* With updates of B examples, training to a given loss takes 1 + B / B_noise times
+the fewest possible examples (McCandlish et al. 2018, section 2.3). The examples of a run are given,
+so a batch far below B_noise wastes updates and one at B_noise every second example. The default,
+a quarter, spends at most a fifth of them.
 
 *The delay.* What update k measured is known when update k + 1 runs already, so it decides for
 update k + 2.
@@ -106,8 +108,7 @@ class Controller:
       batch_size: B_0, the base batch.
       momentum: m, constant.
       max_batch_size: the cap, after which the learning rate decays instead.
-      multiple: of the measured noise scale that the batch size tracks. 1 is the critical batch size
-        of McCandlish et al. 2018: an update there makes half of the progress of one without noise.
+      multiple: of the measured noise scale that the batch size tracks; see above.
       growth_factor: from one level to the next.
       smoothing: share of the examples seen so far that an average remembers.
       train_examples: N.
@@ -125,7 +126,7 @@ class Controller:
     momentum: float
     _: dataclasses.KW_ONLY
     max_batch_size: int
-    multiple: float = 1.0
+    multiple: float = 0.25
     growth_factor: float = 2.0
     smoothing: float = 0.5
     train_examples: int
@@ -190,9 +191,10 @@ class Controller:
 
     @property
     def likely_batch_sizes(self) -> np.ndarray:
-        """Batch sizes for a layout, int64: each that can come, for equally many examples."""
-        sizes = sorted({level.batch_size for level in self.ladder})
-        return np.repeat(sizes, [sizes[-1] // size for size in sizes])
+        """Batch sizes for a layout, int64: each that can come, over an equal share of the run."""
+        sizes = np.unique([level.batch_size for level in self.ladder])
+        share = self.epochs * self.train_examples / len(sizes)
+        return np.repeat(sizes, np.ceil(share / sizes).astype(np.int64))
 
     def plan(self, state: State = State()) -> Plan:  # noqa: B008 - a constant value
         """The run as far as it is decided, going on at the last level to the end.

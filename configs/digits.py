@@ -3,7 +3,11 @@
     bigbatch compare --config=configs/digits.py --workdir=runs/digits
 
 1,437 training images of 8x8 pixels, Wide ResNet 10-1. The noise scale falls by 5 at epochs 9, 18
-and 24 of 30, as in the paper at 30, 60 and 80 %.
+and 24 of 30, as in the paper at 30, 60 and 80 %. `adaptive` has no schedule: it grows the batch as
+the measured gradient noise asks for. To compare it with the schedules at its own ghost batch:
+
+    bigbatch compare --config=configs/digits.py --workdir=runs/adaptive
+    --experiments=increase,adaptive,large --config.ghost_batch_examples=16
 """
 
 from ml_collections import ConfigDict
@@ -27,10 +31,14 @@ _CONTROLS = {
     "unscaled": [{"name": "batch_stages", "batch_size": "0:160 9_epochs:320"}],
 }
 _TRANSFORMATIONS |= _CONTROLS
-EXPERIMENTS = tuple(_TRANSFORMATIONS)
+# What `bigbatch compare` runs unless it is told.
+COMPARED = tuple(_TRANSFORMATIONS)
+EXPERIMENTS = (*COMPARED, "adaptive")
 
 
 def get_config(experiment: str) -> ConfigDict:
+    if experiment == "adaptive":
+        return _adaptive()
     return ConfigDict(
         {
             "seed": 0,
@@ -55,3 +63,21 @@ def get_config(experiment: str) -> ConfigDict:
             "checkpoint_every_epochs": 10,
         }
     )
+
+
+def _adaptive() -> ConfigDict:
+    """The base batch and learning rate of `decay`, and no schedule.
+
+    Two small batches must fit into the base batch, so the ghost batch is half as large here.
+    """
+    config = get_config("decay")
+    config.ghost_batch_examples = config.noise_small_batch_examples = 16
+    base = config.policy
+    config.policy = {
+        "name": "adaptive",
+        "learning_rate": base.learning_rate,
+        "batch_size": base.batch_size,
+        "momentum": base.momentum,
+        "max_batch_size": 320,
+    }
+    return config

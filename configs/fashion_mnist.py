@@ -19,7 +19,12 @@ pixels wide, 20 epochs. The noise scale falls by 5 at epochs 6, 12 and 16, as in
 
 Without a suffix the optimizer is SGD with momentum 0.9; `-nesterov`, `-sgd` and `-adam` are the
 others. `large` is the control of each: the largest batch from the start, at the learning rate of
-`decay`. `unscaled` has the batches of `increase_lr`, likewise without its learning rate.
+`decay`. `unscaled` has the batches of `increase_lr`, likewise without its learning rate. `adaptive`
+has no schedule: it grows the batch as the measured gradient noise asks for. To compare it with the
+schedules at its own ghost batch:
+
+    bigbatch compare --config=configs/fashion_mnist.py --workdir=runs/adaptive --seeds=5
+    --experiments=increase,adaptive,large --config.ghost_batch_examples=16
 """
 
 from ml_collections import ConfigDict
@@ -43,14 +48,18 @@ _LARGER_RATES = {
 # The learning rate at batch size 32, and the momentum. Plain SGD has the noise scale of the others.
 _OPTIMIZERS = {"nesterov": (0.1, 0.9), "sgd": (1.0, 0.0), "adam": (1e-3, 0.0)}
 _DEFAULT = {"momentum": (0.1, 0.9)}
-EXPERIMENTS = (
+# What `bigbatch compare` runs unless it is told.
+COMPARED = (
     *_SCHEDULES,
     *_LARGER_RATES,
     *(f"{schedule}-{optimizer}" for optimizer in _OPTIMIZERS for schedule in _SCHEDULES),
 )
+EXPERIMENTS = (*COMPARED, "adaptive")
 
 
 def get_config(experiment: str) -> ConfigDict:
+    if experiment == "adaptive":
+        return _adaptive()
     schedule, _, optimizer = experiment.partition("-")
     optimizer = optimizer or "momentum"
     learning_rate, momentum = (_DEFAULT | _OPTIMIZERS)[optimizer]
@@ -83,3 +92,21 @@ def get_config(experiment: str) -> ConfigDict:
             "checkpoint_every_epochs": 10,
         }
     )
+
+
+def _adaptive() -> ConfigDict:
+    """The base batch and learning rate of `decay`, and no schedule.
+
+    Two small batches must fit into the base batch, so the ghost batch is half as large here.
+    """
+    config = get_config("decay")
+    config.ghost_batch_examples = config.noise_small_batch_examples = 16
+    base = config.policy
+    config.policy = {
+        "name": "adaptive",
+        "learning_rate": base.learning_rate,
+        "batch_size": base.batch_size,
+        "momentum": base.momentum,
+        "max_batch_size": _GROW["max_batch_size"],
+    }
+    return config

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.config_file import experiment_names, load_config
+from bigbatch.config_file import compared_names, experiment_names, load_config
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -186,9 +186,27 @@ def lay_out(recipe: File, golden: Golden) -> tuple[list[int], list[float]]:
 
 
 def test_every_experiment_has_its_numbers_here():
-    assert {f.stem: set(experiment_names(str(f))) for f in FILES} == {
+    # An adaptive run has its numbers only afterwards.
+    assert {f.stem: set(experiment_names(str(f))) - {"adaptive"} for f in FILES} == {
         file: set(golden) for file, golden in GOLDEN.items()
     }
+
+
+@pytest.mark.parametrize("file", ["digits", "fashion_mnist"])
+def test_adaptive_begins_with_what_decay_begins_with(capsys, file):
+    path = f"configs/{file}.py"
+    decay, adaptive = (load_config(f"{path}:{name}") for name in ("decay", "adaptive"))
+    assert adaptive.plan.hyper(0) == decay.plan.hyper(0)
+    assert adaptive.controller.max_batch_size == load_config(f"{path}:large").plan.batch_sizes[0]
+    assert "adaptive" not in compared_names(path)
+    assert cli.main(["plan", f"--config={path}:adaptive", "--json"]) == 0
+    limits = json.loads(capsys.readouterr().out)["adaptive"]
+    assert limits["fewest_updates"] < limits["most_updates"] == decay.plan.num_updates
+    assert cli.main(["plan", f"--config={path}:adaptive"]) == 0
+    out = capsys.readouterr().out
+    assert f"at most {limits['most_updates']:,} (none is)" in out
+    for level in limits["ladder"]:
+        assert f"  {level['batch_size']}  " in out
 
 
 @pytest.mark.parametrize(("file", "experiment"), CASES)

@@ -21,6 +21,7 @@ def controller(**changes):
         "batch_size": 32,
         "momentum": 0.9,
         "max_batch_size": 256,
+        "multiple": 1.0,
         "train_examples": 1_000,
         "epochs": 20,
         "batch_multiple_examples": 16,
