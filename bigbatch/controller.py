@@ -25,9 +25,9 @@ optimal for SGD against noise (Robbins & Monro 1951), found and not configured. 
 not positive or not yet warm raises nothing.
 
 *The multiple.* With updates of B examples, training to a given loss takes 1 + B / B_noise times
-the fewest possible examples (McCandlish et al. 2018, section 2.3). The examples of a run are given,
-so a batch far below B_noise wastes updates and one at B_noise every second example. The default,
-a quarter, spends at most a fifth of them.
+the fewest possible examples and 1 + B_noise / B times the fewest possible updates (McCandlish et
+al. 2018, section 2.3). At the critical batch size, a multiple of 1, both are doubled. The examples
+of a run are given, so the default stays on their side of it: at a half, 1.5 and 3 times.
 
 *The delay.* What update k measured is known when update k + 1 runs already, so it decides for
 update k + 2.
@@ -126,7 +126,7 @@ class Controller:
     momentum: float
     _: dataclasses.KW_ONLY
     max_batch_size: int
-    multiple: float = 0.25
+    multiple: float = 0.5
     growth_factor: float = 2.0
     smoothing: float = 0.5
     train_examples: int
