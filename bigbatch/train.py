@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
 
 def updates(
     run: Updates, state: step.State, first_update: int, course: Course | None = None
-) -> Iterator[tuple[Row, step.State, Sums]]:
+) -> Generator[tuple[Row, step.State, Sums], None, None]:
     """Runs the plan from an update on.
 
     Args:
