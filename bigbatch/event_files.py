@@ -18,7 +18,7 @@ _METRICS = ("test_accuracy", "test_loss", "train_loss")
 
 
 class EventFiles:
-    """Writes records as TensorBoard's event files, each at once.
+    """Writes records as TensorBoard's event files. They are on disk after `sync`.
 
     Args:
       directory: gets a directory for each axis.
@@ -64,7 +64,11 @@ class EventFiles:
         for axis, field in _AXES.items():
             event = self._event(wall_time=now_s, step=record[field], summary=summary)
             self._writers[axis].write_event(event)
-            self._writers[axis].flush()
+
+    def sync(self) -> None:
+        """Makes sure that what was written outlives a kill; it waits for the disk."""
+        for writer in self._writers.values():
+            writer.flush()
 
     def close(self) -> None:
         """Closes the files."""

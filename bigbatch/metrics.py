@@ -36,6 +36,8 @@ class MetricsLog:
     def sync(self) -> None:
         """Makes sure that what was written outlives a loss of power."""
         os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.sync()
 
     def __enter__(self) -> "MetricsLog":
         return self
