@@ -1,86 +1,278 @@
 """Checkpoints, at update boundaries only, by Orbax.
 
 A checkpoint holds the state (parameters, running statistics, optimizer) and a small JSON record:
-how many updates and examples are done, the plan's fingerprint, the seed, the partial sums of the
-log, and versions. A planned run needs no more than that to continue exactly.
+how many updates and examples are done, the plan's fingerprint, whose run it is, the partial sums of
+the log, a checksum of the state, and versions. A planned run needs no more than that to continue.
+
+Orbax does not notice a byte that has changed on the disk, so the state's checksum is compared after
+it was read. The newest checkpoint that is whole is taken; damaged ones are put aside, never deleted
+or written over.
 """
 
 import hashlib
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from bigbatch import distributed
+from bigbatch.errors import Problem, RunError, StoppedError, UserError
 from bigbatch.step import State
 
+# Counts up when an older version could not read what this one writes.
+FORMAT = 1
 _PACKAGES = ("bigbatch", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+_DAMAGED = "damaged-checkpoints"
+# What reading a damaged file raises; Orbax has no one error for it.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+
+
+class Restored(NamedTuple):
+    """A checkpoint that was read.
+
+    Attributes:
+      updates: done at it.
+      state: on the devices.
+      record: what was saved beside it.
+    """
+
+    updates: int
+    state: State
+    record: Mapping[str, Any]
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest two of them kept.
+    """The checkpoints of one run.
 
     Args:
       directory: where they are; it is made if it does not exist.
+      keep: how many of the newest are kept; None: this object only reads.
+      keep_always: the number of updates done -> whether a checkpoint is kept for good.
     """
 
-    def __init__(self, directory: Path):
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(2),
-            cleanup_tmp_directories=True,
-        )
+    def __init__(
+        self,
+        directory: Path,
+        keep: int | None = None,
+        keep_always: Callable[[int], bool] = lambda updates: False,
+    ):
+        self.directory = directory.absolute()
+        self._writes = keep is not None
+        # A reader must not clean up what another process is writing.
+        policy = _Keep(keep, keep_always) if keep is not None else None
+        save = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory,
+                save_decision_policy=save,
+                preservation_policy=policy,
+                cleanup_tmp_directories=keep is not None,
+            )
+        except OSError as error:
+            allowed = f"a directory that can be read and written ({error})"
+            raise UserError(Problem("workdir", str(directory), allowed)) from error
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """The number of updates done at the newest checkpoint and its record; None without one."""
-        newest = self._checkpointer.latest
-        if newest is None:
-            return None
-        return newest.step, self._checkpointer.metadata(newest).custom_metadata
+        """The number of updates done at the newest checkpoint and its record; None without one.
 
-    def restore(self, update: int, target: State) -> State:
-        """Reads the state at a checkpoint.
+        The state is not read, so it may turn out to be damaged.
+
+        Raises:
+          UserError: another project, or a newer version of this one, has written it.
+        """
+        return next(((u, record) for u, record in self._records() if record is not None), None)
+
+    def restore(
+        self,
+        target: State,
+        checksum: Callable[[State], int],
+        whose: str | None = None,
+        warn: Callable[[str], None] = lambda text: None,
+    ) -> Restored | None:
+        """Reads the newest checkpoint that is whole; None where there is none at all.
 
         Args:
-          update: which one, from `latest`.
           target: shapes, dtypes and shardings to restore to; any number of devices will do.
+          checksum: of a state, as it was given to `save`.
+          whose: the run that the checkpoint must be of, as `save` was told; None: any.
+          warn: is told in words of damaged checkpoints.
 
-        Returns:
-          The state, on the devices of the target.
+        Raises:
+          UserError: the checkpoints are of another run, project or newer version.
+          RunError: there are checkpoints, and all are damaged.
         """
-        return State(**self._checkpointer.load(update, target._asdict()))
+        damaged: list[int] = []
+        for updates, record in self._records():
+            if record is not None and whose is not None and record["run"] != whose:
+                allowed = "checkpoints of the run in this workdir; this one is of another"
+                raise UserError(Problem("workdir", str(self.directory / str(updates)), allowed))
+            state = None if record is None else self._load(updates, target)
+            # What one process cannot read, none uses.
+            whole = state is not None and checksum(state) == record["checksum"]  # type: ignore[index]
+            if all(distributed.gather(b"1" if whole else b"")):
+                assert state is not None
+                assert record is not None
+                if damaged:
+                    names = " and ".join(str(self.directory / str(other)) for other in damaged)
+                    warn(f"damaged: {names}; using {self.directory / str(updates)} instead")
+                    self._put_aside(damaged)
+                return Restored(updates, state, record)
+            damaged.append(updates)
+        if damaged:
+            names = ", ".join(map(str, damaged))
+            raise RunError(
+                f"all checkpoints in {self.directory} are damaged (updates {names}); nothing was "
+                "changed. Put back a copy of one, or begin again in a new workdir"
+            )
+        return None
 
     def save(self, update: int, state: State, record: Mapping[str, Any]) -> None:
-        """Starts writing a checkpoint; returns once the state may change again.
+        """Starts writing a checkpoint, and waits for the one before if it is not written yet.
 
         Args:
           update: the number of updates done.
-          state: the state after them.
-          record: JSON values to keep beside it.
+          state: the state after them, in buffers that stay as they are.
+          record: JSON values to keep beside it; `run` and `checksum` among them.
+
+        Raises:
+          RunError: this one or the one before cannot be written.
         """
         versions = {package: metadata.version(package) for package in _PACKAGES}
-        # The next update donates the buffers of this state while Orbax still writes.
-        state = _copy(state)
-        self._checkpointer.save_async(
-            update, state._asdict(), force=True, custom_metadata={**record, "versions": versions}
-        )
+        record = {**record, "project": "bigbatch", "format": FORMAT, "versions": versions}
+        record["digest"] = _digest(record)
+        try:
+            self._checkpointer.save_async(
+                update, state._asdict(), force=True, custom_metadata=record
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._not_written(error) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        # Waits until everything is written.
-        self._checkpointer.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # What another process does not do any more is not worth waiting for.
+        if kind is not None and not issubclass(kind, StoppedError) and jax.process_count() > 1:
+            return
+        try:
+            self._checkpointer.close()
+        except (OSError, ValueError, RuntimeError) as failure:
+            if error is None or isinstance(error, StoppedError):
+                raise self._not_written(failure) from failure
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Updates done and record of each checkpoint, newest first; None: it cannot be read."""
+        for checkpoint in reversed(self._checkpointer.checkpoints):
+            try:
+                found = self._checkpointer.metadata(checkpoint)
+            except _UNREADABLE:
+                yield checkpoint.step, None
+                continue
+            record = found.custom_metadata or {}
+            if found.init_timestamp_nsecs is None:
+                yield checkpoint.step, None
+                continue
+            path = str(self.directory / str(checkpoint.step))
+            if record.get("project") != "bigbatch":
+                allowed = "checkpoints that bigbatch has written; this one is of something else"
+                raise UserError(Problem("workdir", path, allowed))
+            if record["format"] > FORMAT:
+                allowed = (
+                    f"checkpoints of format {FORMAT} or below; this one has {record['format']}, of "
+                    f"bigbatch {record['versions']['bigbatch']}: use that version"
+                )
+                raise UserError(Problem("workdir", path, allowed))
+            yield checkpoint.step, record if record.pop("digest") == _digest(record) else None
+
+    def _load(self, updates: int, target: State) -> State | None:
+        """The state of a checkpoint; None where it cannot be read."""
+        # Orbax logs pages about a damaged file; `restore` says it in a line.
+        logging.disable(logging.CRITICAL)
+        try:
+            return State(**self._checkpointer.load(updates, target._asdict()))
+        except _UNREADABLE:
+            return None
+        finally:
+            logging.disable(logging.NOTSET)
+
+    def _put_aside(self, damaged: Sequence[int]) -> None:
+        """Moves checkpoints to a directory beside, if this object writes at all."""
+        if not self._writes:
+            return
+
+        def move() -> None:
+            beside = self.directory.with_name(_DAMAGED)
+            beside.mkdir(exist_ok=True)
+            for updates in damaged:
+                name = f"{updates}-{len(list(beside.iterdir()))}"
+                (self.directory / str(updates)).rename(beside / name)
+
+        distributed.on_first(move)
+        self._checkpointer.reload()
+
+    def _not_written(self, error: Exception) -> RunError:
+        """What to say where a checkpoint cannot be written."""
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return RunError(
+            f"a checkpoint could not be written to {self.directory} ({reason}); those before it "
+            "are untouched. Make room or mend the permissions; the same command continues"
+        )
 
 
-@jax.jit
-def _copy(state: State) -> State:
-    """The same values in buffers of their own."""
-    return jax.tree.map(jnp.copy, state)
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+class _Keep:
+    """Which checkpoints stay: the newest, and those that are kept for good."""
+
+    def __init__(self, newest: int, always: Callable[[int], bool]):
+        self._newest = newest
+        self._always = always
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's protocol: one answer for each checkpoint, oldest first."""
+        first_kept = len(checkpoints) - self._newest
+        return [i >= first_kept or self._always(c.step) for i, c in enumerate(checkpoints)]
+
+
+def checksum(state: State) -> jax.Array:
+    """uint32: a sum over all the bits of a state, the same on any devices.
+
+    Each 32-bit word counts times an odd number of its place, modulo 2^32: whole numbers, so the
+    order of the sum does not matter, and a change of one word always changes it.
+    """
+    total = jnp.uint32(0)
+    for number, leaf in enumerate(jax.tree.leaves(state)):
+        words = _words(leaf)
+        place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+        # Axis by axis: an array that is sharded stays so.
+        for axis in reversed(range(words.ndim)):
+            along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+            place, stride = place + along * jnp.uint32(stride % 2**32), stride * words.shape[axis]
+        total += jnp.sum(words * (2 * place + jnp.uint32(2 * number + 1)), dtype=jnp.uint32)
+    return total
+
+
+def _words(leaf: jax.Array) -> jax.Array:
+    """The bits of an array in unsigned words of at most 32."""
+    if leaf.dtype == bool:
+        return leaf.astype(jnp.uint32)
+    bits = min(8 * leaf.dtype.itemsize, 32)
+    return jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
 
 
 def params_sha256(params: Any) -> str:

@@ -1,7 +1,8 @@
 """The command `bigbatch VERB --config=FILE.py:EXPERIMENT --workdir=DIR [--config.field=value]`.
 
 Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 130 stopped by
-the keyboard. Nothing heavy is imported before a verb needs it.
+the keyboard, 143 stopped by SIGTERM, with the state saved. Nothing heavy is imported before a verb
+needs it.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bigbatch.data_verbs import add_data
-from bigbatch.errors import Problem, RunError, UserError
+from bigbatch.errors import Problem, RunError, StoppedError, UserError
 
 if TYPE_CHECKING:
     from bigbatch.report import Report
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bigbatch: stopped; the same command continues", file=sys.stderr)
         return 130
+    except StoppedError as error:
+        print(f"bigbatch: {error}", file=sys.stderr)
+        return StoppedError.exit_status
     return 0
 
 
@@ -77,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     train = verb("train", _train, "Train, or continue a run that was stopped.")
     train.add_argument("--config", required=True, **config)
     train.add_argument("--workdir", **workdir)
+    _add_processes(train)
+    _add_cache(train)
     train.add_argument(
         "--change-future",
         action="store_true",
@@ -91,12 +97,29 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--experiments", metavar="A,B,...", help="default: the file's COMPARED or all"
     )
+    _add_cache(compare)
     compare.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default 5)")
     report = verb("report", _report, "Write figures, a page and a table.")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", required=True, metavar="DIR")
     add_data(verbs)
     return parser
+
+
+def _add_processes(verb: Any) -> None:
+    """The flags that join the processes of one run, where nothing tells of them."""
+    verb.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0, for many processes")
+    verb.add_argument("--num-processes", metavar="N", type=int, help="how many processes")
+    verb.add_argument("--process", metavar="I", type=int, help="which one this is, from 0")
+
+
+def _add_cache(verb: Any) -> None:
+    verb.add_argument(
+        "--compilation-cache",
+        metavar="DIR",
+        help="keeps compiled programs for later starts (default: the user's cache directory); "
+        "off for none",
+    )
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -199,19 +222,28 @@ def _plot(config: Any, path: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from bigbatch.resume import open_run
+    from bigbatch import compilation_cache, distributed
 
-    config, files = _config(options), _workdir(options.workdir)
-    plan = open_run(config, files, change_future=options.change_future)
-    if files.result.exists():
-        result = json.loads(files.result.read_text(encoding="utf-8"))
-        print(f"This run is finished ({result['updates']} updates); nothing was trained.")
-    else:
+    compilation_cache.use(options.compilation_cache)
+    with distributed.joined(options.coordinator, options.num_processes, options.process):
+        from bigbatch.resume import open_run
         from bigbatch.run import prepare
+        from bigbatch.sources import load_data
         from bigbatch.train import train
 
-        result = train(prepare(config, plan), files.path, show_progress=True)
-    print(
+        config, files = distributed.together(lambda: (_config(options), _workdir(options.workdir)))
+        # Before the directory is claimed: a run without data leaves nothing behind.
+        data = distributed.together(lambda: load_data(config, show_progress=sys.stderr.isatty()))
+        plan = open_run(config, files, change_future=options.change_future)
+        if files.result.exists():
+            result = json.loads(files.result.read_text(encoding="utf-8"))
+            distributed.say(
+                f"This run is finished ({result['updates']} updates); nothing was trained."
+            )
+        else:
+            run = distributed.together(lambda: prepare(config, plan, data=data))
+            result = train(run, files.path, show_progress=True)
+    distributed.say(
         f"test accuracy {100 * result['test_accuracy']:.2f} % after {result['updates']} updates, "
         f"{result['examples']} examples, {result['seconds']:.1f} s; {files.result}"
     )
@@ -230,8 +262,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from bigbatch import compilation_cache
     from bigbatch.compare import compare
 
+    compilation_cache.use(options.compilation_cache)
     names = options.experiments.split(",") if options.experiments else None
     report = compare(
         options.config,

@@ -55,6 +55,8 @@ class Config:
       log_every: interval of the training records.
       evaluate_every: interval of the evaluations.
       checkpoint_every: interval of the checkpoints.
+      keep_checkpoints: how many of the newest are kept.
+      keep_every: interval of checkpoints that are kept for good; None for none.
       tree: the plain nested values that all this was read from.
     """
 
@@ -79,6 +81,8 @@ class Config:
     log_every: Every
     evaluate_every: Every
     checkpoint_every: Every
+    keep_checkpoints: int
+    keep_every: Every | None
     tree: Mapping[str, Any]
     controller: Controller | None = None
 
@@ -181,6 +185,8 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         log_every=fields.every("log_every"),
         evaluate_every=fields.every("evaluate_every"),
         checkpoint_every=fields.every("checkpoint_every"),
+        keep_checkpoints=fields.keep_checkpoints,
+        keep_every=fields.every_or_none("keep_every"),
         tree=tree,
         controller=controller,
     )

@@ -171,6 +171,10 @@ class Fields:
     checkpoint_every_epochs: float | None = None
     checkpoint_every_examples: int | None = None
     checkpoint_every_updates: int | None = None
+    keep_checkpoints: int = 2
+    keep_every_epochs: float | None = None
+    keep_every_examples: int | None = None
+    keep_every_updates: int | None = None
 
     def __post_init__(self) -> None:
         checks = Checks()
@@ -206,10 +210,14 @@ class Fields:
         if self.reestimate_examples is not None:
             allowed = "a whole number of examples, at least 1, or None"
             checks.whole("reestimate_examples", self.reestimate_examples, allowed)
-        for stem in ("log_every", "evaluate_every", "checkpoint_every"):
+        # One to go back to where the newest is damaged.
+        allowed = "a whole number of checkpoints, at least 2"
+        checks.whole("keep_checkpoints", self.keep_checkpoints, allowed, at_least=2)
+        for stem in ("log_every", "evaluate_every", "checkpoint_every", "keep_every"):
             given = {n: v for n, v in self._intervals(stem).items() if v is not None}
             allowed = "exactly one of " + ", ".join(self._intervals(stem))
-            checks.require(len(given) == 1, stem, given or "nothing", allowed)
+            fits = len(given) == 1 or (stem == "keep_every" and not given)
+            checks.require(fits, stem, given or "nothing", allowed)
             for name, value in given.items():
                 checks.number(name, value, "a number above 0", above=0)
         checks.done()
@@ -234,6 +242,13 @@ class Fields:
 
     def every(self, stem: str) -> Every:
         """The interval that is given in one of three units."""
-        name, value = next((n, v) for n, v in self._intervals(stem).items() if v is not None)
-        assert value is not None
-        return Every(value, name.rpartition("_")[2])
+        every = self.every_or_none(stem)
+        assert every is not None
+        return every
+
+    def every_or_none(self, stem: str) -> Every | None:
+        """Likewise; None where no unit is given."""
+        for name, value in self._intervals(stem).items():
+            if value is not None:
+                return Every(value, name.rpartition("_")[2])
+        return None

@@ -53,6 +53,16 @@ class RunError(RuntimeError):
     """A run that cannot go on, in words for the user: what happened, where, and what to try."""
 
 
+class StoppedError(Exception):
+    """A run that was told to stop and has saved its state; the same command continues.
+
+    Attributes:
+      exit_status: what a shell reports of a program that SIGTERM has ended (128 + 15).
+    """
+
+    exit_status = 143
+
+
 def nearest_name(name: str, names: Sequence[str]) -> str | None:
     """The entry of `names` that is spelled most like `name`, or None if none is close.
 

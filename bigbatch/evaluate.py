@@ -4,27 +4,32 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bigbatch import microbatches
+from bigbatch import distributed, microbatches
+from bigbatch.preemption import StopRequest
 from bigbatch.reestimate import reestimate
 from bigbatch.run import Run, Updates
 from bigbatch.sources import Source
 from bigbatch.step import State
 
 
-def evaluate(run: Run, state: State) -> dict[str, float]:
+def evaluate(run: Run, state: State, stop: StopRequest | None = None) -> dict[str, float]:
     """The loss and accuracy on the test set.
 
     Args:
       run: the prepared run.
       state: its parameters, or their average, and its running statistics are used; the latter are
         estimated anew first where the config asks for it.
+      stop: is asked before every microbatch.
 
     Returns:
       `test_loss` (nats) and `test_accuracy` (a share), means over all test examples.
+
+    Raises:
+      StopNoticeError: `stop` says so.
     """
     if run.config.reestimate_examples is not None:
         state = reestimate(run, state)
-    totals = source_sums(run, state, run.test_source, run.data.test_examples)
+    totals = source_sums(run, state, run.test_source, run.data.test_examples, stop)
     count = totals["count"]
     return {
         "test_loss": totals["loss"] / count,
@@ -32,43 +37,66 @@ def evaluate(run: Run, state: State) -> dict[str, float]:
     }
 
 
-def sums(run: Updates, state: State, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+def sums(
+    run: Updates,
+    state: State,
+    arrays: Mapping[str, np.ndarray],
+    stop: StopRequest | None = None,
+) -> dict[str, float]:
     """What the task's loss returns, summed over all the examples of some arrays.
 
     Args:
       run: from `run.prepare` or `own_task.prepare_task`.
       state: its parameters, or their average, and its running statistics are used.
       arrays: [examples, ...] by name, shaped as in training.
+      stop: is asked before every microbatch.
 
     Returns:
       The sums by name, over the examples with their weights.
     """
 
-    def source(first_example: int, num_examples: int) -> dict[str, np.ndarray]:
-        part = slice(first_example, first_example + num_examples)
-        return {name: array[part] for name, array in arrays.items()}
+    def source(first: int, number: int) -> dict[str, np.ndarray]:
+        return {name: array[first : first + number] for name, array in arrays.items()}
 
-    return source_sums(run, state, source, len(next(iter(arrays.values()))))
+    return source_sums(run, state, source, len(next(iter(arrays.values()))), stop)
 
 
-def source_sums(run: Updates, state: State, source: Source, num_examples: int) -> dict[str, float]:
+def source_sums(
+    run: Updates,
+    state: State,
+    source: Source,
+    num_examples: int,
+    stop: StopRequest | None = None,
+) -> dict[str, float]:
     """What the task's loss returns, summed over the first examples of a source.
+
+    Every process evaluates the examples of its own devices; together they count each once.
 
     Args:
       run: from `run.prepare` or `own_task.prepare_task`.
       state: its parameters, or their average, and its running statistics are used.
       source: gives the examples, shaped as in training.
       num_examples: how many there are.
+      stop: is asked before every microbatch.
 
     Returns:
-      The sums by name, over the examples with their weights.
+      The sums by name, over the examples with their weights; the same on every process.
     """
-    totals: dict[str, float] = {}
+    totals: dict[str, np.ndarray] = {}
     size = run.mesh.size * run.evaluation_examples_per_device
     for first in range(0, num_examples, size):
-        examples = source(first, min(size, num_examples - first))
-        part = run.programs.evaluate(state, microbatches.place(examples, size, None, run.mesh))
-        # Summed on the host in float64: no number of devices changes more than the last bits.
+        if stop is not None:
+            stop.check()
+        present = min(size, num_examples - first)
+        part = run.programs.evaluate(
+            state, microbatches.place(source, first, present, size, None, run.mesh)
+        )
+        # Summed on the host in float64, by device: the number of processes changes nothing.
         for name, per_device in part.items():
-            totals[name] = totals.get(name, 0.0) + float(np.asarray(per_device, np.float64).sum())
-    return totals
+            total = totals.setdefault(name, np.zeros(run.mesh.size))
+            for shard in per_device.addressable_shards:
+                total[shard.index] += np.asarray(shard.data, np.float64)
+    names = sorted(totals)
+    own = np.stack([totals[name] for name in names])
+    everyone = [np.frombuffer(text) for text in distributed.gather(own.tobytes())]
+    return dict(zip(names, np.sum(everyone, axis=0).reshape(own.shape).sum(axis=1), strict=True))

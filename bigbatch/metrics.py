@@ -18,13 +18,15 @@ class MetricsLog:
     """Appends records to a file.
 
     Args:
-      path: the file; it is made if it does not exist.
+      path: the file; it is made if it does not exist. None: nothing is written.
       events: gets every record too, if given; it is closed with the log.
     """
 
-    def __init__(self, path: Path, events: EventFiles | None = None):
+    def __init__(self, path: Path | None, events: EventFiles | None = None):
         self._events = events
-        self._file: TextIO = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        name = os.devnull if path is None else path
+        self._file: TextIO = open(name, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._is_file = path is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; a kill leaves whole lines, at worst a last one cut short."""
@@ -35,7 +37,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Makes sure that what was written outlives a loss of power."""
-        os.fsync(self._file.fileno())
+        if self._is_file:
+            os.fsync(self._file.fileno())
         if self._events is not None:
             self._events.sync()
 
@@ -48,21 +51,24 @@ class MetricsLog:
             self._events.close()
 
 
-def truncate(path: Path, *, last_update: int) -> None:
+def truncate(path: Path, *, last_update: int, without_test: bool = False) -> None:
     """Removes, atomically, records of later updates than a checkpoint, and a line cut short.
 
     Args:
       path: the log; nothing happens if it does not exist.
       last_update: the number of updates done at the checkpoint.
+      without_test: removes the evaluation after that update too: it comes again.
     """
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            update = json.loads(line)["update"]
+            record = json.loads(line)
+            update = record["update"]
         except (ValueError, KeyError, TypeError):
             continue
-        if update <= last_update:
+        again = without_test and update == last_update and "test_loss" in record
+        if update <= last_update and not again:
             kept.append(line + "\n")
     workdir.write_text(path, "".join(kept))

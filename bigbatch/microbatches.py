@@ -1,7 +1,11 @@
-"""From the example stream to microbatches on the devices."""
+"""From the example stream to microbatches on the devices.
+
+Every process makes the examples of its own devices only, which are neighbours in the mesh: one
+range of each microbatch.
+"""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from bigbatch import step
 from bigbatch.layout import Layout, Microbatch
 from bigbatch.plan import Plan
+from bigbatch.sources import Source
 
 
 class Request(NamedTuple):
@@ -34,31 +39,40 @@ def requests(plan: Plan, layout: Layout, first_update: int, end_update: int) -> 
 
 
 def place(
-    examples: Mapping[str, np.ndarray], size: int, ghost_batch_examples: int | None, mesh: Mesh
+    source: Source,
+    first_example: int,
+    present: int,
+    size: int,
+    ghost_batch_examples: int | None,
+    mesh: Mesh,
 ) -> dict[str, jax.Array]:
-    """Puts examples on the devices, filled up with masked ones.
+    """Makes one microbatch on the devices, filled up with masked examples.
 
     Args:
-      examples: arrays [n, ...] of one length; `weight`, float32[n], among them or not.
-      size: examples in the microbatch, n or more; a multiple of the devices.
+      source: asked for the examples of this process's devices, in one call.
+      first_example: position of the microbatch's first.
+      present: how many examples it holds, at least 1.
+      size: how many it computes, `present` or more; a multiple of the devices.
       ghost_batch_examples: adds `ghost_mask` if given.
       mesh: the devices.
 
     Returns:
-      The arrays, [size, ...], zeros after the first n, sharded over the mesh; with `weight`,
-      float32[size], 1 if not given, and `ghost_mask`, float32[size // ghost_batch_examples], 1 or
-      0 for masked. Devices that share a ghost batch have an entry each, 1 for the first of them
-      only, so that it counts once.
+      The arrays, [size, ...], zeros after the first `present`, sharded over the mesh; with
+      `weight`, float32[size], 1 if the source gives none, and `ghost_mask`, float32[size //
+      ghost_batch_examples], 1 or 0 for masked. Devices that share a ghost batch have an entry each,
+      1 for the first of them only, so that it counts once.
     """
-    present = len(next(iter(examples.values())))
-    padded = {
-        name: array
-        if present == size
-        else np.concatenate([array, np.zeros((size - present, *array.shape[1:]), array.dtype)])
+    sharding = NamedSharding(mesh, step.SHARDED)
+    begin, end = _own_range(mesh, size)
+    held = min(max(present - begin, 0), end - begin)
+    # A share that is masked as a whole still needs an example, for its shape.
+    examples = source(first_example + (begin if held else 0), held or 1)
+    placed = {
+        name: jax.make_array_from_process_local_data(
+            sharding, _filled(array[:held], end - begin), (size, *array.shape[1:])
+        )
         for name, array in examples.items()
     }
-    sharding = NamedSharding(mesh, step.SHARDED)
-    placed = jax.device_put(padded, sharding)
     if "weight" not in placed:
         placed["weight"] = _mask(present, size, sharding)
     if ghost_batch_examples is not None:
@@ -69,15 +83,12 @@ def place(
 
 
 def maker(
-    source: Callable[[int, int], Mapping[str, np.ndarray]],
-    layout: Layout,
-    mesh: Mesh,
-    ghost_batch_examples: int | None,
+    source: Source, layout: Layout, mesh: Mesh, ghost_batch_examples: int | None
 ) -> Callable[[Request], tuple[int, dict[str, jax.Array]]]:
     """A function that makes requested microbatches.
 
     Args:
-      source: (position of the first, number of examples) -> their arrays, [number, ...].
+      source: the example stream.
       layout: how updates are cut.
       mesh: the devices.
       ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
@@ -88,10 +99,26 @@ def maker(
 
     def make(request: Request) -> tuple[int, dict[str, jax.Array]]:
         size = layout.devices * request.part.examples_per_device
-        examples = source(request.first_example, request.part.num_examples)
-        return size, place(examples, size, ghost_batch_examples or size, mesh)
+        span = request.first_example, request.part.num_examples
+        return size, place(source, *span, size, ghost_batch_examples or size, mesh)
 
     return make
+
+
+def _own_range(mesh: Mesh, size: int) -> tuple[int, int]:
+    """Which examples of a microbatch are on this process's devices."""
+    own = [device.process_index == jax.process_index() for device in mesh.devices.flat]
+    share = size // mesh.size
+    begin = own.index(True)
+    return begin * share, (begin + sum(own)) * share
+
+
+def _filled(array: np.ndarray, length: int) -> np.ndarray:
+    """The array with zeros after it, up to a length."""
+    missing = length - len(array)
+    if not missing:
+        return array
+    return np.concatenate([array, np.zeros((missing, *array.shape[1:]), array.dtype)])
 
 
 @functools.lru_cache(maxsize=256)
@@ -102,4 +129,6 @@ def _mask(present: int, size: int, sharding: NamedSharding, entries: int = 1) ->
     """
     mask = np.zeros((size, entries), np.float32)
     mask[:present, 0] = 1
-    return jax.device_put(mask.ravel(), sharding)
+    return jax.make_array_from_callback(
+        (size * entries,), sharding, lambda index: mask.ravel()[index]
+    )

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import microbatches, step
+from bigbatch import distributed, microbatches, step
 from bigbatch.checks import Checks
 from bigbatch.data import stream
 from bigbatch.optimizer import Optimizer
@@ -123,7 +123,7 @@ def prepare_task(
 
     def init_state() -> step.State:
         state = programs.init_state(jax.random.key(seed))
-        return programs.divide(jax.device_put(state, NamedSharding(mesh, step.REPLICATED)))
+        return programs.divide(distributed.put(state, NamedSharding(mesh, step.REPLICATED)))
 
     return Updates(
         plan=plan,

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import sharded_optimizer, step
+from bigbatch import compilation_cache, sharded_optimizer, step
+from bigbatch.checkpoint import checksum
 from bigbatch.task import PyTree, Task
 
 
@@ -29,6 +31,7 @@ class Programs:
       init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
       divide: from a state as in a checkpoint, replicated, to that which the updates take.
       unite: and back. Both the same one where the optimizer's state is not divided.
+      snapshot: compiled; a state as in a checkpoint in buffers of its own, and its checksum.
       empty_accumulator: makes the accumulator that the first update starts with.
       reproducible_unit_examples: of an addend of the reproducible sums; None where they are not.
     """
@@ -39,6 +42,7 @@ class Programs:
     init_state: Callable[[jax.Array], step.State]
     divide: Callable[[step.State], step.State]
     unite: Callable[[step.State], step.State]
+    snapshot: Callable[[step.State], tuple[step.State, jax.Array]]
     empty_accumulator: Callable[[], step.Accumulator]
     reproducible_unit_examples: int | None = None
 
@@ -54,6 +58,7 @@ class Programs:
 
 
 @functools.cache
+@compilation_cache.guarded()
 def compile_programs(
     task: Task,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -124,7 +129,8 @@ def compile_programs(
     quick = {"xla_backend_optimization_level": 0}
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     init_state = jax.jit(first_state, compiler_options=quick if on_cpu else None)
-    state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
+    whole = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
+    state = whole
     divide: Callable[[step.State], step.State] = _unchanged
     unite = divide
     update: Callable = step.apply_update
@@ -169,13 +175,18 @@ def compile_programs(
         },
         apply_update=apply_update.lower(state, accumulator, hyper).compile(),
         evaluate=evaluate.lower(state, microbatch(evaluation_examples, training=False)).compile(),
-        init_state=init_state,
+        init_state=init_state.lower(jax.random.key(0)).compile(),
         divide=divide,
         unite=unite,
-        empty_accumulator=jax.jit(empty),
+        snapshot=jax.jit(_snapshot).lower(whole).compile(),
+        empty_accumulator=jax.jit(empty).lower().compile(),
         reproducible_unit_examples=unit_examples if reproducible else None,
     )
 
 
 def _unchanged(state: step.State) -> step.State:
     return state
+
+
+def _snapshot(state: step.State) -> tuple[step.State, jax.Array]:
+    return jax.tree.map(jnp.copy, state), checksum(state)

@@ -5,9 +5,13 @@ it has been trained) must be what it was. What the hardware asks for, and how of
 evaluated and saved, may change at every start.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Set
+from importlib import metadata
 from typing import Any
 
+from bigbatch import distributed
 from bigbatch.checkpoint import Checkpoints
 from bigbatch.config import Config, read_config
 from bigbatch.config_fields import UNITS
@@ -15,13 +19,16 @@ from bigbatch.errors import Problem, UserError
 from bigbatch.plan import Plan
 from bigbatch.workdir import Workdir, read_json, write_json, write_text
 
-_INTERVALS = ("log_every", "evaluate_every", "checkpoint_every")
+# Processes with other versions may compute something else.
+_SAME_VERSIONS = ("bigbatch", "jax", "numpy", "optax")
+_INTERVALS = ("log_every", "evaluate_every", "checkpoint_every", "keep_every")
 # Fields that may change between two starts of a run.
 _FREE_FIELDS = {
     "microbatch_examples_per_device",
     "shard_optimizer",
     "evaluation_batch_examples",
     "reestimate_examples",
+    "keep_checkpoints",
     "data.directory",
     "experiment",
     *(f"{interval}_{unit}" for interval in _INTERVALS for unit in UNITS),
@@ -38,12 +45,38 @@ def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> 
       files: the directory.
       change_future: whether the plan may differ from the directory's after what has been trained.
 
+    With many processes all call it; process 0 writes, and the others read what it has written.
+
     Returns:
       The plan to train: the directory's own where the config still gives the same.
 
     Raises:
       UserError: the directory cannot be used, or holds another run; nothing in it was changed.
     """
+    versions = {package: metadata.version(package) for package in _SAME_VERSIONS}
+    asked = {
+        **_flat(config.tree, {"data.directory"}),
+        "change-future": change_future,
+        "versions": versions,
+    }
+    distributed.agree(asked, "value")
+    plans: list[Plan] = []
+    distributed.on_first(lambda: plans.append(_open(config, files, change_future)))
+    plan = distributed.together(lambda: plans[0] if plans else _of_first(files))
+    distributed.agree({"plan": plan.fingerprint}, "plan (a workdir that all processes see)")
+    return plan
+
+
+def _of_first(files: Workdir) -> Plan:
+    """The plan that process 0 has written."""
+    if not files.plan.exists():
+        allowed = "a directory that all processes see; process 0 has written plan.json in its own"
+        raise UserError(Problem("workdir", str(files.path), allowed))
+    return read_plan(files)
+
+
+def _open(config: Config, files: Workdir, change_future: bool) -> Plan:
+    """What `open_run` does on the process that writes."""
     files.claim()
     tree = {"experiment": config.experiment, **config.tree}
     plan = config.plan
@@ -89,18 +122,25 @@ def evaluate_run(files: Workdir) -> dict[str, Any]:
     """
     from bigbatch.evaluate import evaluate
     from bigbatch.run import prepare
+    from bigbatch.train import restore
 
     tree = read_json(files.config)
     experiment = tree.pop("experiment", "")
     run = prepare(read_config(tree, experiment), read_plan(files))
     with Checkpoints(files.checkpoints) as checkpoints:
-        latest = checkpoints.latest()
-        if latest is None:
-            allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
-            raise UserError(Problem("workdir", str(files.path), allowed))
-        target = run.programs.unite(run.init_state())
-        state = run.programs.divide(checkpoints.restore(latest[0], target))
-    return {"updates": latest[0], **evaluate(run, state)}
+        state, progress = restore(run, checkpoints)
+    if progress.updates == 0:
+        allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
+        raise UserError(Problem("workdir", str(files.path), allowed))
+    return {"updates": progress.updates, **evaluate(run, state)}
+
+
+def whose(config: Config) -> str:
+    """A name of the run of a config: a hash of the fields that decide what it trains."""
+    fields = json.dumps(
+        _flat(config.tree, _FREE_FIELDS | _PLAN_FIELDS), sort_keys=True, default=str
+    )
+    return hashlib.sha256(fields.encode()).hexdigest()
 
 
 def check_same(files: Workdir, config: Config) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import microbatches, step
+from bigbatch import distributed, microbatches, step
 from bigbatch.config import Config
 from bigbatch.controller import Controller
 from bigbatch.data import on_device
@@ -121,7 +121,7 @@ def prepare(
 
     def init_state() -> step.State:
         state = programs.init_state(jax.random.key(config.seed))
-        return programs.divide(jax.device_put(state, NamedSharding(mesh, step.REPLICATED)))
+        return programs.divide(distributed.put(state, NamedSharding(mesh, step.REPLICATED)))
 
     return Run(
         config=config,

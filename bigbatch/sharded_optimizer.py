@@ -27,11 +27,13 @@ from bigbatch import units
 from bigbatch.gradient_noise import BIG_SQUARE, SMALL_SQUARES
 from bigbatch.step import (
     DATA_AXIS,
+    GRADIENT_IS_FINITE,
     REPLICATED,
     SHARDED,
     Accumulator,
     State,
     advance_running_statistics,
+    all_finite,
 )
 from bigbatch.task import PyTree, Sums, Task
 from bigbatch.update_rules import in_shape_of
@@ -93,9 +95,10 @@ def apply_update(
     emptied = jax.lax.with_sharding_constraint(
         jax.tree.map(jnp.zeros_like, accumulator), NamedSharding(mesh, SHARDED)
     )
-    sums = total.sums
+    # A gradient that is not finite makes parameters that are not, and all devices hold those.
+    sums = {**total.sums, GRADIENT_IS_FINITE: all_finite(new_params)}
     if SMALL_SQUARES in sums:
-        sums = {**sums, BIG_SQUARE: units.square(gradients)}
+        sums |= {BIG_SQUARE: units.square(gradients)}
     return State(new_params, running, optimizer_state), emptied, sums
 
 

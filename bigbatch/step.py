@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -27,6 +28,7 @@ from bigbatch.update_rules import evaluation_params
 
 DATA_AXIS = "data"
 IS_EXACT = "is_exact"
+GRADIENT_IS_FINITE = "gradient_is_finite"
 REPLICATED = PartitionSpec()
 SHARDED = PartitionSpec(DATA_AXIS)
 
@@ -66,11 +68,14 @@ class Accumulator(NamedTuple):
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of the given devices, by default all there are, along the axis `data`."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        (len(devices),), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,), devices=devices
+    """A mesh of the given devices, by default all there are, along the axis `data`.
+
+    The devices of one process are neighbours.
+    """
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
     )
+    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
@@ -228,9 +233,10 @@ def apply_update(
 
     Returns:
       The next state, the accumulator emptied, and the loss's sums over the whole update, with
-      those of the noise measurement where `accumulate` made it. With reproducible sums there is
-      also `is_exact`: where it is 0 a bound has failed, and the next state is the old one with
-      bounds that hold; the same update is to be computed again.
+      `gradient_is_finite`, 1 or 0, of the mean gradient, and those of the noise measurement where
+      `accumulate` made it. With reproducible sums there is also `is_exact`: where it is 0 a bound
+      has failed, and the next state is the old one with bounds that hold; the same update is to be
+      computed again.
     """
 
     def on_device(
@@ -272,9 +278,9 @@ def apply_update(
         )
         params = optax.apply_updates(state.params, changes)
         next_state = State(params, running, optimizer_state, state.bounds)
-        sums = total.sums
+        sums = {**total.sums, GRADIENT_IS_FINITE: all_finite(gradients)}
         if SMALL_SQUARES in sums:
-            sums = {**sums, BIG_SQUARE: units.square(gradients)}
+            sums |= {BIG_SQUARE: units.square(gradients)}
         return next_state, sums
 
     return jax.shard_map(
@@ -283,6 +289,12 @@ def apply_update(
         in_specs=(REPLICATED, SHARDED, REPLICATED),
         out_specs=(REPLICATED, SHARDED, REPLICATED),
     )(state, accumulator, hyper)
+
+
+def all_finite(tree: PyTree) -> jax.Array:
+    """float32 scalar: 1 where every number of a tree is finite, else 0."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return jnp.all(jnp.stack(leaves)).astype(jnp.float32)
 
 
 def advance_running_statistics(

@@ -1,9 +1,13 @@
 """The training loop: a plan, a stream of examples and two compiled functions.
 
 It may be killed at any moment. Called again on the same working directory it continues from the
-newest checkpoint, and ends with the same parameters: bit for bit on the same devices.
+newest checkpoint, and ends with the same parameters: bit for bit on the same devices. Told to stop,
+it drops the update that it is in and saves the state at its start.
+
+With many processes all of them run this loop and decide the same; process 0 alone writes.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -17,23 +21,37 @@ import numpy as np
 from jax.sharding import NamedSharding
 from tqdm import tqdm
 
-from bigbatch import gradient_noise, metrics, microbatches, step, training_log, workdir
+from bigbatch import (
+    distributed,
+    gradient_noise,
+    metrics,
+    microbatches,
+    step,
+    training_log,
+    workdir,
+)
 from bigbatch.checkpoint import Checkpoints, params_sha256
 from bigbatch.course import Course
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.data.record_set import RecordSet
+from bigbatch.errors import StoppedError
 from bigbatch.evaluate import evaluate
 from bigbatch.event_files import EventFiles
 from bigbatch.plan import Row
+from bigbatch.preemption import StopNoticeError, StopRequest
+from bigbatch.resume import whose
 from bigbatch.run import Run, Updates
 from bigbatch.task import Sums
 from bigbatch.training_log import Progress
+from bigbatch.watch import STALL_S, Watchdog
 
 # Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
 MICROBATCHES_IN_FLIGHT = 4
 
 
-def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str, Any]:
+def train(
+    run: Run, directory: Path, *, show_progress: bool = False, stall_s: float = STALL_S
+) -> dict[str, Any]:
     """Trains the run's plan to its end, from wherever the working directory stands.
 
     Args:
@@ -41,27 +59,48 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
       directory: a working directory that was claimed for this run.
       show_progress: whether to show a progress bar (on a terminal) and every evaluation, on
         standard error.
+      stall_s: seconds without a movement after which a word is said on standard error.
 
     Returns:
       What was written to result.json.
 
     Raises:
-      RunError: the loss is no longer finite.
+      RunError: the loss is no longer finite, or a checkpoint cannot be written.
+      StoppedError: SIGTERM or the runtime asked for it; the state is saved.
     """
     files = workdir.Workdir(directory)
-    with Checkpoints(files.checkpoints) as checkpoints:
+    show_progress = show_progress and distributed.is_first()
+    kept = functools.partial(_kept, run)
+    with Checkpoints(files.checkpoints, run.config.keep_checkpoints, kept) as checkpoints:
         state, progress = restore(run, checkpoints)
         course = Course(run.plan, run.controller, progress.controller)
         run = _as_known(run, course, files)
-        metrics.truncate(files.metrics, last_update=progress.updates)
+        distributed.on_first(lambda: _truncate(files, progress))
         with (
-            metrics.MetricsLog(files.metrics, _events(run, files, progress)) as log,
+            metrics.MetricsLog(
+                files.metrics if distributed.is_first() else None, _events(run, files, progress)
+            ) as log,
             training_log.progress_bar(run, progress, show_progress) as bar,
         ):
-            say = functools.partial(bar.write, file=sys.stderr) if show_progress else None
-            state, progress = _loop(run, course, files, state, progress, checkpoints, log, bar, say)
-    run = _as_known(run, course, files)
-    if run.controller is not None:
+            say = functools.partial(bar.write, file=sys.stderr)
+            with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
+                loop = _Loop(
+                    run=run,
+                    state=state,
+                    progress=progress,
+                    checkpoints=checkpoints,
+                    log=log,
+                    bar=bar,
+                    say=say if show_progress else None,
+                    watchdog=watchdog,
+                    stop=stop,
+                    course=course,
+                    files=files,
+                )
+                loop.run_updates()
+    progress = loop.progress
+    run = loop.run
+    if run.controller is not None and distributed.is_first():
         workdir.write_text(files.plan, course.to_json())
     result = {
         "updates": run.plan.num_updates,
@@ -71,16 +110,20 @@ def train(run: Run, directory: Path, *, show_progress: bool = False) -> dict[str
         "train_loss": progress.train_loss,
         "seconds": round(progress.seconds, 3),
         "compilations": run.programs.compilations,
-        "params_sha256": params_sha256(state.params),
+        "params_sha256": params_sha256(loop.state.params),
     }
     if isinstance(run.data, RecordSet) and run.config.data.on_bad_record == "replace":
-        result["bad_records"] = run.data.num_bad_records
-    workdir.write_json(files.result, result)
+        # Each process has read its own devices' part of them.
+        bad = distributed.gather(str(run.data.num_bad_records).encode())
+        result["bad_records"] = sum(map(int, bad))
+    distributed.on_first(lambda: workdir.write_json(files.result, result))
     return result
 
 
-def _events(run: Run, files: workdir.Workdir, progress: Progress) -> EventFiles:
-    """The TensorBoard files of a run that goes on from there."""
+def _events(run: Run, files: workdir.Workdir, progress: Progress) -> EventFiles | None:
+    """The TensorBoard files of a run that goes on from there; process 0 writes them."""
+    if not distributed.is_first():
+        return None
     done = progress.updates
     examples = int(run.plan.batch_sizes[:done].sum())
     return EventFiles(
@@ -88,19 +131,52 @@ def _events(run: Run, files: workdir.Workdir, progress: Progress) -> EventFiles:
     )
 
 
+def _truncate(files: workdir.Workdir, progress: Progress) -> None:
+    """Removes what the log says of the time after the checkpoint."""
+    metrics.truncate(
+        files.metrics, last_update=progress.updates, without_test=progress.evaluation_due
+    )
+
+
 def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
-    """The state and progress of the newest checkpoint, or of the start."""
-    state = run.init_state()
-    latest = checkpoints.latest()
-    if latest is None:
-        return state, Progress()
-    update, record = latest
-    state = checkpoints.restore(update, run.programs.unite(state))
-    return run.programs.divide(state), Progress.read(record["progress"])
+    """The state and progress of the newest checkpoint that is whole, or of the start."""
+    programs, start = run.programs, run.init_state()
+    restored = checkpoints.restore(
+        programs.unite(start),
+        lambda state: int(programs.snapshot(state)[1]),
+        whose(run.config),
+        _warn,
+    )
+    if restored is None:
+        return start, Progress()
+    return programs.divide(restored.state), Progress.read(restored.record["progress"])
+
+
+def _warn(text: str) -> None:
+    if distributed.is_first():
+        print(f"bigbatch: warning: {text}", file=sys.stderr)
+
+
+def _kept(run: Run, updates_done: int) -> bool:
+    """Whether the checkpoint after so many updates is kept for good."""
+    every = run.config.keep_every
+    if every is None or not 0 < updates_done <= run.plan.num_updates:
+        return False
+    return every.due(*_span(run, run.plan.row(updates_done - 1)))
+
+
+def _span(run: Run, row: Row) -> tuple[int, int, int, int]:
+    """What an interval asks of an update."""
+    return row.first_example, row.batch_size, row.update, run.plan.train_examples
 
 
 def updates(
-    run: Updates, state: step.State, first_update: int, course: Course | None = None
+    run: Updates,
+    state: step.State,
+    first_update: int,
+    course: Course | None = None,
+    watchdog: Watchdog | None = None,
+    stop: StopRequest | None = None,
 ) -> Generator[tuple[Row, step.State, Sums], None, None]:
     """Runs the plan from an update on.
 
@@ -110,6 +186,11 @@ def updates(
       first_update: its number.
       course: of an adaptive run. The measurement of each update goes into it before the one after
         the next is asked for.
+      watchdog: is told what is waited for.
+      stop: is asked before every microbatch.
+
+    Raises:
+      StopNoticeError: `stop` says so; the state that was yielded last still stands.
 
     Yields:
       For each update its row of the plan, the state after it and its loss's sums, both still being
@@ -121,6 +202,7 @@ def updates(
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
     replicated = NamedSharding(run.mesh, step.REPLICATED)
     precision = jax.tree.leaves(state.params)[0].dtype
+    watchdog, stop = watchdog or Watchdog(), stop or StopRequest()
     accumulator = run.programs.empty_accumulator()
     course = Course(run.plan) if course is None else course
     update, known = first_update, course.known_updates
@@ -132,17 +214,21 @@ def updates(
             waited_s = parts.waited_s
             addends = run.programs.addends(row.batch_size)
             for _ in run.layout.microbatches(row.batch_size):
-                size, examples = next(parts)
+                stop.check()
+                with watchdog.phase("input"):
+                    size, examples = next(parts)
                 accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
                 if one_at_a_time and run.layout.devices < run.mesh.size:
-                    jax.block_until_ready(accumulator)
+                    with watchdog.phase(_waits_for()):
+                        jax.block_until_ready(accumulator)
             hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
-            hyper = jax.device_put(hyper, replicated)
+            hyper = distributed.put(hyper, replicated)
             state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
             while addends and not bool(sums[step.IS_EXACT]):
                 state, accumulator, sums = _again(run, row, state, accumulator, hyper)
             if one_at_a_time:
-                jax.block_until_ready(state)
+                with watchdog.phase(_waits_for()):
+                    jax.block_until_ready(state)
             reported: dict[str, Any] = {**sums, "input_wait_s": parts.waited_s - waited_s}
             yield row, state, reported
             # The next update may just have become known: its microbatches are made while this one
@@ -155,7 +241,8 @@ def _as_known(run: Run, course: Course, files: workdir.Workdir) -> Run:
     """The run with all that is known of its plan, which an adaptive run also writes down."""
     if run.plan is course.plan:
         return run
-    workdir.write_text(files.plan, course.to_json())
+    if distributed.is_first():
+        workdir.write_text(files.plan, course.to_json())
     return dataclasses.replace(run, plan=course.plan)
 
 
@@ -171,61 +258,121 @@ def _again(
     return run.programs.apply_update(state, accumulator, hyper)
 
 
-def _loop(
-    run: Run,
-    course: Course,
-    files: workdir.Workdir,
-    state: step.State,
-    progress: Progress,
-    checkpoints: Checkpoints,
-    log: metrics.MetricsLog,
-    bar: tqdm,
-    say: Callable[[str], None] | None,
-) -> tuple[step.State, Progress]:
-    """Runs the updates that are left, and logs, evaluates and saves in between."""
-    config, train_examples = run.config, run.plan.train_examples
-    start_s = time.monotonic() - progress.seconds
-    late: tuple[Row, Sums] | None = None
+def _waits_for() -> str:
+    """What a call that is not done waits for."""
+    return "device" if jax.process_count() == 1 else "other host"
 
-    def take(progress: Progress, row: Row, sums: Sums) -> Progress:
-        course.observe(gradient_noise.measurement_of(sums))
-        now_s = time.monotonic() - start_s
-        progress = progress._replace(controller=course.saved)
-        return training_log.record(run, progress, row, sums, log, now_s)
 
-    remaining = updates(run, state, progress.updates, course)
-    for row, state, sums in remaining:
+@dataclasses.dataclass(kw_only=True)
+class _Loop:
+    """The updates that are left, and what is logged, evaluated and saved in between.
+
+    Attributes:
+      state: after the last update whose row was yielded; the next `apply_update` takes it.
+      progress: of the updates whose sums have been read, one fewer at times.
+    """
+
+    run: Run
+    state: step.State
+    progress: Progress
+    checkpoints: Checkpoints
+    log: metrics.MetricsLog
+    bar: tqdm
+    say: Callable[[str], None] | None
+    watchdog: Watchdog
+    stop: StopRequest
+    course: Course
+    files: workdir.Workdir
+
+    def __post_init__(self) -> None:
+        self._start_s = time.monotonic() - self.progress.seconds
+        self._late: tuple[Row, Sums] | None = None
+        self._saved_updates = self.progress.updates
+
+    def run_updates(self) -> None:
+        """Goes on to the end of the plan, or to the moment at which it is told to stop."""
+        try:
+            if self.progress.evaluation_due:
+                self._evaluate(self.run.plan.row(self.progress.updates - 1))
+            first = self.state, self.progress.updates
+            remaining = updates(self.run, *first, self.course, self.watchdog, self.stop)
+            with contextlib.closing(remaining):
+                for row, state, sums in remaining:
+                    self.state = state
+                    self._after(row, sums)
+        except StopNoticeError:
+            self._read_late()
+            self._save()
+            raise StoppedError(
+                f"told to stop: saved after update {self.progress.updates:,} of "
+                f"{self.run.plan.num_updates:,}; the same command continues"
+            ) from None
+
+    def _after(self, row: Row, sums: Sums) -> None:
+        """What is due after an update."""
         # The update before this one: the device has finished it or will not wait for us.
-        if late is not None:
-            progress = take(progress, *late)
-            run = _as_known(run, course, files)
-            bar.total = run.plan.num_examples
-        late = row, sums
-        bar.update(row.batch_size)
-        bar.set_postfix(batch_size=row.batch_size, loss=progress.train_loss, refresh=False)
-        span = row.first_example, row.batch_size, row.update, train_examples
-        is_last = row.update + 1 == run.plan.num_updates
+        self._read_late()
+        self._late = row, sums
+        self.watchdog.moved(f"update {row.update:,}, batch size {row.batch_size:,}")
+        self.bar.update(row.batch_size)
+        loss = self.progress.train_loss
+        self.bar.set_postfix(batch_size=row.batch_size, loss=loss, refresh=False)
+        config, span = self.run.config, _span(self.run, row)
+        is_last = row.update + 1 == self.run.plan.num_updates
         evaluation_due = is_last or config.evaluate_every.due(*span)
         checkpoint_due = is_last or config.checkpoint_every.due(*span)
+        checkpoint_due = checkpoint_due or _kept(self.run, row.update + 1)
         if evaluation_due or checkpoint_due:
-            progress = take(progress, *late)
-            late = None
+            self._read_late()
         if evaluation_due:
-            test = evaluate(run, state)
-            log.write(training_log.position(run, row) | test)
-            if say is not None:
-                say(training_log.evaluation_line(run, row, progress, test))
-            progress = progress._replace(
-                test_loss=test["test_loss"], test_accuracy=test["test_accuracy"]
-            )
+            self._evaluate(row)
         if checkpoint_due:
-            progress = progress._replace(seconds=time.monotonic() - start_s)
-            record = {
-                "progress": progress._asdict(),
-                "examples": row.first_example + row.batch_size,
-                "plan": run.plan.fingerprint,
-                "seed": config.seed,
-            }
-            log.sync()
-            checkpoints.save(row.update + 1, run.programs.unite(state), record)
-    return state, progress
+            self._save()
+
+    def _read_late(self) -> None:
+        """Reads the sums of the update that was sent last, and logs them where that is due."""
+        if self._late is not None:
+            with self.watchdog.phase(_waits_for()):
+                jax.block_until_ready(self._late[1])
+            late, self._late = self._late, None
+            now_s = time.monotonic() - self._start_s
+            self.course.observe(gradient_noise.measurement_of(late[1]))
+            self.progress = self.progress._replace(controller=self.course.saved)
+            self.progress = training_log.record(self.run, self.progress, *late, self.log, now_s)
+            self.run = _as_known(self.run, self.course, self.files)
+            self.bar.total = self.run.plan.num_examples
+
+    def _evaluate(self, row: Row) -> None:
+        self.progress = self.progress._replace(evaluation_due=True)
+        with self.watchdog.phase("evaluation"):
+            test = evaluate(self.run, self.state, self.stop)
+        self.log.write(training_log.position(self.run, row) | test)
+        if self.say is not None:
+            self.say(training_log.evaluation_line(self.run, row, self.progress, test))
+        self.progress = self.progress._replace(
+            evaluation_due=False,
+            test_loss=test["test_loss"],
+            test_accuracy=test["test_accuracy"],
+        )
+
+    def _save(self) -> None:
+        """Saves the state, unless this very update is saved."""
+        updates_done = self.progress.updates
+        if updates_done == self._saved_updates:
+            return
+        self._saved_updates = updates_done
+        self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
+        last = self.run.plan.row(updates_done - 1)
+        # The next update takes the buffers of this state while they are still being written.
+        state, checksum = self.run.programs.snapshot(self.run.programs.unite(self.state))
+        record = {
+            "run": whose(self.run.config),
+            "checksum": int(checksum),
+            "progress": self.progress._asdict(),
+            "examples": last.first_example + last.batch_size,
+            "plan": self.run.plan.fingerprint,
+            "seed": self.run.config.seed,
+        }
+        self.log.sync()
+        with self.watchdog.phase("checkpoint"):
+            self.checkpoints.save(updates_done, state, record)

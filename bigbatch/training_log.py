@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bigbatch import gradient_noise, metrics
+from bigbatch import divergence, gradient_noise, metrics
 from bigbatch.errors import RunError
 from bigbatch.plan import Row
 from bigbatch.run import Run
@@ -26,6 +26,7 @@ class Progress(NamedTuple):
       train_loss: of that record.
       test_loss: of the last evaluation.
       test_accuracy: likewise.
+      evaluation_due: whether the evaluation after the last update was cut short.
       noise: averages of the gradient noise, empty where it is not measured.
       controller: an adaptive run's decisions so far and what the next is made from; see `course`.
     """
@@ -40,6 +41,7 @@ class Progress(NamedTuple):
     test_loss: float = math.nan
     test_accuracy: float = math.nan
     controller: dict[str, Any] | None = None
+    evaluation_due: bool = False
     noise: gradient_noise.Smoothed = gradient_noise.Smoothed()
 
     @classmethod
@@ -53,8 +55,11 @@ def record(
 ) -> Progress:
     """Adds an update's sums to the progress, and writes a record where one is due."""
     loss, count = float(sums["loss"]), float(sums["count"])
-    if not math.isfinite(loss):
-        raise RunError(_diverged(progress, row, loss))
+    if not (math.isfinite(loss) and float(sums["gradient_is_finite"])):
+        what = (
+            "the gradient is not finite" if math.isfinite(loss) else f"the training loss is {loss}"
+        )
+        raise RunError(divergence.diagnosis(run.plan, row, what, progress.train_loss))
     progress = progress._replace(
         updates=row.update + 1,
         loss_sum=progress.loss_sum + loss,
@@ -118,17 +123,6 @@ def evaluation_line(run: Run, row: Row, progress: Progress, test: dict[str, floa
         f"{run.plan.num_updates:,}, batch size {row.batch_size:,}: train loss "
         f"{progress.train_loss:.4g}, test loss {test['test_loss']:.4g}, test accuracy "
         f"{test['test_accuracy']:.2%}"
-    )
-
-
-def _diverged(progress: Progress, row: Row, loss: float) -> str:
-    """What to say when the loss is not finite."""
-    hyper = ", ".join(f"{name} {value:g}" for name, value in row.hyper.items())
-    return (
-        f"the training loss became {loss} in update {row.update} (epoch {row.epoch:.3g}, "
-        f"batch size {row.batch_size}, {hyper}, noise scale {row.noise_scale:.4g}). The last one "
-        f"logged before is {progress.train_loss:.4g}. Checkpoints of earlier updates are kept. "
-        "A lower policy.learning_rate, a warm-up or a lower momentum is what usually helps."
     )
 
 

@@ -1,8 +1,5 @@
 """The compiled functions: their collectives, their independence of the hardware, their numbers."""
 
-import re
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,24 +10,10 @@ from bigbatch import layout, step, train
 from bigbatch.data import stream
 from bigbatch.microbatches import place
 from tests import trained
+from tests.hlo import collectives
+from tests.trained import FLOAT64_MODEL
 
-COLLECTIVE = re.compile(
-    r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all)"
-    r"(?:-start)?\("
-)
-FLOAT64_MODEL = {
-    "name": "wide_resnet",
-    "depth": 10,
-    "width": 1,
-    "strides": [2, 2, 1],
-    "dtype": "float64",
-}
 NUM_UPDATES = 20
-
-
-def collectives(program) -> Counter:
-    """How often each collective is called in the compiled program's text."""
-    return Counter(COLLECTIVE.findall(program.as_text()))
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -142,8 +125,10 @@ def test_a_masked_ghost_batch_adds_exactly_nothing(monkeypatch):
     examples = stream.examples(run.data.train, 0, 0, 32)
 
     def total(share: int, present: int):
-        part = {name: array[:present] for name, array in examples.items()}
-        microbatch = place(part, share, 32, run.mesh)
+        def source(first: int, number: int):
+            return {name: array[first : first + number] for name, array in examples.items()}
+
+        microbatch = place(source, 0, present, share, 32, run.mesh)
         accumulator = programs.accumulate[share](state, programs.empty_accumulator(), microbatch)
         return jax.tree.map(np.asarray, accumulator)
 

@@ -18,6 +18,14 @@ DECAY = {
 }
 GROW = {"name": "grow_batch", "max_batch_size": 160}
 
+FLOAT64_MODEL = {
+    "name": "wide_resnet",
+    "depth": 10,
+    "width": 1,
+    "strides": [2, 2, 1],
+    "dtype": "float64",
+}
+
 
 def tree(**changes: Any) -> dict[str, Any]:
     """A valid config: 20 updates, 9 of batch size 32 and 11 of 160, with momentum."""

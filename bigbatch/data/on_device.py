@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bigbatch import distributed
 from bigbatch.data import augment as augment_lib
 from bigbatch.data import stream
 from bigbatch.data.augment import Augment
@@ -69,7 +70,7 @@ def maker(
       is 0. It has no collective: each device makes its own examples.
     """
     mesh, spec = sharding.mesh, sharding.spec
-    held = jax.device_put((data.images, data.labels), NamedSharding(mesh, PartitionSpec()))
+    held = distributed.put((data.images, data.labels), NamedSharding(mesh, PartitionSpec()))
 
     def look_up(held: tuple[jax.Array, jax.Array], given: dict[str, jax.Array]) -> Any:
         images, labels = (array.at[given[_INDEX]].get(mode="clip") for array in held)

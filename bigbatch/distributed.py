@@ -1,0 +1,243 @@
+"""Many processes, one run: how they start, agree and put values on the devices of all of them.
+
+Every process runs the same command and the same program. Process 0 alone writes the working
+directory; the others read it, so it must be a directory that all of them see. What a process
+decides by itself (a file that is missing, a checkpoint that it cannot read) is told to all, and all
+go on or end together: a process that left alone would leave the others waiting in a collective.
+
+With one process everything here is the plain thing itself.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from bigbatch.checks import Checks
+from bigbatch.errors import Problem, RunError, StoppedError, UserError
+
+Value = TypeVar("Value")
+
+# A process that has not been heard of for so long is gone: the others end.
+HEARTBEAT_TIMEOUT_S = 45
+# Processes exchange messages of one size, so that one program serves them all.
+_MESSAGE_BYTES = 4096
+_LENGTH_BYTES = 8
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+def start(
+    coordinator: str | None = None, num_processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins the processes of a run, before JAX looks for devices. May be called again.
+
+    Without arguments the processes are found where the environment tells of them: in a Slurm step
+    of several tasks, and on the hosts of a Cloud TPU. Anywhere else there is one process.
+
+    Args:
+      coordinator: HOST:PORT of process 0, reachable from all.
+      num_processes: how many there are.
+      process: the number of this one, from 0.
+
+    Raises:
+      UserError: the arguments are incomplete or out of range.
+      RunError: the others were not found.
+    """
+    given = {"coordinator": coordinator, "num-processes": num_processes, "process": process}
+    if any(value is not None for value in given.values()):
+        _check(given)
+    elif not (_in_slurm_step() or _on_cloud_tpu()):
+        return
+    if jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            cluster_detection_method=None if coordinator is None else "deactivate",
+        )
+    except ValueError as error:
+        # A TPU that is no part of a cluster, such as a notebook's.
+        if coordinator is None and not _in_slurm_step() and "should be defined" in str(error):
+            return
+        raise RunError(f"the processes of this run did not find each other: {error}") from error
+    except RuntimeError as error:
+        raise RunError(f"the processes of this run did not find each other: {error}") from error
+
+
+@contextlib.contextmanager
+def joined(
+    coordinator: str | None, num_processes: int | None, process: int | None
+) -> Iterator[None]:
+    """`start`, and an end that leaves no process behind.
+
+    A process that fails ends without waiting for the others: they lose their connection to it, and
+    end too.
+
+    Raises:
+      RunError: another process has gone.
+    """
+    start(coordinator, num_processes, process)
+    try:
+        yield
+    except StoppedError:
+        raise
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        # JAX's own, registered before and so called after, would wait for all processes.
+        atexit.register(_end_now, 2 if isinstance(error, UserError) else 1)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            first_line = str(error).strip().splitlines()[0]
+            raise RunError(
+                "another process of this run has gone, or the connection to it "
+                f"({first_line}). Start all of them again: they continue from the newest checkpoint"
+            ) from error
+        raise
+
+
+def _end_now(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def say(text: str) -> None:
+    """Prints a line, on process 0 only."""
+    if is_first():
+        print(text)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def gather(message: bytes) -> list[bytes]:
+    """One message of every process, by process; all must call."""
+    # A process that was not joined to others need not start a device to know.
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return [message]
+    framed = len(message).to_bytes(_LENGTH_BYTES, "little") + message
+    received: list[bytes] = [b""] * jax.process_count()
+    while True:
+        piece = framed[len(received[0]) :][:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
+        pieces = multihost_utils.process_allgather(np.frombuffer(piece, np.uint8))
+        received = [
+            old + np.asarray(new, np.uint8).tobytes()
+            for old, new in zip(received, pieces, strict=True)
+        ]
+        lengths = [int.from_bytes(text[:_LENGTH_BYTES], "little") for text in received]
+        if len(received[0]) >= _LENGTH_BYTES + max(lengths):
+            bodies = zip(received, lengths, strict=True)
+            return [text[_LENGTH_BYTES : _LENGTH_BYTES + length] for text, length in bodies]
+
+
+def together(function: Callable[[], Value]) -> Value:
+    """Calls a function on every process; where one fails, all fail.
+
+    Returns:
+      This process's value.
+
+    Raises:
+      UserError, RunError: what this process's call raised, or in words what another's did.
+    """
+    failure: Exception | None = None
+    try:
+        value = function()
+    except (UserError, RunError) as error:
+        failure = error
+    others = gather(json.dumps(_as_message(failure)).encode())
+    if failure is not None:
+        raise failure
+    for process, text in enumerate(others):
+        message = json.loads(text)
+        if message is not None:
+            raise RunError(f"process {process} cannot go on: {message}")
+    return value
+
+
+def on_first(function: Callable[[], None]) -> None:
+    """Calls a function on process 0; the others wait for it, and fail if it fails."""
+    together(function if is_first() else lambda: None)
+
+
+def agree(facts: Mapping[str, Any], what: str) -> None:
+    """Makes sure that all processes hold the same facts.
+
+    Args:
+      facts: plain values by name.
+      what: what they are, in words.
+
+    Raises:
+      UserError: with every fact that differs, and the processes that differ from process 0.
+    """
+    facts = json.loads(json.dumps(facts))
+    everyone = [json.loads(text) for text in gather(json.dumps(facts).encode())]
+    problems = []
+    for name in sorted({name for facts in everyone for name in facts}):
+        values = [json.dumps(facts.get(name)) for facts in everyone]
+        unlike = [process for process, value in enumerate(values) if value != values[0]]
+        if unlike:
+            given = ", ".join(f"process {process}: {values[process]}" for process in unlike[:4])
+            allowed = f"one {what} for all processes; process 0 has {values[0]}"
+            problems.append(Problem(name, given, allowed))
+    if problems:
+        raise UserError(problems)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts host values, which every process holds in full, on the devices of all processes."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def leaf(value: Any) -> jax.Array:
+        array = np.asarray(value)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(leaf, tree)
+
+
+def _as_message(failure: Exception | None) -> str | None:
+    return None if failure is None else str(failure)
+
+
+def _check(given: Mapping[str, Any]) -> None:
+    """Refuses flags that do not name one process of several."""
+    checks = Checks()
+    for name, value in given.items():
+        allowed = "given together with the other two of " + ", ".join(f"--{n}" for n in given)
+        checks.require(value is not None, name, "nothing", allowed)
+    checks.done()
+    host, _, port = given["coordinator"].rpartition(":")
+    allowed = "HOST:PORT of process 0, with a port from 1 to 65535"
+    fits = bool(host) and port.isdigit() and 1 <= int(port) <= 65535
+    checks.require(fits, "coordinator", given["coordinator"], allowed)
+    if checks.whole("num-processes", given["num-processes"], "a whole number, at least 1"):
+        last = given["num-processes"] - 1
+        nearest = min(max(given["process"], 0), last)
+        allowed = f"a whole number from 0 to {last}"
+        checks.require(nearest == given["process"], "process", given["process"], allowed, nearest)
+    checks.done()
+
+
+def _in_slurm_step() -> bool:
+    """Whether this is one of several tasks that `srun` has started."""
+    return all(name in os.environ for name in _SLURM) and int(os.environ["SLURM_NTASKS"]) > 1
+
+
+def _on_cloud_tpu() -> bool:
+    """Whether this host has TPUs that JAX would use."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    return importlib.util.find_spec("libtpu") is not None and "cpu" not in platforms.split(",")[:1]

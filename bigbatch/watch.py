@@ -1,0 +1,79 @@
+"""A watchdog that says what a run is waiting for, when nothing has moved for long.
+
+The loop tells in which phase it is; a thread looks on. It says and does not end anything: a slow
+disk may come back, and a host that is gone is found by JAX's heartbeats.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Self
+
+STALL_S = 60.0
+
+# What the loop can be waiting for, in words for the user.
+PHASES = {
+    "input": "the input: the next microbatch has not been made",
+    "device": "the device: it has not finished what it was sent",
+    "checkpoint": "the checkpoint: the file system has not taken it",
+    "other host": "another host, or the device: an exchange between processes has not ended",
+    "evaluation": "the evaluation",
+}
+
+
+class Watchdog:
+    """Looks after the phases of a loop. Use it as a context manager; without, nobody looks.
+
+    Args:
+      say: told in words when a phase has lasted `stall_s`, and again after each doubling.
+      stall_s: seconds without a movement that are worth a word.
+    """
+
+    def __init__(self, say: Callable[[str], None] = lambda text: None, stall_s: float = STALL_S):
+        self._say = say
+        self._stall_s = stall_s
+        self._where = "at the start"
+        self._phase: tuple[str, float] | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """While the caller waits for one of `PHASES`; phases may lie within each other."""
+        outer = self._phase
+        self._phase = (name, time.monotonic())
+        try:
+            yield
+        finally:
+            # Something has moved: the outer phase counts anew.
+            self._phase = None if outer is None else (outer[0], time.monotonic())
+
+    def moved(self, where: str) -> None:
+        """Notes where the loop is, in words."""
+        self._where = where
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        told: tuple[str, float] | None = None
+        limit_s = self._stall_s
+        while not self._ended.wait(self._stall_s / 10):
+            phase = self._phase
+            if phase is None:
+                continue
+            if phase != told:
+                limit_s = self._stall_s
+            waited_s = time.monotonic() - phase[1]
+            if waited_s >= limit_s:
+                told, limit_s = phase, 2 * waited_s
+                self._say(
+                    f"nothing has moved for {waited_s:.0f} s, {self._where}; waiting for "
+                    f"{PHASES[phase[0]]}"
+                )

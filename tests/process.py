@@ -1,0 +1,45 @@
+"""One of the processes of a float64 run, for the tests: `python -m tests.process OUT [flags]`.
+
+Trains 20 updates over a change of the batch size on all devices of all processes and writes the
+parameters, the evaluation's sums and the collectives of the compiled programs.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from bigbatch import distributed, evaluate, run, train
+from bigbatch.checkpoint import params_sha256
+from tests import trained
+from tests.hlo import collectives
+
+
+def main(out: str, coordinator: str = "", num_processes: str = "1", process: str = "0") -> None:
+    jax.config.update("jax_enable_x64", True)
+    if coordinator:
+        distributed.start(coordinator, int(num_processes), int(process))
+    config = trained.config(model=trained.FLOAT64_MODEL, evaluation_batch_examples=112)
+    prepared = run.prepare(config, config.plan)
+    *_, (_, state, _) = train.updates(prepared, prepared.init_state(), 0)
+    # 360 examples, in microbatches of 112: the last leaves whole processes without examples.
+    test = {"image": prepared.data.test.images, "label": prepared.data.test.labels}
+    sums = evaluate.sums(prepared, state, test)
+    programs = prepared.programs
+    found = {
+        "sums": sums,
+        "devices": prepared.mesh.size,
+        "processes": jax.process_count(),
+        "sha256": params_sha256(state.params),
+        "accumulate": [collectives(program) for program in programs.accumulate.values()],
+        "apply_update": collectives(programs.apply_update),
+        "evaluate": collectives(programs.evaluate),
+    }
+    with open(f"{out}.{jax.process_index()}.json", "w") as file:
+        json.dump(found, file)
+    np.savez(f"{out}.{jax.process_index()}.npz", *map(np.asarray, jax.tree.leaves(state[:2])))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

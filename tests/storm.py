@@ -1,0 +1,125 @@
+"""A storm of SIGKILLs and SIGTERMs over one short run: `python -m tests.storm KILLS [SEED] [DIR]`.
+
+Every process that is started is killed while it lives, at a moment drawn at random: some at fixed
+events (compilation, the writing of a checkpoint, an evaluation, a stage change), some at any time.
+A process that ends by itself before its moment is started over in a new working directory, so that
+the count is of processes that were really killed. At the end the run is left alone, and compared
+with an undisturbed one.
+"""
+
+import collections
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+STAGES, EVALUATE_EVERY = 4, 5
+COMMAND = (
+    *(sys.executable, "-m", "bigbatch", "train", f"--config={ROOT / 'configs/digits.py'}:increase"),
+    *("--config.epochs=15", "--config.policy.boundaries_epochs=(5,9,12)"),
+    *("--config.model.width=1", "--config.checkpoint_every_updates=3"),
+    *(f"--config.evaluate_every_updates={EVALUATE_EVERY}", "--config.log_every_updates=1"),
+)
+MOMENTS = ("start", "compilation", "loop", "checkpoint", "evaluation", "stage change")
+
+
+def records(directory: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    # The last one may just be being written.
+    lines = [line for line in lines if line.endswith("\n")]
+    clocks = ("examples_per_s", "input_wait_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
+
+
+def positions(directory: Path) -> list[tuple[int, int]]:
+    """First and last position of every update, as the training records have them."""
+    train = [record for record in records(directory) if "train_loss" in record]
+    return [(record["examples"] - record["batch_size"], record["examples"]) for record in train]
+
+
+def wait_for(moment: str, directory: Path, process: subprocess.Popen, moments: random.Random):
+    """Returns at a moment of a kind, or when the process has ended."""
+    log, saved = directory / "metrics.jsonl", directory / "checkpoints"
+    before = records(directory) if log.exists() else []
+    sizes = {record["batch_size"] for record in before}
+    if moment == "start":
+        time.sleep(moments.uniform(0, 4))
+        return
+    if moment == "stage change" and len(sizes) == STAGES:
+        moment = "loop"
+
+    def reached() -> bool:
+        if moment == "compilation":
+            return any((directory / "programs").rglob("*.compiling"))
+        if moment == "checkpoint":
+            return saved.exists() and any(saved.glob("*.orbax-checkpoint-tmp"))
+        # A start removes the records past its checkpoint; whatever differs then is new.
+        now = records(directory) if log.exists() else []
+        if moment == "evaluation":
+            return now != before and now[-1]["update"] % EVALUATE_EVERY == EVALUATE_EVERY - 1
+        if moment == "stage change":
+            return bool({record["batch_size"] for record in now} - sizes) and bool(sizes)
+        return now != before
+
+    while process.poll() is None and not reached():
+        time.sleep(0.002)
+    time.sleep(moments.uniform(0, 0.3 if moment == "loop" else 0.05))
+
+
+def storm(directory: Path, kills: int, seed: int) -> collections.Counter:
+    """Kills so many processes of one run, then lets it end; counts the kills by kind and moment."""
+    moments, counts = random.Random(seed), collections.Counter()
+    command = [*COMMAND, f"--workdir={directory}", f"--compilation-cache={directory / 'programs'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
+    while sum(counts.values()) < kills:
+        if (directory / "result.json").exists():
+            raise RuntimeError(f"the run ended after {sum(counts.values())} kills: make it longer")
+        number = moments.choice([signal.SIGKILL, signal.SIGTERM])
+        moment = moments.choice(MOMENTS)
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
+        wait_for(moment, directory, process, moments)
+        if process.poll() is None:
+            process.send_signal(number)
+            status = process.wait(timeout=300)
+            if status in (-number, 143):
+                counts[f"{signal.Signals(number).name} {moment}"] += 1
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return counts
+
+
+def compare(disturbed: Path, undisturbed: Path) -> None:
+    """Makes sure that nothing differs, and that every position was trained exactly once."""
+    results = [json.loads((d / "result.json").read_text()) for d in (disturbed, undisturbed)]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"], "other parameters"
+    assert records(disturbed) == records(undisturbed), "another log"
+    spans = positions(disturbed)
+    assert spans[0][0] == 0, "the first example is missing"
+    follows = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+    assert follows, "a gap or a repetition"
+    assert spans[-1][1] == results[0]["examples"], "the end is missing"
+
+
+def main(kills: str, seed: str = "0", parent: str | None = None) -> None:
+    directory = Path(tempfile.mkdtemp(dir=parent))
+    storm(directory / "undisturbed", 0, 0)
+    counts = storm(directory / "disturbed", int(kills), int(seed))
+    compare(directory / "disturbed", directory / "undisturbed")
+    result = json.loads((directory / "disturbed" / "result.json").read_text())
+    print(f"{sum(counts.values())} processes killed alive; {result['params_sha256']} both times")
+    for name, count in sorted(counts.items()):
+        print(f"{count:4} {name}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

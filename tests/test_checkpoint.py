@@ -1,0 +1,176 @@
+"""Checkpoints: whatever happens to their files, what is used is whole or there is a word."""
+
+import gc
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bigbatch.checkpoint import FORMAT, Checkpoints, checksum
+from bigbatch.errors import RunError, UserError
+from bigbatch.step import State
+
+
+def state_of(seed: int) -> State:
+    key = jax.random.key(seed)
+    params = {"a": jax.random.normal(key, (60, 50)), "b": jax.random.normal(key, (7,))}
+    return State(params, {"m": jnp.zeros(3)}, {"count": jnp.int32(seed)})
+
+
+def the_checksum(state: State) -> int:
+    return int(jax.jit(checksum)(state))
+
+
+def save(directory: Path, *numbers: int, run: str = "this", **options) -> None:
+    with Checkpoints(directory, 2, **options) as checkpoints:
+        for updates in numbers:
+            state = state_of(updates)
+            record = {"run": run, "checksum": the_checksum(state)}
+            checkpoints.save(updates, state, record)
+
+
+def restored(directory: Path, warnings: list[str] | None = None, run: str = "this"):
+    with Checkpoints(directory, 2) as checkpoints:
+        return checkpoints.restore(state_of(0), the_checksum, run, (warnings or []).append)
+
+
+def numbers_in(directory: Path) -> list[int]:
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("original") / "checkpoints"
+    save(directory, 1, 2)
+    return directory
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(bytes(content))
+
+
+# Orbax drops coroutines and calls a closed loop when it fails to read.
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_file_that_is_cut_changed_or_missing_gives_the_checkpoint_before(original, tmp_path):
+    files = [path.relative_to(original) for path in (original / "2").rglob("*") if path.is_file()]
+    assert len(files) >= 8
+    used = []
+    for damage in (cut, flip, os.remove):
+        for name in files:
+            shutil.rmtree(tmp_path)
+            directory = tmp_path / "checkpoints"
+            shutil.copytree(original, directory)
+            damage(directory / name)
+            warnings = [""]
+            found = restored(directory, warnings)
+            jax.tree.map(np.testing.assert_array_equal, found.state, state_of(found.updates))
+            used.append(found.updates)
+            aside = tmp_path / "damaged-checkpoints"
+            if found.updates == 1:
+                assert str(directory / "1") in warnings[1]
+                assert str(directory / "2") in warnings[1]
+                assert [path.name for path in aside.iterdir()] == ["2-0"]
+                assert numbers_in(directory) == [1]
+            else:
+                # A file that is not needed to read what was saved.
+                assert warnings == [""]
+                assert not aside.exists()
+    # Each kind of damage to the data, its index and the record is among those that were noticed.
+    assert used.count(1) >= 12
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_where_all_are_damaged_nothing_is_changed(original, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    for number in ("1", "2"):
+        (directory / number / "state" / "_METADATA").unlink()
+    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged \(updates 2, 1\)"):
+        restored(directory)
+    assert numbers_in(directory) == [1, 2]
+    gc.collect()
+
+
+def test_a_checkpoint_of_another_run_is_refused(original, tmp_path):
+    with pytest.raises(UserError, match="this one is of another"):
+        restored(original, run="another")
+    assert numbers_in(original) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": FORMAT + 1}, rf"format {FORMAT} or below; this one has {FORMAT + 1}"),
+        ({"project": "another"}, "this one is of something else"),
+    ],
+)
+def test_what_another_version_or_project_wrote_is_refused(original, tmp_path, change, message):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    path = directory / "2" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    content["custom_metadata"] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        restored(directory)
+    assert numbers_in(directory) == [1, 2]
+
+
+def test_a_half_written_checkpoint_is_none(original, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    (directory / "2").rename(directory / "3.orbax-checkpoint-tmp")
+    assert restored(directory).updates == 1
+    save(directory, 2)
+    assert numbers_in(directory) == [1, 2]
+
+
+def test_a_full_folder_ends_the_run_with_a_word_and_keeps_what_is_there(original, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # No file may grow beyond this: writing fails as it does on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(RunError, match=f"could not be written to {directory}"):
+            save(directory, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert restored(directory).updates == 2
+
+
+def test_the_newest_stay_and_those_that_are_kept_for_good(tmp_path):
+    save(tmp_path / "c", *range(1, 8), keep_always=lambda updates: updates % 3 == 0)
+    assert numbers_in(tmp_path / "c") == [3, 6, 7]
+
+
+def test_the_checksum_sees_every_bit_and_no_device():
+    state = state_of(5)
+    expected = the_checksum(state)
+    host = jax.device_get(state)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = jax.device_put(host.params["a"], jax.NamedSharding(mesh, jax.P("data")))
+    assert the_checksum(state._replace(params=state.params | {"a": spread})) == expected
+    for place, bit in (((0, 0), 0), ((59, 49), 31), ((3, 7), 15)):
+        words = host.params["a"].copy().view(np.uint32)
+        words[place] ^= np.uint32(1 << bit)
+        changed = host._replace(params=host.params | {"a": words.view(np.float32)})
+        assert the_checksum(changed) != expected
+    swapped = host.params["a"].copy()
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert the_checksum(host._replace(params=host.params | {"a": swapped})) != expected

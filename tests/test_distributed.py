@@ -1,0 +1,92 @@
+"""Several processes on loopback train the same run as one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT_S = 300
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(arguments: list[str], devices: int, **options) -> subprocess.Popen:
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "-W", "error", "-m", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Their exit statuses and what they said on standard error; none is left behind."""
+    try:
+        texts = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What `tests.process` wrote, by processes, devices of each, and the process that wrote."""
+    directory = tmp_path_factory.mktemp("processes")
+    found = {}
+    for processes, devices in ((1, 1), (1, 4), (2, 2)):
+        out = directory / f"{processes}x{devices}"
+        flags = [f"127.0.0.1:{free_port()}", str(processes)] if processes > 1 else []
+        commands = [
+            ["tests.process", str(out), *flags, *([str(process)] if flags else [])]
+            for process in range(processes)
+        ]
+        for process, (status, text) in enumerate(ended([start(c, devices) for c in commands])):
+            assert status == 0, text
+            report = json.loads(Path(f"{out}.{process}.json").read_text())
+            with np.load(f"{out}.{process}.npz") as file:
+                report["state"] = [file[name] for name in file.files]
+            found[processes, devices, process] = report
+    return found
+
+
+def test_two_processes_train_what_one_does(results):
+    expected = results[1, 1, 0]
+    assert expected["devices"] == 1
+    assert expected["sums"]["count"] == 360
+    for key in ((1, 4, 0), (2, 2, 0), (2, 2, 1)):
+        report = results[key]
+        assert report["devices"] == 4
+        assert report["processes"] == key[0]
+        differences = [
+            np.max(np.abs(a - b)) for a, b in zip(report["state"], expected["state"], strict=True)
+        ]
+        assert max(differences) < 1e-10
+        # Whole numbers of examples: each counted once, by exactly one process.
+        for name in ("count", "correct"):
+            assert report["sums"][name] == expected["sums"][name]
+        np.testing.assert_allclose(report["sums"]["loss"], expected["sums"]["loss"], rtol=1e-10)
+
+
+def test_processes_agree_to_the_bit(results):
+    first, second = results[2, 2, 0], results[2, 2, 1]
+    assert first["sha256"] == second["sha256"]
+    assert first["sums"] == second["sums"]
+
+
+def test_over_processes_only_apply_update_exchanges_anything(results):
+    for process in (0, 1):
+        report = results[2, 2, process]
+        assert report["accumulate"] == [{}] * len(report["accumulate"])
+        assert report["apply_update"] == {"all-reduce": 1}
+        assert report["evaluate"] == {}
