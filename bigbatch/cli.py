@@ -241,7 +241,9 @@ def _train(options: argparse.Namespace) -> None:
                 f"This run is finished ({result['updates']} updates); nothing was trained."
             )
         else:
-            run = distributed.together(lambda: prepare(config, plan, data=data))
+            run = distributed.together(
+                lambda: prepare(config, plan, data=data, kept=files.microbatch)
+            )
             result = train(run, files.path, show_progress=True)
     distributed.say(
         f"test accuracy {100 * result['test_accuracy']:.2f} % after {result['updates']} updates, "

@@ -35,6 +35,10 @@ class Config:
       microbatch_examples_per_device: the largest share of a microbatch that a device is given; a
         hardware quantity, without influence on the result. Less than a ghost batch lets
         neighbouring devices share one.
+        With `"auto"` in the config the largest that could be of use, until `run.prepare` has found
+        the largest that fits.
+      automatic_microbatch: whether it is so.
+      device_memory_bytes: of each device, for that; None for what the devices report.
       evaluation_batch_examples: examples evaluated at a time.
       full_batch_norm: takes batch-norm statistics over each update's whole batch, for comparison.
       shard_optimizer: divides the optimizer's state over the devices; a hardware quantity.
@@ -65,6 +69,8 @@ class Config:
     epochs: float
     ghost_batch_examples: int
     microbatch_examples_per_device: int
+    automatic_microbatch: bool
+    device_memory_bytes: int | None
     evaluation_batch_examples: int
     full_batch_norm: bool
     shard_optimizer: bool
@@ -85,6 +91,11 @@ class Config:
     keep_every: Every | None
     tree: Mapping[str, Any]
     controller: Controller | None = None
+
+    @property
+    def microbatch_unit_examples(self) -> int:
+        """What a device's share of a microbatch holds whole numbers of, where it holds one."""
+        return self.noise_small_batch_examples or self.ghost_batch_examples
 
     def layout(self, plan: Plan, devices: int) -> Layout:
         """How a plan's updates are cut over so many devices; see `sharing.layout_over`.
@@ -168,7 +179,9 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
         seed=fields.seed,
         epochs=fields.epochs,
         ghost_batch_examples=fields.ghost_batch_examples,
-        microbatch_examples_per_device=fields.microbatch_examples_per_device,
+        microbatch_examples_per_device=_most_per_device(fields, plan),
+        automatic_microbatch=fields.microbatch_examples_per_device == "auto",
+        device_memory_bytes=fields.device_memory_bytes,
         evaluation_batch_examples=fields.evaluation_batch_examples,
         full_batch_norm=fields.full_batch_norm,
         shard_optimizer=fields.shard_optimizer,
@@ -286,3 +299,11 @@ def _named_as_in(tree: Mapping[str, Any], problem: Problem) -> tuple[Problem, bo
         if problem.field in group and group[problem.field] == problem.given:
             return problem.under(prefix), True
     return problem, False
+
+
+def _most_per_device(fields: Fields, plan: Plan) -> int:
+    """The largest microbatch that is asked for; for "auto" one that holds any batch of the plan."""
+    if fields.microbatch_examples_per_device != "auto":
+        return fields.microbatch_examples_per_device
+    unit = fields.noise_small_batch_examples or fields.ghost_batch_examples
+    return -(-int(plan.batch_sizes.max()) // unit) * unit

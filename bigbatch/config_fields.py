@@ -153,11 +153,12 @@ class Fields:
 
     epochs: float
     ghost_batch_examples: int
-    microbatch_examples_per_device: int
+    microbatch_examples_per_device: int | Literal["auto"]
     evaluation_batch_examples: int
     seed: int = 0
     full_batch_norm: bool = False
     shard_optimizer: bool = False
+    device_memory_bytes: int | None = None
     label_smoothing: float = 0.0
     reestimate_examples: int | None = None
     noise_small_batch_examples: int | None = None
@@ -184,21 +185,12 @@ class Fields:
         nearest = min(max(self.seed, 0), 2**32 - 1)
         allowed = "a whole number from 0 to 2^32 - 1"
         checks.require(self.seed == nearest, "seed", self.seed, allowed, nearest)
-        ghost, microbatch = max(self.ghost_batch_examples, 1), self.microbatch_examples_per_device
-        # Which parts of a ghost batch will do depends on the devices: see `Config.layout`.
-        nearest = max(1, round(microbatch / ghost)) * ghost
-        allowed = f"a multiple of ghost_batch_examples = {ghost}, or an equal part of it"
-        name = "microbatch_examples_per_device"
         if self.noise_small_batch_examples is not None:
             self._check_small_batch(checks)
-        elif self.full_batch_norm:
-            checks.whole(name, microbatch, "a whole number of examples, at least 1")
-        else:
-            fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
-            if self.reproducible:
-                fits = microbatch > 0 and microbatch % ghost == 0
-                allowed = f"a multiple of ghost_batch_examples = {ghost} with reproducible"
-            checks.require(fits, name, microbatch, allowed, nearest)
+        self._check_microbatch(checks)
+        if self.device_memory_bytes is not None:
+            allowed = "a whole number of bytes, at least 1, or None"
+            checks.whole("device_memory_bytes", self.device_memory_bytes, allowed)
         if self.reproducible:
             allowed = "False with full_batch_norm, whose ghost batch spans the devices"
             checks.require(not self.full_batch_norm, "reproducible", True, allowed, False)
@@ -222,6 +214,25 @@ class Fields:
                 checks.number(name, value, "a number above 0", above=0)
         checks.done()
 
+    def _check_microbatch(self, checks: Checks) -> None:
+        """It holds whole ghost batches, or an equal part of one."""
+        ghost, microbatch = max(self.ghost_batch_examples, 1), self.microbatch_examples_per_device
+        name = "microbatch_examples_per_device"
+        if microbatch == "auto":
+            allowed = "a number with full_batch_norm, where a microbatch is a whole batch"
+            checks.require(not self.full_batch_norm, name, microbatch, allowed)
+        elif self.full_batch_norm:
+            checks.whole(name, microbatch, "a whole number of examples, at least 1")
+        elif self.noise_small_batch_examples is None:
+            # Which parts of a ghost batch will do depends on the devices: see `Config.layout`.
+            nearest = max(1, round(microbatch / ghost)) * ghost
+            allowed = f"a multiple of ghost_batch_examples = {ghost}, or an equal part of it"
+            fits = microbatch > 0 and (microbatch % ghost == 0 or ghost % microbatch == 0)
+            if self.reproducible:
+                fits = microbatch > 0 and microbatch % ghost == 0
+                allowed = f"a multiple of ghost_batch_examples = {ghost} with reproducible"
+            checks.require(fits, name, microbatch, allowed, nearest)
+
     def _check_small_batch(self, checks: Checks) -> None:
         """A small batch of the noise measurement lies on one device, in every microbatch."""
         small, ghost = self.noise_small_batch_examples, max(self.ghost_batch_examples, 1)
@@ -232,6 +243,8 @@ class Fields:
             return
         assert small is not None
         microbatch = self.microbatch_examples_per_device
+        if microbatch == "auto":
+            return
         nearest = max(1, round(microbatch / small)) * small
         allowed = f"a multiple of noise_small_batch_examples = {small}"
         name = "microbatch_examples_per_device"

@@ -17,6 +17,9 @@ from bigbatch.layout import Layout, Microbatch
 from bigbatch.plan import Plan
 from bigbatch.sources import Source
 
+# Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
+MICROBATCHES_IN_FLIGHT = 4
+
 
 class Request(NamedTuple):
     """One microbatch of one update.

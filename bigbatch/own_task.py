@@ -27,7 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import distributed, microbatches, step
+from bigbatch import distributed, memory, microbatches, step
 from bigbatch.checks import Checks
 from bigbatch.data import stream
 from bigbatch.optimizer import Optimizer
@@ -125,6 +125,22 @@ def prepare_task(
         state = programs.init_state(jax.random.key(seed))
         return programs.divide(distributed.put(state, NamedSharding(mesh, step.REPLICATED)))
 
+    def smaller() -> Updates:
+        return prepare_task(
+            task,
+            arrays,
+            plan,
+            optimizer,
+            microbatch_examples_per_device=memory.smaller(
+                sizes[0] // mesh.size, unit=noise_small_batch_examples or ghost_batch_examples
+            ),
+            ghost_batch_examples=ghost_batch_examples,
+            noise_small_batch_examples=noise_small_batch_examples,
+            seed=seed,
+            shard_optimizer=shard_optimizer,
+            mesh=mesh,
+        )
+
     return Updates(
         plan=plan,
         layout=layout,
@@ -134,6 +150,7 @@ def prepare_task(
         init_state=init_state,
         microbatch=microbatches.maker(source, layout, mesh, ghost_batch_examples),
         evaluation_examples_per_device=sizes[0] // mesh.size,
+        smaller=smaller,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import compilation_cache, sharded_optimizer, step
+from bigbatch import compilation_cache, memory, sharded_optimizer, step
 from bigbatch.checkpoint import checksum
 from bigbatch.task import PyTree, Task
 
@@ -32,6 +32,7 @@ class Programs:
       divide: from a state as in a checkpoint, replicated, to that which the updates take.
       unite: and back. Both the same one where the optimizer's state is not divided.
       snapshot: compiled; a state as in a checkpoint in buffers of its own, and its checksum.
+      state_shapes: shapes, dtypes and shardings of the state that the updates take.
       empty_accumulator: makes the accumulator that the first update starts with.
       reproducible_unit_examples: of an addend of the reproducible sums; None where they are not.
     """
@@ -43,6 +44,7 @@ class Programs:
     divide: Callable[[step.State], step.State]
     unite: Callable[[step.State], step.State]
     snapshot: Callable[[step.State], tuple[step.State, jax.Array]]
+    state_shapes: step.State
     empty_accumulator: Callable[[], step.Accumulator]
     reproducible_unit_examples: int | None = None
 
@@ -55,6 +57,21 @@ class Programs:
     def compilations(self) -> int:
         """The number of programs that the run's updates and evaluations call."""
         return len(self.accumulate) + 2
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """What a device needs for the state, for `accumulate` at its largest, for `apply_update`.
+
+        The two programs' needs hold the state's; see `memory.program_bytes`.
+        """
+        return {
+            "state": sum(
+                int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves(self.state_shapes)
+            ),
+            "accumulate": max(map(memory.program_bytes, self.accumulate.values())),
+            "apply_update": memory.program_bytes(self.apply_update),
+        }
 
 
 @functools.cache
@@ -180,6 +197,7 @@ def compile_programs(
         unite=unite,
         snapshot=jax.jit(_snapshot).lower(whole).compile(),
         empty_accumulator=jax.jit(empty).lower().compile(),
+        state_shapes=state,
         reproducible_unit_examples=unit_examples if reproducible else None,
     )
 

@@ -26,6 +26,7 @@ _INTERVALS = ("log_every", "evaluate_every", "checkpoint_every", "keep_every")
 _FREE_FIELDS = {
     "microbatch_examples_per_device",
     "shard_optimizer",
+    "device_memory_bytes",
     "evaluation_batch_examples",
     "reestimate_examples",
     "keep_checkpoints",

@@ -1,14 +1,16 @@
 """A prepared run: the parts of a config, put together for the devices that are there."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import distributed, microbatches, step
+from bigbatch import distributed, memory, microbatches, step
 from bigbatch.config import Config
 from bigbatch.controller import Controller
 from bigbatch.data import on_device
@@ -16,6 +18,7 @@ from bigbatch.data.record_set import RecordSet
 from bigbatch.data.sets import DataSet
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout import Layout
+from bigbatch.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.plan import Plan
 from bigbatch.programs import Programs, compile_programs
 from bigbatch.sources import Source, evaluation_source, load_data, training_source
@@ -37,6 +40,7 @@ class Updates:
         which names its program.
       evaluation_examples_per_device: each device's share of an evaluation microbatch.
       controller: decides an adaptive run's updates; None for a planned one.
+      smaller: the same with microbatches of half the size, which it compiles.
     """
 
     plan: Plan
@@ -47,6 +51,7 @@ class Updates:
     init_state: Callable[[], step.State]
     microbatch: Callable[[microbatches.Request], tuple[int, Examples]]
     evaluation_examples_per_device: int
+    smaller: Callable[[], "Updates"]
     controller: Controller | None = None
 
 
@@ -66,7 +71,11 @@ class Run(Updates):
 
 
 def prepare(
-    config: Config, plan: Plan, mesh: Mesh | None = None, data: DataSet | RecordSet | None = None
+    config: Config,
+    plan: Plan,
+    mesh: Mesh | None = None,
+    data: DataSet | RecordSet | None = None,
+    kept: Path | None = None,
 ) -> Run:
     """Loads the data, lays the plan out over the devices and compiles every program.
 
@@ -75,6 +84,7 @@ def prepare(
       plan: the config's plan, or the one that the working directory holds.
       mesh: the devices; None for all there are.
       data: the data set; None to load the config's.
+      kept: a file for the microbatch that was found to fit; None to find it anew.
 
     Returns:
       What training and evaluation need.
@@ -87,7 +97,6 @@ def prepare(
     if data.train_examples != plan.train_examples:
         allowed = f"the {plan.train_examples:,} training examples that the plan is for"
         raise UserError(Problem("data.train_examples", data.train_examples, allowed))
-    layout = config.layout(plan, mesh.size)
     ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
     module = config.model.module(
         num_classes=data.num_classes,
@@ -100,8 +109,8 @@ def prepare(
     optimizer = config.optimizer.transformation()
     hyper_names = config.optimizer.hyper_names(plan.hypers)
     evaluation_examples_per_device = -(-config.evaluation_batch_examples // mesh.size)
-    sizes = tuple(layout.devices * shape for shape in layout.shapes)
-    programs = compile_programs(
+    compiled = functools.partial(
+        compile_programs,
         task,
         optimizer,
         mesh,
@@ -111,13 +120,25 @@ def prepare(
         ),
         training_shapes=(("key", (2,), np.dtype(np.uint32)),) if _takes_keys(config) else (),
         hyper_names=hyper_names,
-        microbatch_examples=sizes,
         evaluation_examples=mesh.size * evaluation_examples_per_device,
         ghost_batch_examples=ghost_batch_examples,
         noise_small_batch_examples=config.noise_small_batch_examples,
         shard_optimizer=config.shard_optimizer,
         reproducible=config.reproducible,
     )
+    config, keep = _fitted(config, mesh, data, compiled, kept)
+    layout = config.layout(plan, mesh.size)
+    sizes = tuple(layout.devices * shape for shape in layout.shapes)
+    programs = compiled(microbatch_examples=sizes)
+
+    def smaller() -> Run:
+        largest = layout.devices * layout.shapes[0] // mesh.size
+        half = memory.smaller(largest, unit=config.microbatch_unit_examples)
+        keep(half)
+        halved = dataclasses.replace(
+            config, microbatch_examples_per_device=half, automatic_microbatch=False
+        )
+        return prepare(halved, plan, mesh, data, kept)
 
     def init_state() -> step.State:
         state = programs.init_state(jax.random.key(config.seed))
@@ -136,7 +157,48 @@ def prepare(
         init_state=init_state,
         test_source=evaluation_source(data),
         microbatch=training_input(config, data, layout, mesh),
+        smaller=smaller,
     )
+
+
+def _fitted(
+    config: Config,
+    mesh: Mesh,
+    data: DataSet | RecordSet,
+    compiled: Callable[..., Programs],
+    kept: Path | None,
+) -> tuple[Config, Callable[[int], None]]:
+    """The config with the microbatch that was kept or is now found, and what keeps another one."""
+    key = {
+        "asked": config.tree.get("microbatch_examples_per_device"),
+        "device_memory_bytes": config.device_memory_bytes,
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+    }
+    keep = functools.partial(memory.keep, kept, key)
+    chosen = memory.kept(kept, key)
+    if chosen is None and config.automatic_microbatch:
+        in_flight = (1 + MICROBATCHES_IN_FLIGHT) * (int(np.prod(data.image_shape)) + 16)
+        held = 0
+        if isinstance(data, DataSet) and config.data.on_device:
+            held = data.train.images.nbytes
+
+        def needed_bytes(examples: int) -> int:
+            needs = compiled(microbatch_examples=(examples * mesh.size,)).device_bytes
+            # A checkpoint's copy of the state is there while the updates go on.
+            programs = max(needs["accumulate"], needs["apply_update"]) + needs["state"]
+            return programs + in_flight * examples + held
+
+        chosen = memory.largest_that_fits(
+            needed_bytes,
+            unit=config.microbatch_unit_examples,
+            most=config.microbatch_examples_per_device,
+            limit_bytes=memory.limit_bytes(mesh, config.device_memory_bytes),
+        )
+        keep(chosen)
+    if chosen is None:
+        return config, keep
+    return dataclasses.replace(config, microbatch_examples_per_device=chosen), keep
 
 
 def training_input(

@@ -12,27 +12,23 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from bigbatch import (
     distributed,
     gradient_noise,
     metrics,
-    microbatches,
     step,
     training_log,
     workdir,
 )
 from bigbatch.checkpoint import Checkpoints, params_sha256
 from bigbatch.course import Course
-from bigbatch.data.prefetch import Prefetch
 from bigbatch.data.record_set import RecordSet
 from bigbatch.errors import StoppedError
 from bigbatch.evaluate import evaluate
@@ -40,13 +36,11 @@ from bigbatch.event_files import EventFiles
 from bigbatch.plan import Row
 from bigbatch.preemption import StopNoticeError, StopRequest
 from bigbatch.resume import whose
-from bigbatch.run import Run, Updates
+from bigbatch.run import Run
 from bigbatch.task import Sums
 from bigbatch.training_log import Progress
+from bigbatch.update_loop import updates, waits_for
 from bigbatch.watch import STALL_S, Watchdog
-
-# Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
-MICROBATCHES_IN_FLIGHT = 4
 
 
 def train(
@@ -83,6 +77,8 @@ def train(
             training_log.progress_bar(run, progress, show_progress) as bar,
         ):
             say = functools.partial(bar.write, file=sys.stderr)
+            if show_progress:
+                say(training_log.memory_line(run))
             with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
                 loop = _Loop(
                     run=run,
@@ -170,73 +166,6 @@ def _span(run: Run, row: Row) -> tuple[int, int, int, int]:
     return row.first_example, row.batch_size, row.update, run.plan.train_examples
 
 
-def updates(
-    run: Updates,
-    state: step.State,
-    first_update: int,
-    course: Course | None = None,
-    watchdog: Watchdog | None = None,
-    stop: StopRequest | None = None,
-) -> Generator[tuple[Row, step.State, Sums], None, None]:
-    """Runs the plan from an update on.
-
-    Args:
-      run: from `run.prepare` or `own_task.prepare_task`.
-      state: the state before that update; its buffers are given away.
-      first_update: its number.
-      course: of an adaptive run. The measurement of each update goes into it before the one after
-        the next is asked for.
-      watchdog: is told what is waited for.
-      stop: is asked before every microbatch.
-
-    Raises:
-      StopNoticeError: `stop` says so; the state that was yielded last still stands.
-
-    Yields:
-      For each update its row of the plan, the state after it and its loss's sums, both still being
-      computed; with the sums `input_wait_s`, the seconds waited for its examples. The state is
-      given away by asking for the next one.
-    """
-    # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
-    # than it has threads; there each update is waited for.
-    one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
-    replicated = NamedSharding(run.mesh, step.REPLICATED)
-    precision = jax.tree.leaves(state.params)[0].dtype
-    watchdog, stop = watchdog or Watchdog(), stop or StopRequest()
-    accumulator = run.programs.empty_accumulator()
-    course = Course(run.plan) if course is None else course
-    update, known = first_update, course.known_updates
-    requests = microbatches.requests(course.plan, run.layout, update, known)
-    with Prefetch(run.microbatch, requests, max_in_flight=MICROBATCHES_IN_FLIGHT) as parts:
-        while update < course.plan.num_updates:
-            row = course.plan.row(update)
-            update += 1
-            waited_s = parts.waited_s
-            addends = run.programs.addends(row.batch_size)
-            for _ in run.layout.microbatches(row.batch_size):
-                stop.check()
-                with watchdog.phase("input"):
-                    size, examples = next(parts)
-                accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
-                if one_at_a_time and run.layout.devices < run.mesh.size:
-                    with watchdog.phase(_waits_for()):
-                        jax.block_until_ready(accumulator)
-            hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
-            hyper = distributed.put(hyper, replicated)
-            state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
-            while addends and not bool(sums[step.IS_EXACT]):
-                state, accumulator, sums = _again(run, row, state, accumulator, hyper)
-            if one_at_a_time:
-                with watchdog.phase(_waits_for()):
-                    jax.block_until_ready(state)
-            reported: dict[str, Any] = {**sums, "input_wait_s": parts.waited_s - waited_s}
-            yield row, state, reported
-            # The next update may just have become known: its microbatches are made while this one
-            # is computed.
-            before, known = known, course.known_updates
-            parts.request(microbatches.requests(course.plan, run.layout, before, known))
-
-
 def _as_known(run: Run, course: Course, files: workdir.Workdir) -> Run:
     """The run with all that is known of its plan, which an adaptive run also writes down."""
     if run.plan is course.plan:
@@ -244,23 +173,6 @@ def _as_known(run: Run, course: Course, files: workdir.Workdir) -> Run:
     if distributed.is_first():
         workdir.write_text(files.plan, course.to_json())
     return dataclasses.replace(run, plan=course.plan)
-
-
-def _again(
-    run: Updates, row: Row, state: step.State, accumulator: Any, hyper: Mapping[str, jax.Array]
-) -> tuple[step.State, Any, Sums]:
-    """Computes an update once more, where a bound of its sums had failed and was raised."""
-    addends = run.programs.addends(row.batch_size)
-    for part in run.layout.microbatches(row.batch_size):
-        request = microbatches.Request(row.first_example + part.offset_examples, part)
-        size, examples = run.microbatch(request)
-        accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
-    return run.programs.apply_update(state, accumulator, hyper)
-
-
-def _waits_for() -> str:
-    """What a call that is not done waits for."""
-    return "device" if jax.process_count() == 1 else "other host"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -295,7 +207,7 @@ class _Loop:
             if self.progress.evaluation_due:
                 self._evaluate(self.run.plan.row(self.progress.updates - 1))
             first = self.state, self.progress.updates
-            remaining = updates(self.run, *first, self.course, self.watchdog, self.stop)
+            remaining = updates(self.run, *first, self.course, self.watchdog, self.stop, self._use)
             with contextlib.closing(remaining):
                 for row, state, sums in remaining:
                     self.state = state
@@ -307,6 +219,12 @@ class _Loop:
                 f"told to stop: saved after update {self.progress.updates:,} of "
                 f"{self.run.plan.num_updates:,}; the same command continues"
             ) from None
+
+    def _use(self, smaller: Run) -> None:
+        """Goes on with smaller microbatches."""
+        self.run = dataclasses.replace(smaller, plan=self.run.plan)
+        if self.say is not None:
+            self.say(f"out of device memory; now {training_log.memory_line(self.run)}")
 
     def _after(self, row: Row, sums: Sums) -> None:
         """What is due after an update."""
@@ -332,7 +250,7 @@ class _Loop:
     def _read_late(self) -> None:
         """Reads the sums of the update that was sent last, and logs them where that is due."""
         if self._late is not None:
-            with self.watchdog.phase(_waits_for()):
+            with self.watchdog.phase(waits_for()):
                 jax.block_until_ready(self._late[1])
             late, self._late = self._late, None
             now_s = time.monotonic() - self._start_s

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bigbatch import divergence, gradient_noise, metrics
+from bigbatch import divergence, gradient_noise, memory, metrics
 from bigbatch.errors import RunError
 from bigbatch.plan import Row
 from bigbatch.run import Run
@@ -113,6 +113,17 @@ def position(run: Run, row: Row) -> dict[str, Any]:
         **row.hyper,
         "noise_scale": row.noise_scale,
     }
+
+
+def memory_line(run: Run) -> str:
+    """What a run needs on each device, in one line for the user."""
+    needs = {name: f"{size / memory.MIB:,.1f}" for name, size in run.programs.device_bytes.items()}
+    largest = run.layout.devices * run.layout.shapes[0] // run.mesh.size
+    return (
+        f"microbatches of up to {largest:,} examples a device; MiB a device: parameters, "
+        f"statistics and optimizer {needs['state']}, with accumulate {needs['accumulate']}, with "
+        f"apply_update {needs['apply_update']}"
+    )
 
 
 def evaluation_line(run: Run, row: Row, progress: Progress, test: dict[str, float]) -> str:

@@ -5,6 +5,7 @@
     metrics.jsonl   one JSON object a line
     tensorboard/    the same for TensorBoard
     result.json     written last: the run is finished
+    microbatch.json the microbatch that was found to fit the devices
     checkpoints/    by update
 
 Files are replaced atomically, so a kill at any moment leaves the old one or the new one.
@@ -36,6 +37,7 @@ class Workdir:
     metrics = property(lambda self: self.path / "metrics.jsonl")
     tensorboard = property(lambda self: self.path / "tensorboard")
     result = property(lambda self: self.path / "result.json")
+    microbatch = property(lambda self: self.path / "microbatch.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
 
     def claim(self) -> None:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 import bigbatch
-from bigbatch import layout, run, step, train
+from bigbatch import layout, run, step, train, update_loop
 from bigbatch.checkpoint import params_sha256
 from bigbatch.config import read_config
 from bigbatch.config_file import load_config
@@ -146,9 +146,9 @@ def test_a_state_goes_on_on_other_devices(expected):
 
 def test_a_bound_that_fails_is_raised_and_the_update_computed_again(monkeypatch):
     prepared = small_run(mesh_of(2), 24)
-    again, original = [], train._again
+    again, original = [], update_loop._again
     monkeypatch.setattr(
-        train,
+        update_loop,
         "_again",
         lambda run, row, *rest: again.append(row.update) or original(run, row, *rest),
     )

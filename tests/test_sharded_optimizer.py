@@ -50,7 +50,7 @@ def loss(outputs, examples):
 TASK = Task(init=init, apply=apply, loss=loss)
 
 
-def prepared(optimizer, name, *, shard_optimizer, devices=DEVICES):
+def prepared(optimizer, name, *, shard_optimizer, devices=DEVICES, microbatch=2):
     generator = np.random.default_rng(0)
     # The threads that make microbatches know nothing of this one's 64-bit mode.
     x = generator.normal(size=(EXAMPLES, 3)).astype(np.float32)
@@ -60,7 +60,7 @@ def prepared(optimizer, name, *, shard_optimizer, devices=DEVICES):
         arrays,
         plan(name),
         optimizer,
-        microbatch_examples_per_device=2,
+        microbatch_examples_per_device=microbatch,
         shard_optimizer=shard_optimizer,
         mesh=step.data_mesh(jax.devices()[:devices]),
     )

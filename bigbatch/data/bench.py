@@ -10,9 +10,9 @@ import jax
 from bigbatch import microbatches, step
 from bigbatch.config import Config
 from bigbatch.data.prefetch import Prefetch
+from bigbatch.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.run import training_input
 from bigbatch.sources import load_data
-from bigbatch.train import MICROBATCHES_IN_FLIGHT
 
 
 class StageRate(NamedTuple):
