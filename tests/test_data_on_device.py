@@ -76,7 +76,9 @@ def test_a_run_with_its_data_on_the_device_has_the_same_microbatches():
         )
         for there in (False, True)
     ]
-    for request in list(microbatches.requests(runs[0].plan, runs[0].layout, 0))[::7]:
+    plan = runs[0].plan
+    requests = microbatches.requests(plan, runs[0].layout, 0, plan.num_updates)
+    for request in list(requests)[::7]:
         (size, expected), (_, made) = (run.microbatch(request) for run in runs)
         assert {"image", "label", "key", "weight", "ghost_mask"} == made.keys()
         assert len(made["image"]) == size
