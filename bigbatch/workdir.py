@@ -7,6 +7,7 @@
     result.json     written last: the run is finished
     microbatch.json the microbatch that was found to fit the devices
     checkpoints/    by update
+    programs/       compiled programs, where --compilation-cache names it
 
 Files are replaced atomically, so a kill at any moment leaves the old one or the new one.
 """
@@ -39,6 +40,7 @@ class Workdir:
     result = property(lambda self: self.path / "result.json")
     microbatch = property(lambda self: self.path / "microbatch.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    programs = property(lambda self: self.path / "programs")
 
     def claim(self) -> None:
         """Makes the directory, or makes sure that it holds a run or nothing.
@@ -70,7 +72,9 @@ class Workdir:
             raise UserError(Problem("workdir", str(self.path), allowed))
 
     def _refuse_foreign(self) -> None:
-        names = sorted(p.name for p in self.path.iterdir() if p.suffix != _TEMPORARY_SUFFIX)
+        # The cache of compiled programs may be there before the run is.
+        found = [path for path in self.path.iterdir() if path != self.programs]
+        names = sorted(path.name for path in found if path.suffix != _TEMPORARY_SUFFIX)
         if names and not self.config.exists():
             allowed = (
                 "a new or empty directory, or the directory of a run; this one holds "

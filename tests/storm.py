@@ -2,9 +2,8 @@
 
 Every process that is started is killed while it lives, at a moment drawn at random: some at fixed
 events (compilation, the writing of a checkpoint, an evaluation, a stage change), some at any time.
-A process that ends by itself before its moment is started over in a new working directory, so that
-the count is of processes that were really killed. At the end the run is left alone, and compared
-with an undisturbed one.
+Only processes that were really killed count. A run that ends before there were enough is followed
+by another one, in a new working directory. Each is compared with an undisturbed one.
 """
 
 import collections
@@ -75,14 +74,12 @@ def wait_for(moment: str, directory: Path, process: subprocess.Popen, moments: r
 
 
 def storm(directory: Path, kills: int, seed: int) -> collections.Counter:
-    """Kills so many processes of one run, then lets it end; counts the kills by kind and moment."""
+    """Kills up to so many processes of one run and lets it end; counts them by kind and moment."""
     moments, counts = random.Random(seed), collections.Counter()
     command = [*COMMAND, f"--workdir={directory}", f"--compilation-cache={directory / 'programs'}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
-    while sum(counts.values()) < kills:
-        if (directory / "result.json").exists():
-            raise RuntimeError(f"the run ended after {sum(counts.values())} kills: make it longer")
+    while sum(counts.values()) < kills and not (directory / "result.json").exists():
         number = moments.choice([signal.SIGKILL, signal.SIGTERM])
         moment = moments.choice(MOMENTS)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
@@ -110,13 +107,29 @@ def compare(disturbed: Path, undisturbed: Path) -> None:
     assert spans[-1][1] == results[0]["examples"], "the end is missing"
 
 
+def storms(directory: Path, kills: int, seed: int) -> tuple[collections.Counter, int]:
+    """Kills so many processes, in as many runs as it takes; every run ends as an undisturbed one.
+
+    Returns:
+      The kills by kind and moment, and how many runs there were.
+    """
+    counts: collections.Counter = collections.Counter()
+    storm(directory / "undisturbed", 0, 0)
+    runs = 0
+    while sum(counts.values()) < kills:
+        disturbed = directory / f"disturbed_{runs}"
+        counts += storm(disturbed, kills - sum(counts.values()), seed + runs)
+        compare(disturbed, directory / "undisturbed")
+        runs += 1
+    return counts, runs
+
+
 def main(kills: str, seed: str = "0", parent: str | None = None) -> None:
     directory = Path(tempfile.mkdtemp(dir=parent))
-    storm(directory / "undisturbed", 0, 0)
-    counts = storm(directory / "disturbed", int(kills), int(seed))
-    compare(directory / "disturbed", directory / "undisturbed")
-    result = json.loads((directory / "disturbed" / "result.json").read_text())
-    print(f"{sum(counts.values())} processes killed alive; {result['params_sha256']} both times")
+    counts, runs = storms(directory, int(kills), int(seed))
+    result = json.loads((directory / "undisturbed" / "result.json").read_text())
+    print(f"{sum(counts.values())} processes killed alive in {runs} runs")
+    print(f"each run ended as undisturbed: {result['params_sha256']}")
     for name, count in sorted(counts.items()):
         print(f"{count:4} {name}")
 
