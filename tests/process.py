@@ -1,7 +1,8 @@
 """One of the processes of a float64 run, for the tests: `python -m tests.process OUT [flags]`.
 
 Trains 20 updates over a change of the batch size on all devices of all processes and writes the
-parameters, the evaluation's sums and the collectives of the compiled programs.
+parameters, the evaluation's sums and the collectives of the compiled programs. Before that, a
+float32 run with `reproducible`, of which a hash is written.
 """
 
 import json
@@ -10,16 +11,19 @@ import sys
 import jax
 import numpy as np
 
-from bigbatch import distributed, evaluate, run, train
+from bigbatch import distributed, evaluate, run, step, train
 from bigbatch.checkpoint import params_sha256
 from tests import trained
 from tests.hlo import collectives
+from tests.test_reproducible import small_run
 
 
 def main(out: str, coordinator: str = "", num_processes: str = "1", process: str = "0") -> None:
-    jax.config.update("jax_enable_x64", True)
     if coordinator:
         distributed.start(coordinator, int(num_processes), int(process))
+    exact = small_run(step.data_mesh(), 24)
+    *_, (_, exact_state, _) = train.updates(exact, exact.init_state(), 0)
+    jax.config.update("jax_enable_x64", True)
     config = trained.config(model=trained.FLOAT64_MODEL, evaluation_batch_examples=112)
     prepared = run.prepare(config, config.plan)
     *_, (_, state, _) = train.updates(prepared, prepared.init_state(), 0)
@@ -32,6 +36,8 @@ def main(out: str, coordinator: str = "", num_processes: str = "1", process: str
         "devices": prepared.mesh.size,
         "processes": jax.process_count(),
         "sha256": params_sha256(state.params),
+        "reproducible_sha256": params_sha256(exact_state.params),
+        "reproducible_apply_update": collectives(exact.programs.apply_update),
         "accumulate": [collectives(program) for program in programs.accumulate.values()],
         "apply_update": collectives(programs.apply_update),
         "evaluate": collectives(programs.evaluate),

@@ -84,6 +84,13 @@ def test_processes_agree_to_the_bit(results):
     assert first["sums"] == second["sums"]
 
 
+def test_reproducible_sums_are_the_same_bits_over_processes(results):
+    assert len({report["reproducible_sha256"] for report in results.values()}) == 1
+    # One sum, and one maximum for the bounds.
+    for process in (0, 1):
+        assert results[2, 2, process]["reproducible_apply_update"] == {"all-reduce": 2}
+
+
 def test_over_processes_only_apply_update_exchanges_anything(results):
     for process in (0, 1):
         report = results[2, 2, process]
