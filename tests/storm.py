@@ -63,7 +63,8 @@ def wait_for(moment: str, directory: Path, process: subprocess.Popen, moments: r
         # A start removes the records past its checkpoint; whatever differs then is new.
         now = records(directory) if log.exists() else []
         if moment == "evaluation":
-            return now != before and now[-1]["update"] % EVALUATE_EVERY == EVALUATE_EVERY - 1
+            last = now[-1]["update"] if now and now != before else 0
+            return last % EVALUATE_EVERY == EVALUATE_EVERY - 1
         if moment == "stage change":
             return bool({record["batch_size"] for record in now} - sizes) and bool(sizes)
         return now != before
