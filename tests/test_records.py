@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from bigbatch import cli
 from bigbatch.data import crops, jpeg, random, record_set, tfds_metadata, tfrecord_index
 from bigbatch.data.records import Records, parse
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
@@ -235,3 +236,16 @@ def test_a_damaged_or_old_index_is_made_anew(imagenet, tmp_path, content):
         kept.write_bytes(content)
     made = open_set(data_dir).train.training(0, 0, N, flip=True)
     np.testing.assert_array_equal(made["image"], expected["image"])
+
+
+def test_the_command_prepares_it_from_the_two_tars(imagenet, tmp_path, capsys):
+    tars = imagenet.directories["tfrecord"].with_name("manual")
+    command = ["data", "prepare", "imagenet2012", f"--from={tars}", f"--directory={tmp_path}"]
+    assert cli.main(command) == 0
+    assert str(tmp_path / "imagenet2012") in capsys.readouterr().out
+    made, known = (
+        open_set(place).train.training(0, 0, N, flip=True)
+        for place in (tmp_path, imagenet.directories["array_record"])
+    )
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(made[name], known[name])

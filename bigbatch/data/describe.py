@@ -58,6 +58,7 @@ def _files(prepared: tfds_metadata.Prepared) -> list[str]:
     num_bytes = 0
     for split in prepared.shard_examples:
         files = prepared.files(split)
+        lines.append(f"  {split}: {prepared.num_examples(split):,} examples")
         absent = [file for file in files if not file.exists()]
         num_bytes += sum(file.stat().st_size for file in files if file.exists())
         if absent:

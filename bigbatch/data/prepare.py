@@ -5,6 +5,7 @@ archives by checksums, and those of the same arrays packed anew differ.
 """
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def prepare(
 
 def _builder(name: str, data_dir: str | Path | None) -> Any:
     """The data set's builder of tensorflow-datasets."""
+    # TensorFlow, if it is there, logs its own start at length.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A slow import, which most commands do not need.
     import tensorflow_datasets as tfds
 
