@@ -84,12 +84,16 @@ def storm(directory: Path, kills: int, seed: int) -> collections.Counter:
         number = moments.choice([signal.SIGKILL, signal.SIGTERM])
         moment = moments.choice(MOMENTS)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
-        wait_for(moment, directory, process, moments)
-        if process.poll() is None:
-            process.send_signal(number)
-            status = process.wait(timeout=300)
-            if status in (-number, 143):
-                counts[f"{signal.Signals(number).name} {moment}"] += 1
+        try:
+            wait_for(moment, directory, process, moments)
+            if process.poll() is None:
+                process.send_signal(number)
+                status = process.wait(timeout=300)
+                if status in (-number, 143):
+                    counts[f"{signal.Signals(number).name} {moment}"] += 1
+        finally:
+            process.kill()
+            process.wait()
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
     if done.returncode:
         raise RuntimeError(done.stderr)
