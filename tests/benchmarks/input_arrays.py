@@ -129,7 +129,7 @@ def placed(data: sets.Arrays, batch_size: int, *, there: bool = False) -> Iterat
     if there:
         sharding = NamedSharding(mesh, step.SHARDED)
         make = on_device.maker(make, data, CHANGE, sharding, [MICROBATCH_EXAMPLES])
-    requests = microbatches.requests(plan, layout, 0)
+    requests = microbatches.requests(plan, layout, 0, plan.num_updates)
     with Prefetch(make, requests, max_in_flight=IN_FLIGHT) as items:
         for item in items:
             yield jax.block_until_ready(item)

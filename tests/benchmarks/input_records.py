@@ -26,7 +26,7 @@ from bigbatch.data.crops import training_window
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.data.records import Records, parse
 
-SIZE, IMAGES, MICROBATCH, ROUNDS, TAKEN = 224, 1000, 64, 5, 256
+SIZE, IMAGES, MICROBATCH, ROUNDS, TAKEN = 224, 1000, 64, 5, 960
 IMAGENET_EXAMPLES = 1_281_167
 IN_FLIGHT = 4
 
@@ -238,7 +238,7 @@ def rebatching(directory: Path) -> None:
                 devices=1,
                 microbatch_examples_per_device=MICROBATCH,
             )
-            wanted = microbatches.requests(plan, layout, 0)
+            wanted = microbatches.requests(plan, layout, 0, plan.num_updates)
             began_s, began_processor_s = time.perf_counter(), time.process_time()
             make = lambda r: source(r.first_example, r.part.num_examples)  # noqa: E731
             with Prefetch(make, wanted, max_in_flight=IN_FLIGHT) as parts:
