@@ -77,25 +77,13 @@ def test_nothing_is_compiled_for_a_batch_size(run, undisturbed):
     assert undisturbed[1]["compilations"] == len(run.layout.shapes) + 2 <= 5
 
 
-class StopError(Exception):
-    """Stands for anything that ends a process."""
-
-
 @pytest.mark.parametrize("stop_at", [1, 6, 13])
 def test_a_killed_run_makes_the_same_decisions_again(
     run, undisturbed, tmp_path, monkeypatch, stop_at
 ):
     expected_directory, expected = undisturbed
-    original = train.updates
-
-    def interrupted(*arguments):
-        for row, state, sums in original(*arguments):
-            if row.update == stop_at:
-                raise StopError
-            yield row, state, sums
-
-    monkeypatch.setattr(train, "updates", interrupted)
-    with pytest.raises(StopError):
+    monkeypatch.setattr(train, "updates", trained.stopping(train.updates, stop_at))
+    with pytest.raises(trained.StopError):
         train.train(run, tmp_path)
     monkeypatch.undo()
     result = train.train(run, tmp_path)

@@ -1,4 +1,4 @@
-"""The README's code runs as printed, and its commands parse."""
+"""The README's code runs as printed; its commands and those of the guides parse."""
 
 import re
 import shlex
@@ -24,6 +24,15 @@ def commands() -> list[list[str]]:
     return [part[1:] for part in parts if part[0].endswith("bigbatch")]
 
 
+def guide_commands() -> list[list[str]]:
+    """The commands within the longer lines of docs/: behind srun, quotes, or on other machines."""
+    found = []
+    for guide in sorted((ROOT / "docs").glob("*.md")):
+        text = guide.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"^(?:!|all '.*/|srun .* )?bigbatch ((?:--?\w|\w).*)$", text, re.M)
+    return [shlex.split(re.split(r" > | *'$", command)[0]) for command in found]
+
+
 def test_there_is_something_to_test():
     assert len(blocks("python")) >= 2
     assert {command[0] for command in commands()} == {
@@ -34,6 +43,7 @@ def test_there_is_something_to_test():
         "report",
         "data",
     }
+    assert {"plan", "bench", "train", "data"} < {command[0] for command in guide_commands()}
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.split("\n", 1)[0])
@@ -53,12 +63,12 @@ def test_the_printed_config_plans(tmp_path, capsys):
     assert "fewer updates" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
+@pytest.mark.parametrize("command", commands() + guide_commands(), ids=" ".join)
 def test_commands_parse(command, monkeypatch):
-    """Every verb is called with the arguments that the README prints, but does nothing."""
+    """Every verb is called with the arguments that are printed, but does nothing."""
     monkeypatch.chdir(ROOT)
     called = []
-    for verb in ("_plan", "_train", "_evaluate", "_compare", "_report"):
+    for verb in ("_plan", "_train", "_evaluate", "_compare", "_report", "_bench"):
         monkeypatch.setattr(cli, verb, called.append)
     for verb in ("_prepare", "_info", "_bench"):
         monkeypatch.setattr(data_verbs, verb, called.append)

@@ -30,26 +30,14 @@ def undisturbed(run, tmp_path_factory):
     return directory, train.train(run, directory)
 
 
-class StopError(Exception):
-    """Stands for anything that ends a process."""
-
-
 @pytest.mark.parametrize("stop_at", [1, 5, 7, 12, 19, 20])
 def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     run, undisturbed, tmp_path, monkeypatch, stop_at
 ):
     expected_directory, expected = undisturbed
-    original = train.updates
-
-    def interrupted(*arguments):
-        for row, state, sums in original(*arguments):
-            if row.update == stop_at:
-                raise StopError
-            yield row, state, sums
-
-    monkeypatch.setattr(train, "updates", interrupted)
+    monkeypatch.setattr(train, "updates", trained.stopping(train.updates, stop_at))
     if stop_at < run.plan.num_updates:
-        with pytest.raises(StopError):
+        with pytest.raises(trained.StopError):
             train.train(run, tmp_path)
         assert not (tmp_path / "result.json").exists()
     else:

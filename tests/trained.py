@@ -1,5 +1,6 @@
 """Small runs for tests: a config on the digits, prepared for a number of devices."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -60,3 +61,19 @@ def prepared(config: Config, devices: int = 1) -> run.Run:
 def config(**changes: Any) -> Config:
     """The validated config of `tree`."""
     return read_config(tree(**changes), "test")
+
+
+class StopError(Exception):
+    """Stands for anything that ends a process."""
+
+
+def stopping(updates: Callable[..., Iterator], stop_at: int) -> Callable[..., Iterator]:
+    """`train.updates` whose process ends in an update, before anything is written of it."""
+
+    def stopped(*arguments: Any) -> Iterator:
+        for row, state, sums in updates(*arguments):
+            if row.update == stop_at:
+                raise StopError
+            yield row, state, sums
+
+    return stopped
