@@ -13,15 +13,21 @@ pixels wide, 20 epochs. The noise scale falls by 5 at epochs 6, 12 and 16, as in
 | hybrid | 1,650 |
 | increase | 1,425 |
 | increase_lr | 357 |
-| increase_momentum | 244 |
+| increase_momentum | 320 |
 | large | 188 |
 | unscaled | 357 |
+| uncapped | 1,386 |
+| excessive | 244 |
 
 Without a suffix the optimizer is SGD with momentum 0.9; `-nesterov`, `-sgd` and `-adam` are the
 others. `large` is the control of each: the largest batch from the start, at the learning rate of
-`decay`. `unscaled` has the batches of `increase_lr`, likewise without its learning rate. `adaptive`
-has no schedule: it grows the batch as the measured gradient noise asks for. To compare it with the
-schedules at its own ghost batch:
+`decay`. `unscaled` has the batches of `increase_lr`, likewise without its learning rate. Two are
+expected to fail, and `bigbatch plan` warns of both: `uncapped` grows to two thirds of the training
+set, `excessive` starts at ten times the effective learning rate lr / (1 - m). All 21 experiments of
+three seeds take about 1.5 hours on one CPU core.
+
+`adaptive` has no schedule: it grows the batch as the measured gradient noise asks for. To compare
+it with the schedules at its own ghost batch:
 
     bigbatch compare --config=configs/fashion_mnist.py --workdir=runs/adaptive --seeds=5
     --experiments=increase,adaptive,large --config.ghost_batch_examples=16
@@ -39,11 +45,17 @@ _SCHEDULES = {
 _LARGER_RATES = {
     "increase_lr": [{"name": "scale", "factor": 5}, _GROW],
     "increase_momentum": [
-        {"name": "scale", "factor": 5},
+        {"name": "scale", "factor": 3},
         {"name": "raise_momentum", "momentum": 0.95},
         _GROW,
     ],
     "unscaled": [{"name": "batch_stages", "batch_size": "0:160 6_epochs:640"}],
+    "uncapped": [{"name": "grow_batch"}],
+    "excessive": [
+        {"name": "scale", "factor": 5},
+        {"name": "raise_momentum", "momentum": 0.95},
+        _GROW,
+    ],
 }
 # The learning rate at batch size 32, and the momentum. Plain SGD has the noise scale of the others.
 _OPTIMIZERS = {"nesterov": (0.1, 0.9), "sgd": (1.0, 0.0), "adam": (1e-3, 0.0)}

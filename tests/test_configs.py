@@ -75,9 +75,11 @@ FASHION_MNIST = {
     "hybrid": (1_650, 120_000, (32, 160, 160, 160), (1, 1, 0.2, 0.04)),
     "increase": (1_425, 120_000, (32, 160, 640, 640), (1, 1, 0.8, 0.16)),
     "increase_lr": (357, 120_480, (160, 640, 640, 640), (5, 4, 0.8, 0.16)),
-    "increase_momentum": (244, 120_000, (320, 640, 640, 640), (5, 2, 0.4, 0.08)),
+    "increase_momentum": (320, 120_576, (192, 640, 640, 640), (3, 2, 0.4, 0.08)),
     "large": (188, 120_320, (640, 640, 640, 640), DECAY),
     "unscaled": (357, 120_480, (160, 640, 640, 640), DECAY),
+    "uncapped": (1_386, 120_000, (32, 160, 800, 4000), (1, 1, 1, 1)),
+    "excessive": (244, 120_000, (320, 640, 640, 640), (5, 2, 0.4, 0.08)),
 }
 FASHION_MNIST_WRN16_4 = {
     "decay": (93_750, 12_000_000, (128, 128, 128, 128), DECAY),
@@ -100,7 +102,7 @@ def every_optimizer(recipes, *, raised_momentum, momentum_only=()):
             examples,
             sizes,
             tuple(learning_rate * unit for unit in units),
-            raised_momentum if schedule == "increase_momentum" else momentum,
+            raised_momentum if schedule in ("increase_momentum", "excessive") else momentum,
         )
         for suffix, learning_rate, momentum in optimizers
         for schedule, (updates, examples, sizes, units) in recipes.items()
@@ -125,7 +127,7 @@ GOLDEN = {
     "fashion_mnist": every_optimizer(
         FASHION_MNIST,
         raised_momentum=0.95,
-        momentum_only=("increase_lr", "increase_momentum", "unscaled"),
+        momentum_only=("increase_lr", "increase_momentum", "unscaled", "uncapped", "excessive"),
     ),
     "fashion_mnist_wrn16_4": every_optimizer(
         FASHION_MNIST_WRN16_4,
