@@ -205,7 +205,10 @@ def grow_batch(
         base = policy.stated_peak_batch_size
         allowed = f"at least the policy's own batch size of {base:g} examples"
         most = policy.rule.train_examples
-        if checks.number("max_batch_size", max_batch_size, allowed, at_least=base) and most:
+        fits = checks.number("max_batch_size", max_batch_size, allowed) and checks.require(
+            max_batch_size >= base, "max_batch_size", max_batch_size, allowed, math.ceil(base)
+        )
+        if fits and most:
             allowed = f"below the {most} training examples, where the exact noise scale is above 0"
             checks.number("max_batch_size", max_batch_size, allowed, at_most=most - 1)
     elif policy.zero_epoch <= until_epoch and policy.zero_epoch < math.inf:

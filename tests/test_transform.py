@@ -238,6 +238,15 @@ MISTAKES = {
         [("rule", "linear")],
     ),
     "B_max below B": (lambda: grow_batch(BASE, 32), [("max_batch_size", 64)]),
+    # 64 * (1 - 0.9) / (1 - 0.98) is 319.9999999999997, and / (1 - 0.97) is 213.33.
+    "B_max below a size that is whole but for rounding": (
+        lambda: grow_batch(raise_momentum(BASE, 0.98), 310),
+        [("max_batch_size", 320)],
+    ),
+    "B_max below a size that is not whole": (
+        lambda: grow_batch(raise_momentum(BASE, 0.97), 213),
+        [("max_batch_size", 214)],
+    ),
     "B_max is text": (lambda: grow_batch(BASE, "5120"), [("max_batch_size", None)]),
     "order": (
         lambda: grow_batch(BASE, from_epoch=3, until_epoch=2),

@@ -77,9 +77,12 @@ class Policy:
 
     @functools.cached_property
     def stated_peak_batch_size(self) -> float:
-        """The largest batch size at the turning points: growth is not counted."""
+        """The largest batch size at the turning points: growth is not counted.
+
+        One that a formula gives is whole where it is but for rounding.
+        """
         size = float(self.at(self.turning_epochs).batch_size.max())
-        return int(size) if size == int(size) else size
+        return round(size) if math.isclose(size, round(size), rel_tol=1e-12) else size
 
 
 def check_base(checks: Checks, learning_rate: object, batch_size: object, momentum: object) -> None:
