@@ -91,20 +91,23 @@ FASHION_MNIST_WRN16_4 = {
 }
 
 
-def every_optimizer(recipes, *, raised_momentum, momentum_only=()):
+def every_optimizer(recipes, *, raised_momentum, momentum_only=(), learning_rate=0.1):
     """A file's recipes for the paper's four optimizers."""
     optimizers = (
-        ("", 0.1, 0.9), ("-nesterov", 0.1, 0.9), ("-sgd", 1.0, 0.0), ("-adam", 1e-3, 0.0)
+        ("", learning_rate, 0.9),
+        ("-nesterov", learning_rate, 0.9),
+        ("-sgd", 10 * learning_rate, 0.0),
+        ("-adam", 1e-3, 0.0),
     )
     return {
         schedule + suffix: Golden(
             updates,
             examples,
             sizes,
-            tuple(learning_rate * unit for unit in units),
+            tuple(own_rate * unit for unit in units),
             raised_momentum if schedule in ("increase_momentum", "excessive") else momentum,
         )
-        for suffix, learning_rate, momentum in optimizers
+        for suffix, own_rate, momentum in optimizers
         for schedule, (updates, examples, sizes, units) in recipes.items()
         if (momentum or schedule != "increase_momentum")
         and not (suffix and schedule in momentum_only)
@@ -126,6 +129,7 @@ GOLDEN = {
     "cifar10": every_optimizer(CIFAR10, raised_momentum=0.98),
     "fashion_mnist": every_optimizer(
         FASHION_MNIST,
+        learning_rate=0.05,
         raised_momentum=0.95,
         momentum_only=("increase_lr", "increase_momentum", "unscaled", "uncapped", "excessive"),
     ),
