@@ -269,14 +269,15 @@ def _compare(options: argparse.Namespace) -> None:
 
     compilation_cache.use(options.compilation_cache)
     names = options.experiments.split(",") if options.experiments else None
-    report = compare(
+    reports = compare(
         options.config,
         _workdir(options.workdir).path,
         experiments=names,
         seeds=options.seeds,
         overrides=options.overrides,
     )
-    _show(report)
+    for report in reports:
+        _show(report)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -1,18 +1,20 @@
-"""Several experiments of one config file, each with several seeds, and a report on them."""
+"""Several experiments of one config file, each with several seeds, and reports on them.
+
+Experiments named SCHEDULE-VARIANT, as in "increase-adam", are compared with "decay-VARIANT" where
+that is among them: one report a variant, beside the report on the names without one.
+"""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bigbatch.config import Config
 from bigbatch.config_file import compared_names, load_config
 from bigbatch.errors import Problem, UserError
+from bigbatch.report import Report, write_report
+from bigbatch.report.summary import REFERENCE_NAME
 from bigbatch.resume import open_run
 from bigbatch.workdir import Workdir
-
-if TYPE_CHECKING:
-    from bigbatch.report import Report
 
 
 def compare(
@@ -22,18 +24,19 @@ def compare(
     experiments: Sequence[str] | None,
     seeds: int,
     overrides: Sequence[tuple[str, str]] = (),
-) -> "Report":
+) -> list[Report]:
     """Trains and reports. Run again it continues; finished runs are not repeated.
 
     Args:
       reference: the config file.
-      directory: gets EXPERIMENT/seed_S for each run, and `report`.
+      directory: gets EXPERIMENT/seed_S for each run, `report`, and a `report-VARIANT` for each
+        variant.
       experiments: names; None for those that the file would have compared.
       seeds: how many, from 0 on.
       overrides: fields to change in every experiment.
 
     Returns:
-      The report.
+      The reports, one for each directory written.
 
     Raises:
       UserError: with the mistakes of all the experiments, before anything is trained.
@@ -57,14 +60,11 @@ def compare(
     if problems:
         raise UserError(problems)
 
-    from bigbatch.report import write_report
     from bigbatch.run import prepare
     from bigbatch.train import train
 
-    run_dirs = []
     for number, ((name, seed), config) in enumerate(configs.items(), 1):
         files = Workdir(directory / name / f"seed_{seed}")
-        run_dirs.append(files.path)
         plan = open_run(config, files)
         print(
             f"[{number}/{len(configs)}] {name}, seed {seed}: ", end="", file=sys.stderr, flush=True
@@ -78,4 +78,27 @@ def compare(
             f"{result['seconds']:.1f} s",
             file=sys.stderr,
         )
-    return write_report(run_dirs, directory / "report")
+    return [
+        write_report(
+            [directory / name / f"seed_{seed}" for seed in range(seeds) for name in family],
+            directory / (f"report-{variant}" if variant else "report"),
+        )
+        for variant, family in families(names).items()
+    ]
+
+
+def families(names: Sequence[str]) -> dict[str, list[str]]:
+    """The experiments that are compared with one another: those with a reference of their own.
+
+    Args:
+      names: the experiments.
+
+    Returns:
+      Each variant and its experiments, in their order; "" is the variant of all others.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        variant = name.partition("-")[2]
+        own = variant and f"{REFERENCE_NAME}-{variant}" in names
+        found.setdefault(variant if own else "", []).append(name)
+    return found

@@ -49,7 +49,7 @@ SHORT = [("epochs", "0.2"), ("policy.boundaries_epochs", "[0.1]"), ("model.strid
 
 # %%
 directory = Path(tempfile.mkdtemp())
-report = compare(
+(report,) = compare(
     str(CONFIG),
     directory,
     experiments=EXPERIMENTS,

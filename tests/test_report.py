@@ -243,6 +243,33 @@ def test_runs_that_are_no_repetitions_are_named(tmp_path):
     assert "decay: its runs have different plans" in text
 
 
+def test_runs_that_decided_their_own_plans_are_one_experiment(tmp_path):
+    plans = {0: [(2, 20, 0.1), (2, 100, 0.1)], 1: [(1, 20, 0.1), (3, 100, 0.1)]}
+    for seed, stages in plans.items():
+        write_run(tmp_path, "decay", seed, DECAY, falling_loss(seed, epochs=4))
+        config = {"policy": {"name": "adaptive"}}
+        loss = falling_loss(7 + seed, epochs=4)
+        # The plan of seed 1 evaluates after the same epochs, but after fewer updates.
+        accuracy = {0: lambda epoch: 0.8, 1: lambda epoch: 0.9}[seed]
+        write_run(tmp_path, "grown", seed, stages, loss, config=config, accuracy=accuracy)
+    report = write_report(sorted(tmp_path.glob("*/*")), tmp_path / "out")
+    assert report.warnings == ()
+    grown = report.summary.experiments[1]
+    assert (grown.updates.mean, grown.updates_ratio) == (100, 2)  # 120 and 80; decay has 200
+    assert (
+        "2.0 times fewer updates than decay (100 ± 28 against 200)"
+        in dict(claims(report.summary))["grown"]
+    )
+    np.testing.assert_allclose(grown.accuracies.updates, [50, 80, 90, 100])
+    np.testing.assert_allclose(grown.accuracies.mean, 85)
+    # Updates at the middle of each tenth of the first epoch, of the mean of both plans.
+    np.testing.assert_allclose(grown.curves.updates[0], np.mean([5, 5]))
+    np.testing.assert_allclose(grown.curves.updates[-1], np.mean([119, 79]))
+    page = report.page.read_text()
+    assert "grown, seed 0: 120 updates" in page
+    assert "grown, seed 1: 80 updates" in page
+
+
 def test_claims_say_no_more_than_the_runs_show(tmp_path):
     for seed in range(2):
         write_run(tmp_path, "a", seed, INCREASE, falling_loss(seed, epochs=4))

@@ -22,7 +22,8 @@ def within(name: str, runs: Sequence[Run]) -> Iterator[str]:
         yield f"{name}: {seeds.count(seed)} runs have the seed {seed}; they are not independent."
     for field in _differing(runs):
         yield f"{name}: its runs differ in the config field {field}; they are not one experiment."
-    if len({json.dumps(run.plan) for run in runs if run.plan is not None}) > 1:
+    planned = (run for run in runs if run.plan is not None and not run.decides)
+    if len({json.dumps(run.plan) for run in planned}) > 1:
         yield f"{name}: its runs have different plans; they are not one experiment."
 
 

@@ -164,7 +164,7 @@ def _figure(size: tuple[float, float]) -> "Figure":
 
 
 def _legend_text(experiment: Experiment) -> str:
-    return f"{experiment.name} ({experiment.updates:,} updates)"
+    return f"{experiment.name} ({experiment.updates.mean:,.0f} updates)"
 
 
 def _legend_columns(names: Sequence[str]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from bigbatch.report import figures, table
 from bigbatch.report.figures import Panel
 from bigbatch.report.interactive import AXES, page_data
+from bigbatch.report.runs import Run
 from bigbatch.report.summary import Summary
 from bigbatch.report.timing import StageSpeed, equal_budgets, input_wait_s, stage_speeds
 
@@ -222,17 +223,23 @@ def _config_differences(summary: Summary) -> Iterator[str]:
 
 def _plans(summary: Summary) -> Iterator[str]:
     plans = [
-        (experiment, plan)
+        (experiment.name, runs, plan)
         for experiment in summary.experiments
-        if (plan := next((run.plan for run in experiment.runs if run.plan is not None), None))
+        for runs in _of_one_plan(experiment.runs)
+        if (plan := next((run.plan for run in runs if run.plan is not None), None))
     ]
     if plans:
         yield "<h2>Plans</h2>"
-    for experiment, plan in plans:
-        total = f"{experiment.name}: {plan['num_updates']:,} updates, {plan['epochs']:g} epochs"
+    for name, runs, plan in plans:
+        which = f"{name}, seed {runs[0].seed}" if runs[0].decides else name
+        total = f"{which}: {plan['num_updates']:,} updates, {plan['epochs']:g} epochs"
         yield f"<h3>{escape(total)}</h3>"
-        stages = zip(plan["stages"], stage_speeds(experiment.runs), strict=True)
+        stages = zip(plan["stages"], stage_speeds(runs), strict=True)
         yield _html_table(_STAGE_HEAD, [_stage_row(i, *pair) for i, pair in enumerate(stages, 1)])
+
+
+def _of_one_plan(runs: Sequence[Run]) -> Sequence[Sequence[Run]]:
+    return [[run] for run in runs] if runs[0].decides else [runs]
 
 
 def _stage_row(number: int, stage: Mapping[str, Any], speed: StageSpeed) -> tuple[str, ...]:

@@ -100,6 +100,12 @@ class Run:
         return self.training["update"].size > 0 and self.train_examples > 0
 
     @property
+    def decides(self) -> bool:
+        """Whether the run decided its own plan, which then differs from seed to seed."""
+        policy = self.config.get("policy")
+        return isinstance(policy, Mapping) and policy.get("name") == "adaptive"
+
+    @property
     def train_examples(self) -> int:
         """Number of training examples, from the plan or else from the records; 0 if unknown."""
         if self.plan is not None:

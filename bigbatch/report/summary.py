@@ -47,7 +47,7 @@ class Curves:
 
     Attributes:
       epochs: float64[bins], the bins' centres.
-      updates: float64[bins], updates done at the centres.
+      updates: float64[bins], updates done at the centres, mean over the runs.
       loss: float64[bins], geometric mean over the runs.
       low: float64[bins], one standard deviation of the log loss below; equal to loss for one run.
       high: float64[bins], the same above.
@@ -80,7 +80,7 @@ class Experiment:
       name: the experiment's name.
       runs: the runs that the numbers come from: the finished ones, or all if none is finished.
       num_unfinished: runs that are not finished, whether they are among `runs` or not.
-      updates: updates done by the end (the most that a run did, should they differ).
+      updates: updates done by the end; runs of an adaptive experiment differ in them.
       test_accuracy: at the end, in percent.
       train_loss: mean over the last whole epoch.
       examples_per_s: training examples per second of training.
@@ -97,7 +97,7 @@ class Experiment:
     name: str
     runs: tuple[Run, ...]
     num_unfinished: int
-    updates: int
+    updates: Estimate
     test_accuracy: Estimate
     train_loss: Estimate
     examples_per_s: Estimate
@@ -171,7 +171,7 @@ def _experiment(name: str, runs: Sequence[Run]) -> Experiment:
         name=name,
         runs=tuple(used),
         num_unfinished=sum(not run.finished for run in runs),
-        updates=max(int(_final(run, "updates", run.training["update"][-1])) for run in used),
+        updates=Estimate.of([_final(run, "updates", run.training["update"][-1]) for run in used]),
         test_accuracy=Estimate.of([100 * _final_accuracy(run) for run in used]),
         train_loss=Estimate.of([_last(curve) for curve in losses]),
         examples_per_s=Estimate.of([_examples_per_s(run) for run in used]),
@@ -224,13 +224,17 @@ def _curves(runs: Sequence[Run]) -> Curves:
     squares = (np.where(there, logs - mean, 0.0) ** 2).sum(axis=0)
     sd = np.sqrt(squares / np.maximum(count - 1, 1))
     first = runs[0]
+    updates = [
+        np.interp(
+            centres * run.train_examples,
+            np.append(0.0, run.training["examples"]),
+            np.append(0.0, run.training["update"]),
+        )
+        for run in runs
+    ]
     return Curves(
         epochs=centres,
-        updates=np.interp(
-            centres * first.train_examples,
-            np.append(0.0, first.training["examples"]),
-            np.append(0.0, first.training["update"]),
-        ),
+        updates=np.mean(updates, axis=0),
         loss=np.exp(mean),
         low=np.exp(mean - sd),
         high=np.exp(mean + sd),
@@ -239,23 +243,27 @@ def _curves(runs: Sequence[Run]) -> Curves:
 
 
 def _accuracies(runs: Sequence[Run]) -> Accuracies:
-    """Evaluations that most runs share, by the update; runs of one plan evaluate at the same."""
+    """Evaluations that most runs share, by the update; runs of one plan evaluate at the same.
+
+    Runs that decide their plans evaluate at updates of their own: theirs are taken in order.
+    """
     updates = np.concatenate([run.evaluations["update"] for run in runs])
+    orders = np.concatenate([np.arange(run.evaluations["update"].size) for run in runs])
     values = 100 * np.concatenate([run.evaluations["test_accuracy"] for run in runs])
     sizes = np.array([run.train_examples for run in runs])
     positions = np.concatenate(
         [run.evaluations["examples"] / size for run, size in zip(runs, sizes, strict=True)]
     )
-    keys, group = np.unique(updates, return_inverse=True)
-    if keys.size == 0:
+    if updates.size == 0:
         return Accuracies(*(np.empty(0) for _ in range(4)))
+    _, group = np.unique(orders if runs[0].decides else updates, return_inverse=True)
     count = np.bincount(group)
     mean = np.bincount(group, values) / count
     squares = np.bincount(group, (values - mean[group]) ** 2)
     keep = count == count.max()
     return Accuracies(
         epochs=(np.bincount(group, positions) / count)[keep],
-        updates=keys[keep],
+        updates=(np.bincount(group, updates) / count)[keep],
         mean=mean[keep],
         sd=np.sqrt(squares / np.maximum(count - 1, 1))[keep],
     )
@@ -279,7 +287,7 @@ def _compared(experiment: Experiment, reference: Experiment) -> Experiment:
         gap=gap,
         equal_noise=_equal_noise(experiment.curves, reference.curves),
         accuracy_difference=difference(experiment.test_accuracy, reference.test_accuracy),
-        updates_ratio=reference.updates / max(experiment.updates, 1),
+        updates_ratio=reference.updates.mean / max(experiment.updates.mean, 1.0),
     )
 
 

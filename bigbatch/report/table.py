@@ -39,7 +39,7 @@ def _row(experiment: Experiment) -> tuple[str, ...]:
     return (
         experiment.name,
         f"{len(experiment.runs)}{unfinished}",
-        f"{experiment.updates:,}",
+        _updates(experiment.updates),
         f"{_significant(experiment.updates_ratio)}x",
         _estimate(experiment.test_accuracy, "{:.2f}"),
         _estimate(experiment.train_loss, _decimals(experiment.train_loss)),
@@ -74,9 +74,9 @@ def _claim(experiment: Experiment, reference: Experiment) -> str:
 
 def _updates_claim(experiment: Experiment, reference: Experiment) -> str:
     ratio = experiment.updates_ratio
-    counts = f"{experiment.updates:,} against {reference.updates:,}"
-    if experiment.updates == reference.updates:
-        return f"as many updates as {reference.name} ({reference.updates:,})"
+    counts = f"{_updates(experiment.updates)} against {_updates(reference.updates)}"
+    if ratio == 1:
+        return f"as many updates as {reference.name} ({_updates(reference.updates)})"
     if ratio > 1:
         return f"{_significant(ratio)} times fewer updates than {reference.name} ({counts})"
     return f"{_significant(1 / ratio)} times more updates than {reference.name} ({counts})"
@@ -159,6 +159,11 @@ def _estimate(estimate: Estimate, form: str, *, spread: bool = True) -> str:
     if spread and not math.isnan(estimate.sd):
         text += f" {_PLUS_MINUS} {form.format(estimate.sd)}"
     return text
+
+
+def _updates(updates: Estimate) -> str:
+    """Their number; with the spread where the runs decided their own."""
+    return _estimate(updates, "{:,.0f}", spread=updates.sd > 0)
 
 
 def percent(values: Sequence[float]) -> str:
