@@ -73,7 +73,7 @@ print(report.page)
 for experiment in report.summary.experiments:
     accuracy = experiment.test_accuracy
     print(
-        f"{experiment.name}: {experiment.updates:,} updates ({experiment.updates_ratio:.1f} times fewer), "
+        f"{experiment.name}: {experiment.updates.mean:,.0f} updates ({experiment.updates_ratio:.1f} times fewer), "
         f"test accuracy {accuracy.mean:.2f} +- {accuracy.sd:.2f} %, n = {accuracy.n}"
     )
 
