@@ -69,9 +69,13 @@ class Checkpoints:
         # A reader must not clean up what another process is writing.
         policy = _Keep(keep, keep_always) if keep is not None else None
         save = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+        context = ocp.Context()
+        # Else every array is cut over the devices that hold it, each cut compiled as training runs.
+        context.array.saving.use_replica_parallel = False
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
+                context=context,
                 save_decision_policy=save,
                 preservation_policy=policy,
                 cleanup_tmp_directories=keep is not None,

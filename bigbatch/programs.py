@@ -34,6 +34,8 @@ class Programs:
       snapshot: compiled; a state as in a checkpoint in buffers of its own, and its checksum.
       state_shapes: shapes, dtypes and shardings of the state that the updates take.
       empty_accumulator: makes the accumulator that the first update starts with.
+      mean_ghost_statistics: compiled where it is asked for; an accumulator -> running statistics,
+        replicated.
       reproducible_unit_examples: of an addend of the reproducible sums; None where they are not.
     """
 
@@ -46,6 +48,7 @@ class Programs:
     snapshot: Callable[[step.State], tuple[step.State, jax.Array]]
     state_shapes: step.State
     empty_accumulator: Callable[[], step.Accumulator]
+    mean_ghost_statistics: Callable[[Any], PyTree] | None
     reproducible_unit_examples: int | None = None
 
     def addends(self, batch_size: int) -> tuple[np.ndarray, ...]:
@@ -90,6 +93,7 @@ def compile_programs(
     noise_small_batch_examples: int | None = None,
     shard_optimizer: bool = False,
     reproducible: bool = False,
+    reestimates: bool = False,
 ) -> Programs:
     """Compiles everything that a run will call.
 
@@ -106,6 +110,7 @@ def compile_programs(
       noise_small_batch_examples: of the noise measurement; None: nothing is measured.
       shard_optimizer: whether the optimizer's state is divided over the devices.
       reproducible: sums exactly, so that no layout changes a bit; see `exact_sums`.
+      reestimates: whether running statistics are estimated anew; see `reestimate`.
 
     Returns:
       The programs. Equal arguments return the same ones without compiling anew.
@@ -185,6 +190,7 @@ def compile_programs(
         donate_argnums=(0, 1),
     )
     evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
+    means = jax.jit(step.mean_ghost_statistics, out_shardings=replicated)
     return Programs(
         accumulate={
             examples: accumulate.lower(state, accumulator, microbatch(examples), *addends).compile()
@@ -197,6 +203,7 @@ def compile_programs(
         unite=unite,
         snapshot=jax.jit(_snapshot).lower(whole).compile(),
         empty_accumulator=jax.jit(empty).lower().compile(),
+        mean_ghost_statistics=means.lower(accumulator).compile() if reestimates else None,
         state_shapes=state,
         reproducible_unit_examples=unit_examples if reproducible else None,
     )

@@ -7,7 +7,7 @@ them. A few thousand examples give statistics of the present ones.
 import jax
 from jax.sharding import NamedSharding
 
-from bigbatch import microbatches, step
+from bigbatch import microbatches
 from bigbatch.run import Run
 from bigbatch.step import REPLICATED, State
 from bigbatch.update_rules import evaluation_params
@@ -28,6 +28,7 @@ def reestimate(run: Run, state: State) -> State:
       The state with the new running statistics; only for evaluation.
     """
     assert run.config.reestimate_examples is not None
+    assert run.programs.mean_ghost_statistics is not None
     batch_size = int(run.plan.batch_sizes[-1])
     replicated = NamedSharding(run.mesh, REPLICATED)
     params = jax.device_put(evaluation_params(state.params, state.optimizer), replicated)
@@ -43,7 +44,5 @@ def reestimate(run: Run, state: State) -> State:
             )
             # Bounds what is in flight, here and where ghost batches span devices.
             jax.block_until_ready(accumulator)
-    sums = step.sums_so_far(accumulator)
-    means = jax.tree.map(lambda leaf: leaf / sums.ghost_batches, sums.ghost_statistics)
-    statistics = jax.device_put(means, replicated)
+    statistics = jax.block_until_ready(run.programs.mean_ghost_statistics(accumulator))
     return state._replace(running_statistics=statistics)

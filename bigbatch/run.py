@@ -125,6 +125,7 @@ def prepare(
         noise_small_batch_examples=config.noise_small_batch_examples,
         shard_optimizer=config.shard_optimizer,
         reproducible=config.reproducible,
+        reestimates=config.reestimate_examples is not None,
     )
     config, keep = _fitted(config, mesh, data, compiled, kept)
     layout = config.layout(plan, mesh.size)

@@ -128,6 +128,12 @@ def sums_so_far(accumulator: Accumulator | Bins) -> Accumulator:
     return exact_sums.total(total) if isinstance(accumulator, Bins) else total
 
 
+def mean_ghost_statistics(accumulator: Accumulator | Bins) -> PyTree:
+    """The mean of the ghost statistics that an accumulator holds, as running statistics."""
+    sums = sums_so_far(accumulator)
+    return jax.tree.map(lambda leaf: leaf / sums.ghost_batches, sums.ghost_statistics)
+
+
 def accumulate(
     state: State,
     accumulator: Accumulator | Bins,

@@ -71,7 +71,7 @@ class Alone(NamedTuple):
 @pytest.fixture(scope="module")
 def alone():
     with jax.enable_x64(True):
-        config = small_config()
+        config = small_config(reestimate_examples=200)
         run = trained.prepared(config)
         assert sorted(set(run.plan.batch_sizes.tolist())) == [32, 96]
         first = jax.device_get(run.init_state())
@@ -191,7 +191,7 @@ def test_label_smoothing_is_the_cross_entropy_with_softened_targets():
 
 def test_reestimated_statistics_are_the_means_over_ghost_batches(alone):
     with jax.enable_x64(True):
-        run = dataclasses.replace(alone.run, config=small_config(reestimate_examples=200))
+        run = alone.run
         estimated = jax.device_get(reestimate(run, alone.last).running_statistics)
         # Two batches of 96: six ghost batches, one after the other by the module itself.
         module = run.config.model.module(num_classes=10, ghost_batch_examples=32)

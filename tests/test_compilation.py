@@ -1,0 +1,67 @@
+"""After the first update of a run nothing is traced and nothing is compiled."""
+
+import collections
+
+import jax
+import pytest
+
+from bigbatch import layout, train
+from tests import trained
+from tests.test_adaptive import ADAPTIVE, FIELDS
+
+EVENTS = {
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    "/jax/core/compile/backend_compile_duration",
+}
+# Records, evaluations, with statistics estimated anew, and checkpoints, on unlike updates.
+OFTEN = {
+    "log_every_updates": 3,
+    "evaluate_every_updates": 4,
+    "reestimate_examples": 160,
+    "checkpoint_every_updates": 5,
+}
+ON_DEVICE = {"data": {"name": "digits", "on_device": True}, "noise_small_batch_examples": 32}
+RUNS = [
+    pytest.param(ON_DEVICE, id="planned"),
+    pytest.param(FIELDS | {"policy": ADAPTIVE}, id="adaptive"),
+    pytest.param({"reproducible": True}, id="reproducible", marks=pytest.mark.long),
+    pytest.param({"shard_optimizer": True}, id="sharded", marks=pytest.mark.long),
+]
+
+
+@pytest.fixture
+def seen():
+    """What JAX reports of tracing and compiling, by event and function; not what it remembers."""
+    counts: collections.Counter = collections.Counter()
+
+    def listen(event, duration, fun_name="", **rest):
+        if event in EVENTS:
+            counts[event, fun_name] += 1
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("changes", RUNS)
+def test_nothing_is_traced_or_compiled_after_the_first_update(seen, changes, tmp_path, monkeypatch):
+    # As many shapes of microbatch as there may be.
+    monkeypatch.setattr(layout, "COMPILATION_EXAMPLES", 0)
+    original, sizes = train.updates, []
+
+    def watched(*arguments):
+        for row, state, sums in original(*arguments):
+            if row.update == 0:
+                seen.clear()
+            sizes.append(row.batch_size)
+            yield row, state, sums
+
+    monkeypatch.setattr(train, "updates", watched)
+    train.train(trained.prepared(trained.config(**changes | OFTEN), 2), tmp_path)
+    assert len(set(sizes)) > 1
+    assert not seen
+    # What there is would have been seen.
+    jax.jit(lambda x: x + 1)(1.0)
+    assert {event for event, _ in seen} == EVENTS
