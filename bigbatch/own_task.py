@@ -136,6 +136,7 @@ def prepare_task(
             ),
             ghost_batch_examples=ghost_batch_examples,
             noise_small_batch_examples=noise_small_batch_examples,
+            reproducible=reproducible,
             seed=seed,
             shard_optimizer=shard_optimizer,
             mesh=mesh,

@@ -1,6 +1,11 @@
 """With `reproducible` the parameters are the same, to the bit, whatever the hardware."""
 
+import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +14,18 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 import bigbatch
-from bigbatch import layout, run, step, train, update_loop
+from bigbatch import layout, step, train, update_loop
 from bigbatch.checkpoint import params_sha256
-from bigbatch.config import read_config
-from bigbatch.config_file import load_config
 from bigbatch.errors import UserError
 from bigbatch.optimizer import Momentum
 from bigbatch.own_task import prepare_task
 from bigbatch.run import Updates
 from bigbatch.task import Task
 from tests import trained
+from tests.test_distributed import free_port
+from tests.test_memory import failing
 from tests.test_noise_measurement import log_of
 from tests.test_step import collectives
-
-DEVICES = (1, 2, 4, 8)
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +147,11 @@ def test_a_state_goes_on_on_other_devices(expected):
     assert params_sha256((state, history)) == expected
 
 
+def test_a_microbatch_that_does_not_fit_changes_no_bit(expected):
+    run = failing(small_run(mesh_of(2), 40), lambda examples: examples > 48)
+    assert hash_of_everything(run) == expected
+
+
 def test_a_bound_that_fails_is_raised_and_the_update_computed_again(monkeypatch):
     prepared = small_run(mesh_of(2), 24)
     again, original = [], update_loop._again
@@ -201,52 +209,45 @@ def test_digits_over_a_change_of_the_batch_size(tmp_path):
     assert again["params_sha256"] == found[0][0]
 
 
-def last_hash(config, devices: int, updates: int | None = None) -> str:
-    prepared = run.prepare(config, config.plan, mesh_of(devices))
-    state, _ = go_on(prepared, prepared.init_state(), 0, updates or prepared.plan.num_updates)
-    return params_sha256(state.params)
+def run_processes(name: str, share: int, devices: int, processes: int = 1, *flags: str):
+    """What each process of a whole run printed; see `same_bits`."""
+    command = [sys.executable, "-m", "tests.same_bits", name, str(share), *flags]
+    coordinator = f"127.0.0.1:{free_port()}"
+    started = [
+        subprocess.Popen(
+            command
+            + (["--processes", coordinator, str(processes), str(index)] if processes > 1 else []),
+            cwd=Path(__file__).parents[1],
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+    texts = [process.communicate()[0] for process in started]
+    assert not any(process.returncode for process in started)
+    return [json.loads(text.splitlines()[-1]) for text in texts]
 
 
 @pytest.mark.long
-def test_the_whole_run_of_the_digits_on_1_2_4_and_8_devices():
-    """Every stage of `configs/digits.py:increase`; and without it, other bits on 2 or 4 devices."""
-    tree = load_config("configs/digits.py:increase").tree
-    shares = dict(zip(DEVICES, (160, 32, 96, 32), strict=True))
-
-    def hashes(devices, **changes):
-        return [
-            last_hash(
-                read_config(tree | changes | {"microbatch_examples_per_device": shares[n]}), n
-            )
-            for n in devices
-        ]
-
-    assert len(set(hashes(DEVICES, reproducible=True))) == 1
-    assert len(set(hashes((1, 2, 4), reproducible=False))) > 1
-
-
-@pytest.mark.long
-def test_50_updates_of_wrn_16_4():
-    """8x8 images and ghost batches of 16, so that two cores do it; batches of 32, then 64."""
-    model = {"name": "wide_resnet", "depth": 16, "width": 4, "strides": [1, 2, 1]}
-    policy = trained.DECAY | {"boundaries_epochs": [0.9], "factor": 0.5, "learning_rate": 0.05}
-
-    def hashes(pairs, **changes):
-        settings = {
-            "model": model,
-            "policy": policy,
-            "transformations": [trained.GROW | {"max_batch_size": 64}],
-            "ghost_batch_examples": 16,
-            "epochs": 1.5,
-            **changes,
-        }
-        return [
-            last_hash(trained.config(**settings, microbatch_examples_per_device=share), devices, 50)
-            for devices, share in pairs
-        ]
-
-    assert len(set(hashes([(1, 48), (2, 16), (4, 16), (8, 16)], reproducible=True))) == 1
-    assert len(set(hashes([(1, 16), (2, 16), (4, 16)], reproducible=False))) > 1
+@pytest.mark.parametrize(
+    ("name", "shares"), [("digits", (160, 32, 96, 32, 64)), ("wrn_16_4", (64, 16, 8, 8, 16))]
+)
+def test_a_whole_run_is_the_same_bits_on_any_devices_and_processes(name, shares):
+    """Every stage, each run in processes of its own: the state, and the sums of every update."""
+    over = [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2)]
+    found = [
+        report
+        for share, (devices, processes) in zip(shares, over, strict=True)
+        for report in run_processes(name, share, devices, processes)
+    ]
+    assert [(r["devices"], r["processes"]) for r in found[:4]] == over[:4]
+    assert [(r["devices"], r["processes"]) for r in found[4:]] == [(4, 2)] * 2
+    assert len({(r["sha256"], r["params_sha256"]) for r in found}) == 1
+    assert len(found[0]["batch_sizes"]) == 3
+    # And without it they are not.
+    plain = [run_processes(name, shares[1], devices, 1, "--plain")[0] for devices in (1, 2, 4)]
+    assert len({r["params_sha256"] for r in plain}) > 1
 
 
 @pytest.mark.parametrize(
