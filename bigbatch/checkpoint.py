@@ -94,12 +94,17 @@ class Checkpoints:
         """
         return next(((u, record) for u, record in self._records() if record is not None), None)
 
+    def saved(self) -> list[int]:
+        """The numbers of updates done at the checkpoints that are there, newest first."""
+        return [updates for updates, record in self._records() if record is not None]
+
     def restore(
         self,
         target: State,
         checksum: Callable[[State], int],
         whose: str | None = None,
         warn: Callable[[str], None] = lambda text: None,
+        at: int | None = None,
     ) -> Restored | None:
         """Reads the newest checkpoint that is whole; None where there is none at all.
 
@@ -108,6 +113,7 @@ class Checkpoints:
           checksum: of a state, as it was given to `save`.
           whose: the run that the checkpoint must be of, as `save` was told; None: any.
           warn: is told in words of damaged checkpoints.
+          at: only the checkpoint with so many updates done; None: the newest.
 
         Raises:
           UserError: the checkpoints are of another run, project or newer version.
@@ -115,6 +121,8 @@ class Checkpoints:
         """
         damaged: list[int] = []
         for updates, record in self._records():
+            if at not in (None, updates):
+                continue
             if record is not None and whose is not None and record["run"] != whose:
                 allowed = "checkpoints of the run in this workdir; this one is of another"
                 raise UserError(Problem("workdir", str(self.directory / str(updates)), allowed))

@@ -99,6 +99,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_cache(compare)
     compare.add_argument("--seeds", type=int, default=5, help="how many, from 0 on (default 5)")
+    critical = verb("critical", _critical, "Measure the critical batch size along a run.")
+    critical.add_argument("--config", **config)
+    critical.add_argument("--workdir", **workdir)
+    numbers = {"type": _numbers, "metavar": "A,B,..."}
+    critical.add_argument(
+        "--at-updates", **numbers, help="checkpoints (default: all but one at the end)"
+    )
+    critical.add_argument(
+        "--sizes", **numbers, help="batch sizes (default: 6 about the noise scale)"
+    )
+    for name, value, text in (
+        ("branches", 4, "runs at each batch size"),
+        ("loss-share", 0.5, "by which the training loss is to fall"),
+        ("most-epochs", 20.0, "of a branch"),
+    ):
+        critical.add_argument(
+            f"--{name}", type=type(value), default=value, help=f"{text} (default {value:g})"
+        )
+    critical.add_argument(
+        "--lr-factors", **numbers, default=(1.0,), help="of the rule's lr; the best counts"
+    )
+    _add_cache(critical)
     report = verb("report", _report, "Write figures, a page and a table.")
     report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     report.add_argument("--out", required=True, metavar="DIR")
@@ -120,6 +142,17 @@ def _add_cache(verb: Any) -> None:
         help="keeps compiled programs for later starts (default: the user's cache directory); "
         "off for none",
     )
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas; whole ones as int."""
+    parts = text.split(",")
+    try:
+        return tuple(int(part) if part.strip().isdigit() else float(part) for part in parts)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"given {text!r}; allowed: numbers with commas between"
+        ) from error
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -278,6 +311,34 @@ def _compare(options: argparse.Namespace) -> None:
     )
     for report in reports:
         _show(report)
+
+
+def _critical(options: argparse.Namespace) -> None:
+    files = _workdir(options.workdir)
+    files.expect_run()
+    from bigbatch import compilation_cache
+    from bigbatch.resume import check_same, read_run_config
+
+    compilation_cache.use(options.compilation_cache)
+    if options.config:
+        config = _config(options)
+        check_same(files, config)
+    else:
+        _no_overrides(options, "nothing without --config: the workdir's own config is used")
+        config = read_run_config(files)
+    from bigbatch.critical import Asked, measure
+    from bigbatch.critical_table import write
+
+    names = ("sizes", "branches", "loss_share", "most_epochs", "lr_factors")
+    asked = Asked(**{name: getattr(options, name) for name in names})
+    points = []
+    for point in measure(config, files, asked, options.at_updates, _say):
+        points.append(point)
+        print(write(points, files.critical), flush=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _report(options: argparse.Namespace) -> None:

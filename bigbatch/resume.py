@@ -112,6 +112,13 @@ def read_plan(files: Workdir) -> Plan:
         ) from error
 
 
+def read_run_config(files: Workdir) -> Config:
+    """The config of the run in a working directory."""
+    tree = read_json(files.config)
+    experiment = tree.pop("experiment", "")
+    return read_config(tree, experiment)
+
+
 def evaluate_run(files: Workdir) -> dict[str, Any]:
     """Evaluates the newest checkpoint of a run, with the config and plan in its directory.
 
@@ -125,9 +132,7 @@ def evaluate_run(files: Workdir) -> dict[str, Any]:
     from bigbatch.run import prepare
     from bigbatch.train import restore
 
-    tree = read_json(files.config)
-    experiment = tree.pop("experiment", "")
-    run = prepare(read_config(tree, experiment), read_plan(files))
+    run = prepare(read_run_config(files), read_plan(files))
     with Checkpoints(files.checkpoints) as checkpoints:
         state, progress = restore(run, checkpoints)
     if progress.updates == 0:

@@ -7,6 +7,7 @@
     result.json     written last: the run is finished
     microbatch.json the microbatch that was found to fit the devices
     checkpoints/    by update
+    critical/       branches of `bigbatch critical`, and what they show
     programs/       compiled programs, where --compilation-cache names it
 
 Files are replaced atomically, so a kill at any moment leaves the old one or the new one.
@@ -40,6 +41,7 @@ class Workdir:
     result = property(lambda self: self.path / "result.json")
     microbatch = property(lambda self: self.path / "microbatch.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    critical = property(lambda self: self.path / "critical")
     programs = property(lambda self: self.path / "programs")
 
     def claim(self) -> None:
