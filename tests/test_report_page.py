@@ -11,7 +11,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from bigbatch.report import read_run, write_report
+from bigbatch.report import linear_scaling, read_run, write_report
 from bigbatch.report.timing import equal_budgets, seconds_at, stage_speeds
 from tests.report_runs import DECAY, falling_loss, write_run
 
@@ -148,6 +148,22 @@ def test_the_tables_say_what_was_measured(report):
     # 120 records waited 0.01 s each.
     assert "<td>1.20</td>" in text
     assert "<td>16.7</td><td>120</td>" in text
+
+
+def test_where_linear_scaling_ends(report):
+    """The medians of 50 times the epoch, and lr_max / (1 + B_noise / B) by hand."""
+    rows = linear_scaling.rows(report.summary)
+    assert [row[:5] for row in rows] == [
+        ("decay", "1", "20", "0.1", "75"),
+        ("decay", "2", "20", "0.02", "150"),
+        (NAME, "1", "20", "0.1", "75"),
+        (NAME, "2", "100", "0.1", "152"),
+    ]
+    # 2 (B + 75) / (2 B + 75) at B = 20, and the rule's double at 75 + 2 B examples.
+    assert rows[0][5:] == ("0.165 (1.65x)", "115")
+    assert rows[3][5:] == ("0.143 (1.43x)", "352")
+    assert "Where linear scaling ends" in report.page.read_text()
+    assert "## Where linear scaling ends" in report.table.read_text()
 
 
 def test_a_name_cannot_leave_the_data(report):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bigbatch.report import figures, table
+from bigbatch.report import figures, linear_scaling, table
 from bigbatch.report.figures import Panel
 from bigbatch.report.interactive import AXES, page_data
 from bigbatch.report.runs import Run
@@ -83,6 +83,7 @@ def page(summary: Summary) -> str:
         f'<p class="small">{escape(table.explanation(summary))}</p>',
         *_budgets(summary),
         *_times(summary),
+        *_linear_scaling(summary),
         *_config_differences(summary),
         *_plans(summary),
         *_runs(summary),
@@ -211,6 +212,15 @@ def _times(summary: Summary) -> Iterator[str]:
 
 def _known(value: float, form: str) -> str:
     return format(value, form) if np.isfinite(value) else table.MISSING
+
+
+def _linear_scaling(summary: Summary) -> Iterator[str]:
+    """Where the noise was measured: how far the linear rule for the learning rate goes."""
+    rows = linear_scaling.rows(summary)
+    if rows:
+        yield "<h2>Where linear scaling ends</h2>"
+        yield _html_table(linear_scaling.COLUMNS, rows)
+        yield f'<p class="small">{escape(linear_scaling.NOTE)}</p>'
 
 
 def _config_differences(summary: Summary) -> Iterator[str]:

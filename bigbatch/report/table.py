@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from bigbatch.report import linear_scaling
 from bigbatch.report.curves import CurveGap
 from bigbatch.report.summary import Difference, Estimate, Experiment, Summary
 
@@ -135,6 +136,11 @@ def markdown(summary: Summary) -> str:
     lines += [f"- **{_escape(name)}**: {_escape(text)}" for name, text in claims(summary)]
     lines += ["", *_markdown_table(COLUMNS, table(summary)), ""]
     lines += [notes(summary), "", explanation(summary), ""]
+    scaling = linear_scaling.rows(summary)
+    if scaling:
+        lines += ["## Where linear scaling ends", ""]
+        lines += [*_markdown_table(linear_scaling.COLUMNS, scaling), ""]
+        lines += [_escape(linear_scaling.NOTE), ""]
     if summary.warnings:
         lines += ["## Missing or not comparable", ""]
         lines += [f"- {_escape(warning)}" for warning in summary.warnings] + [""]

@@ -2,10 +2,12 @@
 
     python -m tests.benchmarks.noise [runs] > tests/benchmarks/results/noise_cpu.md
 
-One process, one device, one microbatch an update (digits, WRN-10-1, ghost batches of 32): every
+One process, one device, updates of 256 examples (digits, WRN-10-1, ghost batches of 32): every
 variant's update in turn, over and over, so that a busy machine slows all of them alike. Printed is
 the median of each against that of the plain one, and the quartiles of the ratio to the plain update
-of the same round.
+of the same round. Where a microbatch is the whole update, small batches smaller than it are a loop
+within the program; where a microbatch is one small batch, the host's loop over microbatches does
+that, and there is none.
 """
 
 import platform
@@ -18,40 +20,59 @@ from jax.sharding import NamedSharding
 
 from bigbatch import run, step
 from bigbatch.config import read_config
-from bigbatch.layout import Microbatch
 from bigbatch.microbatches import Request
 from tests import trained
 
-SHARE = 256
+UPDATE = 256
+PLAIN = "plain: one microbatch of 256"
+_NOISE, _MICROBATCH = "noise_small_batch_examples", "microbatch_examples_per_device"
 VARIANTS = {
-    "plain": {},
-    "small batch = the whole share of 256": {"noise_small_batch_examples": 256},
-    "small batches of 128": {"noise_small_batch_examples": 128},
-    "small batches of 64": {"noise_small_batch_examples": 64},
-    "small batches of 32": {"noise_small_batch_examples": 32},
-    "reproducible, ghost batches of 32": {"reproducible": True},
+    PLAIN: {},
+    "small batch = the whole share of 256": {_NOISE: 256},
+    **{
+        f"small batches of {n}, a loop in one microbatch of 256": {_NOISE: n} for n in (128, 64, 32)
+    },
+    **{f"nothing measured, microbatches of {n}": {_MICROBATCH: n} for n in (128, 64, 32)},
+    **{
+        f"small batches of {n}, microbatches of {n}": {_NOISE: n, _MICROBATCH: n}
+        for n in (128, 64, 32)
+    },
+    "reproducible, ghost batches of 32, one microbatch of 256": {"reproducible": True},
+    "reproducible, ghost batches of 32, microbatches of 32": {
+        "reproducible": True,
+        _MICROBATCH: 32,
+    },
 }
 
 
 class Variant:
-    """One config's programs and an update of one microbatch."""
+    """One config's programs and the microbatches of one update."""
 
     def __init__(self, changes):
-        policy = {"name": "constant", "learning_rate": 0.01, "batch_size": SHARE, "momentum": 0.9}
-        tree = trained.tree(policy=policy, transformations=[], microbatch_examples_per_device=SHARE)
+        policy = {
+            "name": "constant",
+            "learning_rate": 0.01,
+            "batch_size": UPDATE,
+            "momentum": 0.9,
+        }
+        tree = trained.tree(
+            policy=policy, transformations=[], microbatch_examples_per_device=UPDATE
+        )
         config = read_config(tree | changes)
         self.run = run.prepare(config, config.plan, step.data_mesh(jax.devices()[:1]))
         self.state, self.accumulator = self.run.init_state(), self.run.programs.empty_accumulator()
-        self.size, self.examples = self.run.microbatch(Request(0, Microbatch(0, SHARE, SHARE)))
+        parts = self.run.layout.microbatches(UPDATE)
+        self.parts = [self.run.microbatch(Request(part.offset_examples, part)) for part in parts]
         hyper = {name: np.float32(0.01) for name in self.run.hyper_names}
         self.hyper = jax.device_put(hyper, NamedSharding(self.run.mesh, step.REPLICATED))
 
     def update_s(self) -> float:
         """Seconds of one update."""
         programs, start_s = self.run.programs, time.perf_counter()
-        self.accumulator = programs.accumulate[self.size](
-            self.state, self.accumulator, self.examples, *programs.addends(SHARE)
-        )
+        for size, examples in self.parts:
+            self.accumulator = programs.accumulate[size](
+                self.state, self.accumulator, examples, *programs.addends(UPDATE)
+            )
         self.state, self.accumulator, _ = programs.apply_update(
             self.state, self.accumulator, self.hyper
         )
@@ -68,7 +89,7 @@ def main() -> None:
     for _ in range(runs):
         for name, variant in variants.items():
             taken[name].append(variant.update_s())
-    plain = np.array(taken["plain"])
+    plain = np.array(taken[PLAIN])
     print(f"# Cost of an update: noise measurement and reproducible sums\n\n{__doc__.strip()}\n")
     print(
         f"{jax.devices()[0].device_kind}, {platform.machine()}, 2 shared CPU cores, jax "
