@@ -41,6 +41,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from bigbatch.config_file import load_config
+from bigbatch.critical import Asked, measure
+from bigbatch.critical_table import section
 from bigbatch.report import read_run
 from bigbatch.resume import open_run
 from bigbatch.run import prepare
@@ -50,15 +52,22 @@ from bigbatch.workdir import Workdir
 # The tests run this notebook for a few updates.
 FAST = "BIGBATCH_FAST" in os.environ
 CONFIG = next(path / "configs" / "digits.py" for path in (Path.cwd().parent, Path.cwd()))
-SHORT = [("epochs", "1"), ("policy.boundaries_epochs", "[0.5]"), ("model.strides", "(2,2,1)")]
+SHORT = [
+    ("epochs", "1"),
+    ("policy.boundaries_epochs", "[0.5]"),
+    ("model.strides", "(2,2,1)"),
+    ("keep_every_updates", "5"),
+]
 
 # %% [markdown]
 # ## Train, and measure beside it
 #
-# One field turns the measurement on: the gradients of every 32 examples are compared with the whole update's.
+# One field turns the measurement on: the gradients of every 32 examples are compared with the whole update's. (Microbatches of
+# one such small batch are quickest on a CPU.) A checkpoint of every epoch is kept, to go back to below.
 
 # %%
-overrides = [("noise_small_batch_examples", "32"), *(SHORT if FAST else [])]
+overrides = [("noise_small_batch_examples", "32"), ("microbatch_examples_per_device", "32")]
+overrides += SHORT if FAST else [("keep_every_epochs", "1")]
 config = load_config(f"{CONFIG}:increase_lr", overrides)
 files = Workdir(Path(tempfile.mkdtemp()) / "run")
 result = train(prepare(config, open_run(config, files)), files.path)
@@ -88,15 +97,34 @@ print(f"{known.sum()} of {known.size} records have an estimate")
 #
 # To a fixed loss, a batch of B takes about `1 + noise scale / B` times as many updates as a huge batch, and
 # `1 + B / noise scale` times as many examples as a tiny one (McCandlish et al. 2018). Where B is the noise scale, both are 2:
-# the *critical* batch size. This is what the estimate at the end says of it; it is a guide, not a measurement of updates.
+# the *critical* batch size. That is a prediction. The measurement: from a checkpoint, short runs at several batch sizes go
+# on until the training loss has fallen by a given share. `bigbatch critical --workdir=DIR` does this for any run.
 
 # %%
-if known.any():
-    critical = float(measured[known][-1])
-    sizes = np.geomspace(critical / 30, critical * 30)
+asked = Asked(loss_share=0.8, most_epochs=40)
+if FAST:
+    asked = Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1)
+(point,) = measure(config, files, asked, at_updates=[5 if FAST else 9])
+print(section(point))
+
+# %% [markdown]
+# Updates against examples: each point is a batch size, the line the fit, the dashed line what the noise scale predicts, through
+# the same corner.
+
+# %%
+if point.fit is not None:
+    fit, noise = point.fit, point.noise.scale
     plt.figure(figsize=(6, 4), layout="constrained")
-    plt.loglog(sizes, 1 + critical / sizes, label="updates / fewest")
-    plt.loglog(sizes, 1 + sizes / critical, label="examples / fewest")
-    plt.axvline(critical, color="grey", linestyle=":", label=f"{critical:,.0f} examples")
-    plt.xlabel("batch size, examples")
+    for size in point.sizes:
+        if size.reached:
+            updates = np.array(size.reached)
+            plt.loglog(updates, updates * size.batch_size, "o", label=f"B = {size.batch_size:,}")
+    sizes = np.geomspace(point.sizes[0].batch_size / 2, point.sizes[-1].batch_size * 2)
+    updates = fit.updates(sizes)
+    label = f"fit, critical batch size {fit.critical_batch_size:,.0f}"
+    plt.loglog(updates, updates * sizes, "k-", label=label)
+    updates = fit.fewest_updates * (1 + noise / sizes)
+    plt.loglog(updates, updates * sizes, "k--", label=f"noise scale {noise:,.0f}")
+    plt.xlabel("updates")
+    plt.ylabel("examples")
     plt.legend(frameon=False)
