@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, value, text in (
         ("branches", 4, "runs at each batch size"),
-        ("loss-share", 0.5, "by which the training loss is to fall"),
-        ("most-epochs", 20.0, "of a branch"),
+        ("loss-share", 0.8, "by which the training loss is to fall"),
+        ("most-epochs", 40.0, "of a branch"),
     ):
         critical.add_argument(
             f"--{name}", type=type(value), default=value, help=f"{text} (default {value:g})"
@@ -334,7 +334,8 @@ def _critical(options: argparse.Namespace) -> None:
     points = []
     for point in measure(config, files, asked, options.at_updates, _say):
         points.append(point)
-        print(write(points, files.critical), flush=True)
+        print(write(points, files.critical), end="\n\n", flush=True)
+    print(files.critical / "critical.md")
 
 
 def _say(text: str) -> None:

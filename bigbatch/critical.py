@@ -62,8 +62,8 @@ class Asked:
 
     sizes: tuple[int, ...] | None = None
     branches: int = 4
-    loss_share: float = 0.5
-    most_epochs: float = 20.0
+    loss_share: float = 0.8
+    most_epochs: float = 40.0
     lr_factors: tuple[float, ...] = (1.0,)
 
     def check(self, config: Config) -> None:
@@ -155,7 +155,7 @@ def _there(
     ]
     if problems:
         raise UserError(problems)
-    return sorted(set(at_updates or found))
+    return sorted({int(update) for update in at_updates or found})
 
 
 class _Bench:
@@ -193,7 +193,7 @@ class _Bench:
         if noise.scale is None:
             return ()
         if self._asked.sizes is not None:
-            return tuple(sorted(set(self._asked.sizes)))
+            return tuple(sorted({int(size) for size in self._asked.sizes}))
         unit, total = self._config.ghost_batch_examples, self._plan.train_examples
         return tuple(critical_batch.spread_sizes(noise.scale, unit, total))
 

@@ -101,7 +101,7 @@ print(f"{known.sum()} of {known.size} records have an estimate")
 # on until the training loss has fallen by a given share. `bigbatch critical --workdir=DIR` does this for any run.
 
 # %%
-asked = Asked(loss_share=0.8, most_epochs=40)
+asked = Asked()
 if FAST:
     asked = Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1)
 (point,) = measure(config, files, asked, at_updates=[5 if FAST else 9])

@@ -41,11 +41,6 @@ def finished(tmp_path_factory):
     return files.path
 
 
-@pytest.fixture(autouse=True)
-def no_cache(monkeypatch):
-    monkeypatch.setenv("BIGBATCH_COMPILATION_CACHE", "off")
-
-
 def run(*arguments, capsys):
     status = cli.main(["critical", "--compilation-cache=off", *arguments])
     return status, *capsys.readouterr()
