@@ -29,6 +29,12 @@ the fewest possible examples and 1 + B_noise / B times the fewest possible updat
 al. 2018, section 2.3). At the critical batch size, a multiple of 1, both are doubled. The examples
 of a run are given, so the default stays on their side of it: at a half, 1.5 and 3 times.
 
+*The cooldown.* A run that ends while it tracks the noise ends with the noise of its last level.
+What is left at the end is best removed whatever was measured, as the decay at the end of a
+warm-up-stable-decay schedule does (Hu et al. 2024). So in the last `cooldown_epochs` the levels
+rise by the clock instead of the measurements: g is held at the lowest level on or above a straight
+line from where the cooldown found it to zero at the end. Batches grow first here too.
+
 *The delay.* What update k measured is known when update k + 1 runs already, so it decides for
 update k + 2.
 
@@ -47,7 +53,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +71,7 @@ DELAY_UPDATES = 2
 _SNAP = 9e-13
 # One-sided, 98 of 100 noise scales are not as far below their estimate.
 _STANDARD_ERRORS = 2
-_NO_GRADIENT = 1e-12
+_NOTHING = 1e-12
 
 
 class Level(NamedTuple):
@@ -110,6 +116,7 @@ class Controller:
       max_batch_size: the cap, after which the learning rate decays instead.
       multiple: of the measured noise scale that the batch size tracks; see above.
       growth_factor: from one level to the next.
+      cooldown_epochs: at the end of the run; None for a fifth of it, 0 for none.
       smoothing: share of the examples seen so far that an average remembers.
       train_examples: N.
       epochs: length of the run.
@@ -128,6 +135,7 @@ class Controller:
     max_batch_size: int
     multiple: float = 0.5
     growth_factor: float = 2.0
+    cooldown_epochs: float | None = None
     smoothing: float = 0.5
     train_examples: int
     epochs: float
@@ -164,7 +172,17 @@ class Controller:
         checks.number("multiple", self.multiple, "a number above 0", above=0)
         checks.number("growth_factor", self.growth_factor, "a number above 1", above=1)
         checks.number("smoothing", self.smoothing, "a share above 0", above=0)
+        if self.cooldown_epochs is not None:
+            allowed = f"a time from 0 to the run's {self.epochs:g} epochs"
+            limits = {"at_least": 0, "at_most": self.epochs}
+            checks.number("cooldown_epochs", self.cooldown_epochs, allowed, **limits)
         checks.done()
+
+    @property
+    def cooldown_epoch(self) -> float:
+        """When the cooldown begins."""
+        length = self.epochs / 5 if self.cooldown_epochs is None else self.cooldown_epochs
+        return self.epochs - length
 
     @property
     def base_policy(self) -> Policy:
@@ -235,41 +253,69 @@ class Controller:
         """
         update, growths, smoothed = state
         if update >= (growths[-1] if growths else 0):
-            examples = self._first_example(state, update) + measurement.examples
+            examples = self._first_example(growths, update) + measurement.examples
             smoothed = smooth(
                 smoothed,
                 estimate(measurement),
                 measurement,
                 memory_examples=self.smoothing * examples,
             )
-            if self._asks_for_growth(len(growths), smoothed):
+            if self._asks_for_growth(state, smoothed):
                 growths, smoothed = (*growths, update + DELAY_UPDATES), Smoothed()
         return State(update + 1, growths, smoothed)
 
     def fewest_updates(self) -> Plan:
         """The plan of a run whose every decision is to grow."""
+        # The same gradient every time, with next to nothing in it beside the noise.
+        return self._where_always(gradient_square=_NOTHING, variance=1.0)
+
+    def most_updates(self) -> Plan:
+        """The plan of a run in which no measurement asks for growth."""
+        return self._where_always(gradient_square=1.0, variance=_NOTHING)
+
+    def _where_always(self, *, gradient_square: float, variance: float) -> Plan:
         state, plan = State(), self.plan()
         while state.updates + DELAY_UPDATES < plan.num_updates:
             size = float(plan.batch_sizes[state.updates])
-            # The same every time, with next to no gradient beside the noise.
-            quiet = Measurement(2 + _NO_GRADIENT * size, 1 / size + _NO_GRADIENT, 2.0, size)
-            grown = self.observe(state, quiet)
+            # Two small batches whose estimates are as given.
+            big_square = gradient_square + variance / size
+            measurement = Measurement(variance + size * big_square, big_square, 2.0, size)
+            grown = self.observe(state, measurement)
             plan = plan if grown.growths == state.growths else self.plan(grown)
             state = grown
         return plan
 
-    def _first_example(self, state: State, update: int) -> int:
-        edges = (0, *state.growths)
-        whole = sum(
-            self.level(index).batch_size * (following - first)
-            for index, (first, following) in enumerate(itertools.pairwise(edges))
-        )
-        return whole + self.level(len(edges) - 1).batch_size * (update - edges[-1])
+    def _first_example(self, growths: Sequence[int], update: int) -> int:
+        """Where an update on the last of the levels starts."""
+        size = self.level(len(growths)).batch_size
+        return self._first_examples(growths)[-1] + size * (update - (0, *growths)[-1])
 
-    def _asks_for_growth(self, level: int, smoothed: Smoothed) -> bool:
+    def _first_examples(self, growths: Sequence[int]) -> list[int]:
+        """Where each level starts."""
+        lengths = (
+            self.level(index).batch_size * (following - first)
+            for index, (first, following) in enumerate(itertools.pairwise((0, *growths)))
+        )
+        return list(itertools.accumulate(lengths, initial=0))
+
+    def _asks_for_growth(self, state: State, smoothed: Smoothed) -> bool:
+        """Whether the update two later is to be on the next level."""
+        cooled = self._cooldown_level(state)
+        if cooled is not None:
+            return len(state.growths) < cooled
         noise_scale, error = smoothed.noise_scale, smoothed.standard_error
         if noise_scale is None or error is None:
             return False
-        return self.multiple * (noise_scale - _STANDARD_ERRORS * error) >= self.virtual_batch_size(
-            level + 1
-        )
+        following = self.virtual_batch_size(len(state.growths) + 1)
+        return self.multiple * (noise_scale - _STANDARD_ERRORS * error) >= following
+
+    def _cooldown_level(self, state: State) -> int | None:
+        """The level that the cooldown gives the update to decide for; None before it begins."""
+        end = self.epochs * self.train_examples
+        start = self.cooldown_epoch * self.train_examples
+        position = self._first_example(state.growths, state.updates + DELAY_UPDATES)
+        if not start <= position < end:
+            return None
+        found = sum(first < start for first in self._first_examples(state.growths)[1:])
+        shares = math.log((end - start) / (end - position)) / math.log(self.growth_factor)
+        return found + math.floor(shares * (1 + _SNAP))

@@ -54,8 +54,11 @@ def text(config: Config, *, devices: int) -> str:
             "not known: when a level begins. It does when "
             f"{controller.multiple:g} x (measured noise scale - 2 standard errors) reaches "
             f"{controller.batch_size:,} x {controller.growth_factor:g}^level; measured from small "
-            f"batches of {controller.small_batch_examples} examples.",
-            f"at least {fewest:,} updates (every decision is to grow), at most {most:,} (none is)",
+            f"batches of {controller.small_batch_examples} examples. From epoch "
+            f"{controller.cooldown_epoch:g} on the noise scale falls to zero at the end, whatever "
+            "is measured.",
+            f"at least {fewest:,} updates (every decision is to grow), at most {most:,} (no "
+            "measurement asks for it)",
             f"planned for {devices} device{'s' * (devices > 1)} (--devices; none was looked for): "
             f"microbatches of {' or '.join(str(shape) for shape in layout.shapes)} examples for "
             "every batch size",
@@ -72,4 +75,4 @@ def summary(controller: Controller) -> dict[str, Any]:
 
 def limits(controller: Controller) -> tuple[int, int]:
     """The fewest and the most updates that the run can have."""
-    return controller.fewest_updates().num_updates, controller.plan().num_updates
+    return controller.fewest_updates().num_updates, controller.most_updates().num_updates

@@ -22,6 +22,7 @@ def controller(**changes):
         "momentum": 0.9,
         "max_batch_size": 256,
         "multiple": 1.0,
+        "cooldown_epochs": 0,
         "train_examples": 1_000,
         "epochs": 20,
         "batch_multiple_examples": 16,
@@ -137,15 +138,16 @@ def test_a_decision_is_for_the_update_after_the_next():
     ratio=st.floats(0.5, 100),
     factor=st.floats(1.1, 5),
     cap=st.integers(32, 2_000),
+    cooldown=st.sampled_from([0, None, 4.3, 6]),
 )
-def test_what_is_known_never_changes_and_only_grows(seed, ratio, factor, cap):
-    c = controller(growth_factor=factor, max_batch_size=cap)
+def test_what_is_known_never_changes_and_only_grows(seed, ratio, factor, cap, cooldown):
+    c = controller(growth_factor=factor, max_batch_size=cap, cooldown_epochs=cooldown, epochs=6)
     final, states = rolled_out(c, hovering(ratio), seed)
     assert (np.diff(final.batch_sizes) >= 0).all()
     assert (np.diff(final.noise_scales) <= 1e-12 * final.noise_scales[0]).all()
     assert (final.batch_sizes % 16 == 0).all()
     assert final.batch_sizes.max() <= cap
-    assert final.first_examples[-1] < 20_000 <= final.num_examples
+    assert final.first_examples[-1] < 6_000 <= final.num_examples
     assert set(final.batch_sizes) <= set(c.likely_batch_sizes)
     for state in states:
         plan = c.plan(state)
@@ -154,7 +156,34 @@ def test_what_is_known_never_changes_and_only_grows(seed, ratio, factor, cap):
         rates = plan.hypers["learning_rate"][:known]
         assert (rates == final.hypers["learning_rate"][:known]).all()
         assert (known == plan.num_updates) <= (plan.num_updates == final.num_updates)
-    assert c.fewest_updates().num_updates <= final.num_updates <= c.plan().num_updates
+    assert c.fewest_updates().num_updates <= final.num_updates <= c.most_updates().num_updates
+    assert c.most_updates().num_updates <= c.plan().num_updates
+
+
+@pytest.mark.parametrize(("noise_scale", "level"), [(63, 0), (200, 2)])
+@pytest.mark.parametrize("cap", [64, 1_000])
+def test_the_cooldown_holds_the_noise_just_above_a_line_to_zero(noise_scale, level, cap):
+    """Whatever was measured, and whether the batch can still grow or the learning rate falls."""
+    c = controller(cooldown_epochs=5, max_batch_size=cap, train_examples=3_000)
+    plan, _ = rolled_out(c, lambda row: 1 / noise_scale)
+    noise = plan.noise_scales / plan.noise_scales[0]
+    epoch = plan.first_examples / 3_000
+    before = epoch < 15
+    assert noise[before][-1] == pytest.approx(2.0**-level)
+    line = 2.0**-level * (20 - epoch[~before]) / 5
+    # A rung is below twice the line. A rise waits until an update on its level has been measured.
+    late = 1 + 4 * plan.batch_sizes[~before] / (3_000 * (20 - epoch[~before]))
+    assert (noise[~before] >= line * (1 - 1e-12)).all()
+    assert (noise[~before] <= 2 * line * late * (1 + 1e-12)).all()
+    assert noise[-1] <= 2.0 ** -(level + 3) * (1 + 1e-12)
+
+
+def test_the_cooldown_is_a_fifth_of_the_run_unless_told():
+    quiet = [controller(cooldown_epochs=c).most_updates() for c in (None, 4, 4.1)]
+    assert quiet[0].diff(quiet[1]) is None
+    assert quiet[0].diff(quiet[2]) is not None
+    assert (quiet[0].batch_sizes[: 18_000 // 32] == 32).all()
+    assert controller().most_updates().diff(controller().plan()) is None
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 30])
@@ -186,7 +215,14 @@ def test_a_course_knows_a_plan_at_once_and_an_adaptive_run_two_updates_ahead():
 
 def test_bad_arguments_are_told_together():
     with pytest.raises(UserError) as caught:
-        controller(max_batch_size=16, multiple=0, growth_factor=1, smoothing=-1, momentum=1)
+        controller(
+            max_batch_size=16,
+            multiple=0,
+            growth_factor=1,
+            smoothing=-1,
+            momentum=1,
+            cooldown_epochs=20.5,
+        )
     nearest = {problem.field: problem.nearest for problem in caught.value.problems}
     assert nearest == {
         "max_batch_size": 32,
@@ -194,6 +230,7 @@ def test_bad_arguments_are_told_together():
         "growth_factor": None,
         "smoothing": None,
         "momentum": 0.999,
+        "cooldown_epochs": 20,
     }
     for size, instead in [(16, 32), (40, 32), (72, 64)]:
         with pytest.raises(UserError) as caught:

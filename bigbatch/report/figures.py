@@ -18,9 +18,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito (2008): told apart with every common colour blindness. The reference is grey.
+# Okabe and Ito (2008): told apart with every common colour blindness; the last is a dark red in
+# place of their yellow, which is faint on white. The reference is grey.
 REFERENCE_COLOUR = "#8a8a8a"
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#7b1e3a",
+)
 _MAX_POINTS = 2000
 _RC: dict[Any, Any] = {
     "font.size": 12.5,
