@@ -1,0 +1,111 @@
+"""A part of a run, on all devices of this process: `python -m tests.elastic DIRECTORY SHARE STOP`.
+
+Two runs, one in float32 with reproducible sums, one in float64 with plain ones, each in a workdir
+of its own in DIRECTORY. Each begins, or goes on, as `bigbatch train` does; this process is sent
+SIGTERM while it makes the microbatch that holds the example at position STOP. What both have
+trained on, example by example, is added to a file of this process.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from bigbatch import resume, run, train
+from bigbatch.checkpoint import Checkpoints
+from bigbatch.config import Config
+from bigbatch.errors import StoppedError
+from bigbatch.models.ghost_norm import GhostNorm
+from bigbatch.models.pool import mean_over_positions
+from bigbatch.workdir import Workdir
+from tests import trained
+
+RUNS = ("float32", "float64")
+PLAN = {"ghost_batch_examples": 8, "policy": trained.DECAY | {"boundaries_epochs": [0.2, 0.4]}}
+
+
+class Network(nn.Module):
+    """One convolution with ghost norm; compiles in a second."""
+
+    num_classes: int
+    ghost_batch_examples: int
+    axis_name: str
+    dtype: jax.typing.DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv = nn.Conv(8, (3, 3), strides=2, dtype=self.dtype, param_dtype=self.dtype)
+        x = GhostNorm(self.ghost_batch_examples, self.axis_name)(conv(x), train=train)
+        x = mean_over_positions(nn.relu(x), self.dtype)
+        return nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.dtype)(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """As the config holds a model."""
+
+    dtype: str
+
+    def module(self, **settings) -> nn.Module:
+        return Network(**settings, dtype=jax.numpy.dtype(self.dtype))
+
+
+def config(name: str, share: int) -> Config:
+    read = trained.config(
+        **PLAN, reproducible=name == "float32", microbatch_examples_per_device=share
+    )
+    return dataclasses.replace(read, model=NetworkConfig(name))
+
+
+def part(directory: Path, name: str, share: int, stop: int) -> dict[str, str]:
+    """Trains up to the stop or the end; hashes of the examples that were made, by position."""
+    asked, files, made = config(name, share), Workdir(directory / name), {}
+    plan = resume.open_run(asked, files)
+    original = run.training_source
+
+    def recording(*arguments, **settings):
+        source = original(*arguments, **settings)
+
+        def recorded(first, number):
+            if first + number > stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            examples = source(first, number)
+            for offset in range(number):
+                one = hashlib.sha256()
+                for array in examples.values():
+                    one.update(np.ascontiguousarray(array[offset]).tobytes())
+                made[str(first + offset)] = one.hexdigest()
+            return examples
+
+        return recorded
+
+    run.training_source = recording
+    prepared = run.prepare(asked, plan)
+    run.training_source = original
+    with contextlib.suppress(StoppedError):
+        train.train(prepared, files.path)
+    with Checkpoints(files.checkpoints) as checkpoints:
+        state, progress = train.restore(prepared, checkpoints)
+    np.savez(directory / f"{name}.npz", *map(np.asarray, jax.tree.leaves(state[:2])))
+    return {"updates": progress.updates, "examples": made}
+
+
+def main(directory: str, share: str, stop: str) -> None:
+    found = {}
+    for name in RUNS:
+        jax.config.update("jax_enable_x64", name == "float64")
+        found[name] = part(Path(directory), name, int(share), int(stop))
+    report = {"devices": jax.device_count(), **found}
+    (Path(directory) / f"{jax.device_count()}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
