@@ -49,6 +49,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, help="only so many")
     options = parser.parse_args()
     if options.processes:
+        # Whoever waits long for a processor is not gone.
+        distributed.HEARTBEAT_TIMEOUT_S = 3600
         coordinator, count, process = options.processes
         distributed.start(coordinator, int(count), int(process))
     fields = tree(options.name) | {
