@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("evaluate", _evaluate, "Evaluate the newest checkpoint of a run.")
     evaluate.add_argument("--config", **config)
     evaluate.add_argument("--workdir", **workdir)
+    export = verb("export", _export, "Write the newest checkpoint's network as plain arrays.")
+    export.add_argument("--workdir", **workdir)
+    export.add_argument("--out", metavar="FILE.npz", required=True, help="for numpy.load")
     compare = verb("compare", _compare, "Train several experiments and seeds, then report them.")
     compare.add_argument("--config", required=True, **config)
     compare.add_argument("--workdir", **workdir)
@@ -294,6 +297,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         _no_overrides(options, "nothing without --config: the workdir's own config is used")
     print(json.dumps(evaluate_run(files)))
+
+
+def _export(options: argparse.Namespace) -> None:
+    _no_overrides(options, "nothing: the workdir's own config is used")
+    files = _workdir(options.workdir)
+    files.expect_run()
+    if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
+        raise UserError(Problem("out", options.out, "a file in a directory that is there"))
+    from bigbatch.resume import export_run
+
+    print(json.dumps(export_run(files, Path(options.out))))
 
 
 def _compare(options: argparse.Namespace) -> None:

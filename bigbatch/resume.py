@@ -9,15 +9,23 @@ import hashlib
 import json
 from collections.abc import Mapping, Set
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
 
 from bigbatch import distributed
-from bigbatch.checkpoint import Checkpoints
+from bigbatch.checkpoint import Checkpoints, params_sha256
 from bigbatch.config import Config, read_config
 from bigbatch.config_fields import UNITS
 from bigbatch.errors import Problem, UserError
 from bigbatch.plan import Plan
 from bigbatch.workdir import Workdir, read_json, write_json, write_text
+
+if TYPE_CHECKING:
+    from bigbatch.run import Run
+    from bigbatch.step import State
 
 # Processes with other versions may compute something else.
 _SAME_VERSIONS = ("bigbatch", "jax", "numpy", "optax")
@@ -129,6 +137,45 @@ def evaluate_run(files: Workdir) -> dict[str, Any]:
       UserError: there is no checkpoint yet, or a file is damaged.
     """
     from bigbatch.evaluate import evaluate
+
+    run, state, updates = _newest(files)
+    return {"updates": updates, **evaluate(run, state)}
+
+
+def export_run(files: Workdir, out: Path) -> dict[str, Any]:
+    """Writes the newest checkpoint's network as plain arrays that NumPy alone can read.
+
+    Args:
+      files: the run's directory.
+      out: an npz file; `params/...` are the parameters, or their average where the optimizer keeps
+        one, `running_statistics/...` those of batch norm, each by its place in the network.
+
+    Returns:
+      `updates` done at the checkpoint, how many `arrays`, and the `params_sha256` of those written.
+
+    Raises:
+      UserError: there is no checkpoint yet, a file is damaged, or `out` cannot be written.
+    """
+    from bigbatch.update_rules import evaluation_params
+
+    _, state, updates = _newest(files)
+    params = jax.device_get(evaluation_params(state.params, state.optimizer))
+    tree = {"params": params, "running_statistics": jax.device_get(state.running_statistics)}
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    try:
+        with open(out, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+    except OSError as error:
+        allowed = f"a file that can be written ({error.strerror})"
+        raise UserError(Problem("out", str(out), allowed)) from error
+    return {"updates": updates, "arrays": len(arrays), "params_sha256": params_sha256(params)}
+
+
+def _newest(files: Workdir) -> tuple["Run", "State", int]:
+    """The run in a directory, its newest state that is whole, and the updates done at it."""
     from bigbatch.run import prepare
     from bigbatch.train import restore
 
@@ -138,7 +185,7 @@ def evaluate_run(files: Workdir) -> dict[str, Any]:
     if progress.updates == 0:
         allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
         raise UserError(Problem("workdir", str(files.path), allowed))
-    return {"updates": progress.updates, **evaluate(run, state)}
+    return run, state, progress.updates
 
 
 def whose(config: Config) -> str:
