@@ -37,7 +37,6 @@ def reports(tmp_path_factory):
         ("new", 2, "allowed: a directory that can be written (permission denied)"),
         ("begun", 2, "allowed: a directory that can be written (permission denied)"),
         ("checkpoints", 1, "a checkpoint could not be written to {}/checkpoints/checkpoints"),
-        ("tensorboard", 1, "{}/tensorboard/tensorboard cannot be written (Permission denied)"),
     ],
 )
 def test_a_read_only_directory_ends_the_command_with_a_word(reports, name, status, words):

@@ -17,7 +17,6 @@ LOCKED = {
     "new": ".",
     "begun": ".",
     "checkpoints": "checkpoints",
-    "tensorboard": "tensorboard/updates",
 }
 
 
