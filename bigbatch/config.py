@@ -47,8 +47,8 @@ class Config:
         before each evaluation; None to use those that training has kept.
       noise_small_batch_examples: examples of the small batches from which the gradient noise is
         measured; None to measure nothing. Those smaller than a device's share of a microbatch are a
-        loop within a program, which a CPU runs on one core: there a
-        `microbatch_examples_per_device` of one small batch is faster.
+        loop within a program, in which XLA's CPU client computes slower: there a
+        `microbatch_examples_per_device` of one small batch costs half as much (noise_cpu.md).
       reproducible: sums exactly, so that devices and microbatches change no bit of the result.
       data: the data set.
       model: a config of `bigbatch.models`.
