@@ -119,6 +119,8 @@ class Checkpoints:
           UserError: the checkpoints are of another run, project or newer version.
           RunError: there are checkpoints, and all are damaged.
         """
+        there = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        distributed.agree({"checkpoints": there}, "list (a workdir that all processes see)")
         damaged: list[int] = []
         for updates, record in self._records():
             if at not in (None, updates):
@@ -165,6 +167,9 @@ class Checkpoints:
                 update, state._asdict(), force=True, custom_metadata=record
             )
         except (OSError, ValueError, RuntimeError) as error:
+            # No fault of the file system's: another process has gone, or a device.
+            if distributed.is_of_runtime(error):
+                raise
             raise self._not_written(error) from error
 
     def __enter__(self) -> "Checkpoints":

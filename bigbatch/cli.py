@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,22 +31,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = overrides
     try:
         options.verb(options)
-    except UserError as error:
+    except (UserError, RunError, StoppedError, KeyboardInterrupt) as error:
+        return _tell(error)
+    return 0
+
+
+def _tell(error: BaseException) -> int:
+    """Says on standard error what has ended a command, and gives its exit status."""
+    if isinstance(error, UserError):
         count = len(error.problems)
         print(f"bigbatch: {count} mistake{'s' * (count > 1)}", file=sys.stderr)
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         return 2
-    except RunError as error:
-        print(f"bigbatch: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("bigbatch: stopped; the same command continues", file=sys.stderr)
         return 130
-    except StoppedError as error:
+    if isinstance(error, RunError | StoppedError):
         print(f"bigbatch: {error}", file=sys.stderr)
-        return StoppedError.exit_status
-    return 0
+        return 1 if isinstance(error, RunError) else StoppedError.exit_status
+    traceback.print_exception(error)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -238,11 +244,7 @@ def _bench(options: argparse.Namespace) -> None:
     result = bench(config)
     from bigbatch.workdir import write_json
 
-    try:
-        write_json(Path(options.out), result)
-    except OSError as error:
-        allowed = f"a file that can be written ({error.strerror})"
-        raise UserError(Problem("out", options.out, allowed)) from error
+    write_json(Path(options.out), result)
     print(table(result))
     print(options.out)
 
@@ -261,7 +263,8 @@ def _train(options: argparse.Namespace) -> None:
     from bigbatch import compilation_cache, distributed
 
     compilation_cache.use(options.compilation_cache)
-    with distributed.joined(options.coordinator, options.num_processes, options.process):
+    processes = options.coordinator, options.num_processes, options.process
+    with distributed.joined(*processes, tell=_tell):
         from bigbatch.resume import open_run
         from bigbatch.run import prepare
         from bigbatch.sources import load_data

@@ -8,22 +8,23 @@ go on or end together: a process that left alone would leave the others waiting 
 With one process everything here is the plain thing itself.
 """
 
-import atexit
 import contextlib
+import functools
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigbatch.checks import Checks
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
+from bigbatch.last_words import Witness
 
 Value = TypeVar("Value")
 
@@ -32,6 +33,8 @@ HEARTBEAT_TIMEOUT_S = 45
 # Processes exchange messages of one size, so that one program serves them all.
 _MESSAGE_BYTES = 4096
 _LENGTH_BYTES = 8
+# How the runtime's errors begin, some of which come as a ValueError.
+_STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -78,39 +81,58 @@ def start(
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None, num_processes: int | None, process: int | None
+    coordinator: str | None,
+    num_processes: int | None,
+    process: int | None,
+    tell: Callable[[BaseException], int],
 ) -> Iterator[None]:
     """`start`, and an end that leaves no process behind.
 
-    A process that fails ends without waiting for the others: they lose their connection to it, and
-    end too.
+    One of several processes that fails ends at once: other threads may wait for processes that are
+    gone, and JAX would at its end. What ends it from outside, a witness says; see `last_words`.
 
-    Raises:
-      RunError: another process has gone.
+    Args:
+      coordinator: as for `start`, like the next two.
+      num_processes: how many there are.
+      process: the number of this one.
+      tell: says on standard error what has ended the run, and gives the exit status.
     """
     start(coordinator, num_processes, process)
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    witness = Witness()
     try:
         yield
     except StoppedError:
+        witness.dismiss()
         raise
     except BaseException as error:
-        if not jax.distributed.is_initialized():
-            raise
-        # JAX's own, registered before and so called after, would wait for all processes.
-        atexit.register(_end_now, 2 if isinstance(error, UserError) else 1)
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            first_line = str(error).strip().splitlines()[0]
-            raise RunError(
-                "another process of this run has gone, or the connection to it "
-                f"({first_line}). Start all of them again: they continue from the newest checkpoint"
-            ) from error
-        raise
+        status = tell(_lost(error) if is_of_runtime(error) else error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        witness.dismiss()
+        if getattr(error, "of_all", False):
+            # Without process 0, JAX would abort the others before they have told.
+            with contextlib.suppress(Exception):
+                gather(b"")
+        os._exit(status)
+    witness.dismiss()
 
 
-def _end_now(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+def is_of_runtime(error: BaseException) -> bool:
+    """Whether the runtime has failed, as it does where a collective lacks a process."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    return type(error) is ValueError and _STATUS.match(str(error)) is not None
+
+
+def _lost(error: BaseException) -> RunError:
+    first_line = str(error).strip().splitlines()[0]
+    return RunError(
+        f"another process of this run has gone, or the connection to it ({first_line}). Start all "
+        "of them again: they continue from the newest checkpoint"
+    )
 
 
 def say(text: str) -> None:
@@ -133,15 +155,34 @@ def gather(message: bytes) -> list[bytes]:
     received: list[bytes] = [b""] * jax.process_count()
     while True:
         piece = framed[len(received[0]) :][:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES, b"\0")
-        pieces = multihost_utils.process_allgather(np.frombuffer(piece, np.uint8))
+        sharding, exchange = _exchange()
+        row = np.frombuffer(piece, np.uint8)[None]
+        shape = (len(received), _MESSAGE_BYTES)
+        pieces = exchange(jax.make_array_from_process_local_data(sharding, row, shape))
         received = [
-            old + np.asarray(new, np.uint8).tobytes()
-            for old, new in zip(received, pieces, strict=True)
+            old + new.tobytes()
+            for old, new in zip(received, np.asarray(pieces.addressable_data(0)), strict=True)
         ]
         lengths = [int.from_bytes(text[:_LENGTH_BYTES], "little") for text in received]
         if len(received[0]) >= _LENGTH_BYTES + max(lengths):
             bodies = zip(received, lengths, strict=True)
             return [text[_LENGTH_BYTES : _LENGTH_BYTES + length] for text, length in bodies]
+
+
+@functools.cache
+def _exchange() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
+    """How a row of each process is placed, and the program that gives all rows to all.
+
+    It takes one device of each process, so processes with other numbers of them can still agree
+    that this will not do, which JAX's own `process_allgather` cannot.
+    """
+    first: dict[int, jax.Device] = {}
+    for device in jax.devices():
+        first.setdefault(device.process_index, device)
+    mesh = Mesh(np.array([first[process] for process in sorted(first)]), ("process",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    program = jax.jit(lambda rows: rows, out_shardings=everywhere)
+    return NamedSharding(mesh, PartitionSpec("process")), program
 
 
 def together(function: Callable[[], Value]) -> Value:
@@ -160,17 +201,25 @@ def together(function: Callable[[], Value]) -> Value:
         failure = error
     others = gather(json.dumps(_as_message(failure)).encode())
     if failure is not None:
-        raise failure
+        raise _of_all(failure)
     for process, text in enumerate(others):
         message = json.loads(text)
         if message is not None:
-            raise RunError(f"process {process} cannot go on: {message}")
+            raise _of_all(RunError(f"process {process} cannot go on: {message}"))
     return value
 
 
 def on_first(function: Callable[[], None]) -> None:
     """Calls a function on process 0; the others wait for it, and fail if it fails."""
     together(function if is_first() else lambda: None)
+
+
+def devices() -> dict[str, Any]:
+    """How many devices of which kind this process has; nothing where it is the only one."""
+    if not jax.distributed.is_initialized():
+        return {}
+    own = jax.local_devices()
+    return {"devices": len(own), "device kind": own[0].device_kind}
 
 
 def agree(facts: Mapping[str, Any], what: str) -> None:
@@ -194,7 +243,7 @@ def agree(facts: Mapping[str, Any], what: str) -> None:
             allowed = f"one {what} for all processes; process 0 has {values[0]}"
             problems.append(Problem(name, given, allowed))
     if problems:
-        raise UserError(problems)
+        raise _of_all(UserError(problems))
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
@@ -207,6 +256,12 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(leaf, tree)
+
+
+def _of_all(error: Exception) -> Exception:
+    """Marks an error that every process raises."""
+    error.of_all = True  # type: ignore[attr-defined]
+    return error
 
 
 def _as_message(failure: Exception | None) -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bigbatch import distributed, microbatches
+from bigbatch import distributed, memory, microbatches
 from bigbatch.preemption import StopRequest
 from bigbatch.reestimate import reestimate
 from bigbatch.run import Run, Updates
@@ -88,14 +88,15 @@ def source_sums(
         if stop is not None:
             stop.check()
         present = min(size, num_examples - first)
-        part = run.programs.evaluate(
-            state, microbatches.place(source, first, present, size, None, run.mesh)
-        )
-        # Summed on the host in float64, by device: the number of processes changes nothing.
-        for name, per_device in part.items():
-            total = totals.setdefault(name, np.zeros(run.mesh.size))
-            for shard in per_device.addressable_shards:
-                total[shard.index] += np.asarray(shard.data, np.float64)
+        with memory.noticed("the evaluation", "set evaluation_batch_examples lower"):
+            part = run.programs.evaluate(
+                state, microbatches.place(source, first, present, size, None, run.mesh)
+            )
+            # Summed on the host in float64, by device: the number of processes changes nothing.
+            for name, per_device in part.items():
+                total = totals.setdefault(name, np.zeros(run.mesh.size))
+                for shard in per_device.addressable_shards:
+                    total[shard.index] += np.asarray(shard.data, np.float64)
     names = sorted(totals)
     own = np.stack([totals[name] for name in names])
     everyone = [np.frombuffer(text) for text in distributed.gather(own.tobytes())]

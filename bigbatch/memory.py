@@ -6,6 +6,7 @@ on the same devices cuts its updates as before, and ends with the same bits.
 """
 
 import contextlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from bigbatch import workdir
+from bigbatch import distributed, workdir
 from bigbatch.errors import Problem, RunError, UserError
 
 # Of a device's memory, for what the analysis of a program does not see: fragments, the runtime.
@@ -23,19 +24,33 @@ USED_SHARE = 0.9
 MIB = 2**20
 
 
-class OutOfMemoryError(Exception):
-    """A microbatch did not fit; the state at the start of its update still stands."""
+class OutOfMemoryError(RunError):
+    """A device's memory has run out; what it was asked to compute was not begun."""
 
 
 @contextlib.contextmanager
-def noticed() -> Iterator[None]:
-    """Turns the runtime's report that memory has run out into an `OutOfMemoryError`."""
+def noticed(what: str, advice: str) -> Iterator[None]:
+    """Turns the runtime's report that memory has run out into an `OutOfMemoryError`.
+
+    Args:
+      what: does not fit, in words.
+      advice: what to try.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(str(error).strip().splitlines()[0]) from error
+        first_line = str(error).strip().splitlines()[0]
+        raise OutOfMemoryError(
+            f"{what} does not fit into a device's memory ({first_line}): {advice}. The same "
+            "command continues from the newest checkpoint"
+        ) from error
+
+
+def agreed(failure: OutOfMemoryError | None) -> bool:
+    """Whether any process has run out of memory; all must call."""
+    return any(distributed.gather(b"" if failure is None else b"1"))
 
 
 def program_bytes(compiled: Any) -> int:
@@ -135,8 +150,19 @@ def smaller(examples_per_device: int, *, unit: int) -> int:
 
 
 def kept(path: Path | None, key: Mapping[str, Any]) -> int | None:
-    """The microbatch, in examples per device, that was kept for the same wish and devices."""
-    if path is None or not path.exists():
+    """The microbatch, in examples per device, that was kept for the same wish and devices.
+
+    Process 0 reads, all must call.
+    """
+    if path is None:
+        return None
+    own = distributed.together(lambda: _kept(path, key) if distributed.is_first() else None)
+    found: int | None = json.loads(distributed.gather(json.dumps(own).encode())[0])
+    return found
+
+
+def _kept(path: Path, key: Mapping[str, Any]) -> int | None:
+    if not path.exists():
         return None
     found = workdir.read_json(path)
     chosen = found.pop("chosen_examples_per_device", None)
@@ -144,6 +170,7 @@ def kept(path: Path | None, key: Mapping[str, Any]) -> int | None:
 
 
 def keep(path: Path | None, key: Mapping[str, Any], examples_per_device: int) -> None:
-    """Keeps a microbatch for the next start of the run; process 0 writes."""
-    if path is not None and jax.process_index() == 0:
-        workdir.write_json(path, {**key, "chosen_examples_per_device": examples_per_device})
+    """Keeps a microbatch for the next start of the run; process 0 writes, all must call."""
+    if path is not None:
+        kept = {**key, "chosen_examples_per_device": examples_per_device}
+        distributed.on_first(lambda: workdir.write_json(path, kept))

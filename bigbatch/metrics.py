@@ -24,31 +24,43 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, events: EventFiles | None = None):
         self._events = events
-        name = os.devnull if path is None else path
-        self._file: TextIO = open(name, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+        self._path = Path(os.devnull) if path is None else path
+        with workdir.writing(self._path):
+            self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._is_file = path is not None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends one record; a kill leaves whole lines, at worst a last one cut short."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            self._events.write(record)
+        """Appends one record; a kill leaves whole lines, at worst a last one cut short.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        with workdir.writing(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.write(record)
 
     def sync(self) -> None:
-        """Makes sure that what was written outlives a loss of power."""
-        if self._is_file:
-            os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.sync()
+        """Makes sure that what was written outlives a loss of power.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        with workdir.writing(self._path):
+            if self._is_file:
+                os.fsync(self._file.fileno())
+            if self._events is not None:
+                self._events.sync()
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        with workdir.writing(self._path):
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
 
 
 def truncate(path: Path, *, last_update: int, without_test: bool = False) -> None:

@@ -67,6 +67,7 @@ def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> 
         **_flat(config.tree, {"data.directory"}),
         "change-future": change_future,
         "versions": versions,
+        **distributed.devices(),
     }
     distributed.agree(asked, "value")
     plans: list[Plan] = []

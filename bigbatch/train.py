@@ -122,9 +122,10 @@ def _events(run: Run, files: workdir.Workdir, progress: Progress) -> EventFiles 
         return None
     done = progress.updates
     examples = int(run.plan.batch_sizes[:done].sum())
-    return EventFiles(
-        files.tensorboard, last_update=done, last_example=examples, config=run.config.tree
-    )
+    with workdir.writing(files.tensorboard):
+        return EventFiles(
+            files.tensorboard, last_update=done, last_example=examples, config=run.config.tree
+        )
 
 
 def _truncate(files: workdir.Workdir, progress: Progress) -> None:
@@ -220,8 +221,9 @@ class _Loop:
                 f"{self.run.plan.num_updates:,}; the same command continues"
             ) from None
 
-    def _use(self, smaller: Run) -> None:
-        """Goes on with smaller microbatches."""
+    def _use(self, smaller: Run, state: step.State) -> None:
+        """Goes on with smaller microbatches, from the update that did not fit."""
+        self.state = state
         self.run = dataclasses.replace(smaller, plan=self.run.plan)
         if self.say is not None:
             self.say(f"out of device memory; now {training_log.memory_line(self.run)}")

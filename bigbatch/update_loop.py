@@ -3,8 +3,7 @@
 What is logged, evaluated and saved in between is `bigbatch.train`'s.
 """
 
-import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -14,13 +13,20 @@ from jax.sharding import NamedSharding
 from bigbatch import distributed, memory, microbatches, step
 from bigbatch.course import Course
 from bigbatch.data.prefetch import Prefetch
-from bigbatch.errors import RunError
 from bigbatch.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.plan import Row
 from bigbatch.preemption import StopRequest
 from bigbatch.run import Updates
 from bigbatch.task import Sums
 from bigbatch.watch import Watchdog
+
+# What did not fit into the memory, and what to try.
+_MICROBATCH = "a microbatch", "set microbatch_examples_per_device to half of what it is"
+_UPDATE = (
+    "an update of the parameters",
+    "its memory does not depend on the microbatch; use shard_optimizer or more devices, or set "
+    "microbatch_examples_per_device lower to leave it more room",
+)
 
 
 def updates(
@@ -30,12 +36,14 @@ def updates(
     course: Course | None = None,
     watchdog: Watchdog | None = None,
     stop: StopRequest | None = None,
-    use: Callable[[Any], None] = lambda run: None,
+    use: Callable[[Any, step.State], None] = lambda run, state: None,
 ) -> Generator[tuple[Row, step.State, Sums], None, None]:
     """Runs the plan from an update on.
 
     Where a microbatch does not fit into the devices' memory, its update begins again with
-    microbatches of half the size: the same examples and statistics.
+    microbatches of half the size: the same examples and statistics. Of several processes all do,
+    if the first microbatch of a size does not fit on one of them. Where a later one does not, the
+    run ends: the others may have finished that update.
 
     Args:
       run: from `run.prepare` or `own_task.prepare_task`.
@@ -45,11 +53,13 @@ def updates(
         the next is asked for.
       watchdog: is told what is waited for.
       stop: is asked before every microbatch.
-      use: is told of the run with the smaller microbatches.
+      use: is told of the run with the smaller microbatches, and of the state before the update
+        that begins again, in the place of the one that was yielded last.
 
     Raises:
       StopNoticeError: `stop` says so; the state that was yielded last still stands.
-      RunError: not even the smallest microbatch fits, or it does not on one of several processes.
+      RunError: not even the smallest microbatch fits, or a later one does not on one of several
+        processes, or the update itself.
 
     Yields:
       For each update its row of the plan, the state after it and its loss's sums, both still being
@@ -59,20 +69,12 @@ def updates(
     course = Course(run.plan) if course is None else course
     watchdog, stop = watchdog or Watchdog(), stop or StopRequest()
     while True:
-        try:
-            parts = _updates(run, state, first_update, course, watchdog, stop)
-            with contextlib.closing(parts):
-                for row, after, sums in parts:
-                    state, first_update = after, row.update + 1
-                    yield row, state, sums
+        left = yield from _updates(run, state, first_update, course, watchdog, stop)
+        if left is None:
             return
-        except memory.OutOfMemoryError as error:
-            # Another process may have room, and cut its updates as before.
-            if jax.process_count() > 1:
-                advice = "set microbatch_examples_per_device to half of what it is"
-                raise RunError(f"a microbatch does not fit: {error}; {advice}") from error
+        state, first_update = left
         run = run.smaller()
-        use(run)
+        use(run, state)
 
 
 def _updates(
@@ -82,8 +84,12 @@ def _updates(
     course: Course,
     watchdog: Watchdog,
     stop: StopRequest,
-) -> Generator[tuple[Row, step.State, Sums], None, None]:
-    """The updates with one layout, as far as the memory allows."""
+) -> Generator[tuple[Row, step.State, Sums], None, tuple[step.State, int] | None]:
+    """The updates with one layout, as far as the memory allows.
+
+    Returns:
+      Where a microbatch did not fit, the state before its update and that update's number.
+    """
     # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
     # than it has threads; there each update is waited for.
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
@@ -96,27 +102,23 @@ def _updates(
     with Prefetch(run.microbatch, requests, max_in_flight=MICROBATCHES_IN_FLIGHT) as parts:
         while update < course.plan.num_updates:
             row = course.plan.row(update)
-            update += 1
             waited_s = parts.waited_s
-            addends = run.programs.addends(row.batch_size)
-            for _ in run.layout.microbatches(row.batch_size):
-                stop.check()
-                with watchdog.phase("input"):
-                    size, examples = next(parts)
-                with memory.noticed():
-                    call = run.programs.accumulate[size]
-                    accumulator = call(state, accumulator, examples, *addends)
-                    # The first of its size is waited for: if it does not fit that shows here, while
-                    # the state before the update still stands.
-                    if size in untried or (one_at_a_time and run.layout.devices < run.mesh.size):
-                        with watchdog.phase(waits_for()):
-                            jax.block_until_ready(accumulator)
-                untried.discard(size)
-            hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
-            hyper = distributed.put(hyper, replicated)
-            state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
-            while addends and not bool(sums[step.IS_EXACT]):
-                state, accumulator, sums = _again(run, row, state, accumulator, hyper)
+            source: Iterator[tuple[int, Any]] = parts
+            while True:
+                # Once the state was given away there is nothing to save until the update is done.
+                asked = stop if source is parts else StopRequest()
+                total = _accumulate(run, row, state, accumulator, source, untried, watchdog, asked)
+                if total is None:
+                    return state, update
+                hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
+                hyper = distributed.put(hyper, replicated)
+                with memory.noticed(*_UPDATE):
+                    state, accumulator, sums = run.programs.apply_update(state, total, hyper)
+                if run.programs.reproducible_unit_examples is None or bool(sums[step.IS_EXACT]):
+                    break
+                # A bound of the sums had failed and was raised; nothing else has changed.
+                source = _made(run, row)
+            update += 1
             if one_at_a_time:
                 with watchdog.phase(waits_for()):
                     jax.block_until_ready(state)
@@ -126,18 +128,63 @@ def _updates(
             # is computed.
             before, known = known, course.known_updates
             parts.request(microbatches.requests(course.plan, run.layout, before, known))
+    return None
 
 
-def _again(
-    run: Updates, row: Row, state: step.State, accumulator: Any, hyper: Mapping[str, jax.Array]
-) -> tuple[step.State, Any, Sums]:
-    """Computes an update once more, where a bound of its sums had failed and was raised."""
+def _accumulate(
+    run: Updates,
+    row: Row,
+    state: step.State,
+    accumulator: step.Accumulator,
+    source: Iterator[tuple[int, Any]],
+    untried: set[int],
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> step.Accumulator | None:
+    """The sums of an update's microbatches; None where one of them did not fit.
+
+    `untried` are the sizes that have not been computed yet; those that are here leave it.
+    """
+    # XLA's CPU client: see `_updates`.
+    holds_collective = run.layout.devices < run.mesh.size
+    is_cpu = run.mesh.devices.flat[0].platform == "cpu"
     addends = run.programs.addends(row.batch_size)
+    is_first_of_any, failure = False, None
+    for _ in run.layout.microbatches(row.batch_size):
+        # After a failure too: the processes ask equally often, so that all stop at one place.
+        stop.check()
+        if failure is not None:
+            continue
+        with watchdog.phase("input"):
+            size, examples = next(source)
+        is_first = size in untried
+        is_first_of_any |= is_first
+        untried.discard(size)
+        try:
+            with memory.noticed(*_MICROBATCH):
+                accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
+                # The first of its size is waited for: if it does not fit that shows here, while the
+                # state before the update still stands.
+                if is_first or (is_cpu and holds_collective):
+                    with watchdog.phase(waits_for()):
+                        jax.block_until_ready(accumulator)
+        except memory.OutOfMemoryError as error:
+            # The other processes would not ask whether all went well here, or wait for this one.
+            if jax.process_count() > 1 and (holds_collective or not is_first):
+                raise
+            failure = error
+    if failure is not None or is_first_of_any:
+        with watchdog.phase(waits_for()):
+            if memory.agreed(failure):
+                return None
+    return accumulator
+
+
+def _made(run: Updates, row: Row) -> Iterator[tuple[int, Any]]:
+    """The microbatches of an update, made when they are asked for."""
     for part in run.layout.microbatches(row.batch_size):
         request = microbatches.Request(row.first_example + part.offset_examples, part)
-        size, examples = run.microbatch(request)
-        accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
-    return run.programs.apply_update(state, accumulator, hyper)
+        yield run.microbatch(request)
 
 
 def waits_for() -> str:

@@ -13,13 +13,15 @@
 Files are replaced atomically, so a kill at any moment leaves the old one or the new one.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import Problem, UserError
+from bigbatch.errors import Problem, RunError, UserError
 
 _TEMPORARY_SUFFIX = ".being-written"
 
@@ -85,14 +87,35 @@ class Workdir:
             raise UserError(Problem("workdir", str(self.path), allowed))
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While a file of a run is written.
+
+    Raises:
+      RunError: the file system does not take it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}): make room or mend the permissions, and "
+            "give the same command again"
+        ) from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file atomically; after a power loss too it holds the old or the new text."""
+    """Replaces a file atomically; after a power loss too it holds the old or the new text.
+
+    Raises:
+      RunError: it cannot be written; the old one is as it was.
+    """
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:

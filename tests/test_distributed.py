@@ -28,10 +28,10 @@ def start(arguments: list[str], devices: int, **options) -> subprocess.Popen:
     )
 
 
-def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str]]:
+def ended(processes: list[subprocess.Popen], timeout_s: float = TIMEOUT_S) -> list[tuple[int, str]]:
     """Their exit statuses and what they said on standard error; none is left behind."""
     try:
-        texts = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+        texts = [process.communicate(timeout=timeout_s)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

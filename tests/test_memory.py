@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bigbatch import memory, step, train
+from bigbatch.checkpoint import params_sha256
 from bigbatch.config import read_config
 from bigbatch.errors import RunError, UserError
 from bigbatch.own_task import fit
 from bigbatch.run import prepare
 from tests import trained
+from tests.test_reproducible import small_run
 from tests.test_sharded_optimizer import OPTIMIZERS, prepared
+from tests.trained import failing
 
 
 @given(
@@ -66,26 +69,6 @@ def test_the_kept_microbatch_is_taken_for_the_same_wish_and_devices_only(tmp_pat
     assert memory.kept(None, key) is None
 
 
-def failing(run, fails):
-    """The run, its `accumulate` out of memory where `fails(examples)` says so."""
-
-    def program(size, compiled):
-        def call(*arguments):
-            if fails(size):
-                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory (injected).")
-            return compiled(*arguments)
-
-        return call
-
-    compiled = run.programs.accumulate
-    accumulate = {size: program(size, compiled[size]) for size in compiled}
-    return dataclasses.replace(
-        run,
-        programs=dataclasses.replace(run.programs, accumulate=accumulate),
-        smaller=lambda: failing(run.smaller(), fails),
-    )
-
-
 def test_out_of_memory_halves_the_microbatch_once_and_changes_no_number():
     with jax.enable_x64(True):
         optimizer = OPTIMIZERS["nesterov"]()
@@ -101,11 +84,55 @@ def test_out_of_memory_halves_the_microbatch_once_and_changes_no_number():
             return size > 16 and len(calls) > 6
 
         run = failing(make(24), fails)
-        *_, (_, state, _) = train.updates(run, run.init_state(), 0, use=used.append)
+        use = lambda smaller, state: used.append(smaller)  # noqa: E731
+        *_, (_, state, _) = train.updates(run, run.init_state(), 0, use=use)
         largest = [max(r.programs.accumulate) for r in (run, *used)]
     assert largest == [24, 12]
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+
+
+def test_out_of_memory_again_and_again_halves_down_to_one_unit():
+    with jax.enable_x64(True):
+        optimizer, used = OPTIMIZERS["sgd"](), []
+        options = {"shard_optimizer": False, "devices": 2}
+        run = prepared(optimizer, "sgd", microbatch=12, **options)
+        use = lambda smaller, state: used.append(smaller)  # noqa: E731
+        found = train.updates(failing(run, lambda size: size > 2), run.init_state(), 0, use=use)
+        *_, (_, state, _) = found
+        expected = fit(prepared(optimizer, "sgd", microbatch=4, **options))
+    # Of two devices, whose unit is one example.
+    assert [max(r.programs.accumulate) for r in (run, *used)] == [24, 12, 6, 2]
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-10)
+
+
+# Of an update's two microbatches, in each of its two attempts: the first bounds always fail.
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_out_of_memory_while_an_update_is_computed_again_changes_no_bit(number):
+    mesh, calls, used = step.data_mesh(jax.devices()[:1]), [], []
+
+    def fails(size):
+        calls.append(size)
+        return len(calls) == number
+
+    run = failing(small_run(mesh, 16), fails)
+    use = lambda smaller, state: used.append(smaller)  # noqa: E731
+    *_, (_, state, _) = train.updates(run, run.init_state(), 0, use=use)
+    assert [max(r.programs.accumulate) for r in (run, *used)] == [16, 8]
+    assert params_sha256(state) == params_sha256(fit(small_run(mesh, 16)))
+
+
+def test_an_update_or_evaluation_that_does_not_fit_ends_the_run_with_words(tmp_path):
+    def out_of_memory(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory (injected).")
+
+    run = trained.prepared(trained.config(epochs=0.1))
+    for name, words in (("apply_update", "shard_optimizer"), ("evaluate", "evaluation_batch")):
+        programs = dataclasses.replace(run.programs, **{name: out_of_memory})
+        with pytest.raises(RunError, match=words):
+            train.train(dataclasses.replace(run, programs=programs), tmp_path)
+        assert not (tmp_path / "result.json").exists()
 
 
 def test_what_does_not_fit_at_all_ends_the_run_with_words():
@@ -116,7 +143,7 @@ def test_what_does_not_fit_at_all_ends_the_run_with_words():
 
 
 def test_another_error_of_the_runtime_is_left_alone():
-    with pytest.raises(jax.errors.JaxRuntimeError), memory.noticed():
+    with pytest.raises(jax.errors.JaxRuntimeError), memory.noticed("it", "smaller"):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 

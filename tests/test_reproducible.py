@@ -23,9 +23,9 @@ from bigbatch.run import Updates
 from bigbatch.task import Task
 from tests import trained
 from tests.test_distributed import free_port
-from tests.test_memory import failing
 from tests.test_noise_measurement import log_of
 from tests.test_step import collectives
+from tests.trained import failing
 
 
 @pytest.fixture(autouse=True)
@@ -154,11 +154,9 @@ def test_a_microbatch_that_does_not_fit_changes_no_bit(expected):
 
 def test_a_bound_that_fails_is_raised_and_the_update_computed_again(monkeypatch):
     prepared = small_run(mesh_of(2), 24)
-    again, original = [], update_loop._again
+    again, original = [], update_loop._made
     monkeypatch.setattr(
-        update_loop,
-        "_again",
-        lambda run, row, *rest: again.append(row.update) or original(run, row, *rest),
+        update_loop, "_made", lambda run, row: again.append(row.update) or original(run, row)
     )
     new, _ = go_on(prepared, prepared.init_state(), 0, 4)
     # Nothing is known before the first update; afterwards bounds hold.

@@ -1,5 +1,6 @@
 """Small runs for tests: a config on the digits, prepared for a number of devices."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -61,6 +62,26 @@ def prepared(config: Config, devices: int = 1) -> run.Run:
 def config(**changes: Any) -> Config:
     """The validated config of `tree`."""
     return read_config(tree(**changes), "test")
+
+
+def failing(run: run.Updates, fails: Callable[[int], bool]) -> run.Updates:
+    """The run, its `accumulate` out of memory where `fails(examples)` says so."""
+
+    def program(size, compiled):
+        def call(*arguments):
+            if fails(size):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory (injected).")
+            return compiled(*arguments)
+
+        return call
+
+    compiled = run.programs.accumulate
+    accumulate = {size: program(size, compiled[size]) for size in compiled}
+    return dataclasses.replace(
+        run,
+        programs=dataclasses.replace(run.programs, accumulate=accumulate),
+        smaller=lambda: failing(run.smaller(), fails),
+    )
 
 
 class StopError(Exception):

@@ -1,0 +1,41 @@
+"""A word from a process that could not say it itself.
+
+When process 0 of a run goes, JAX aborts the others at once, on a thread of its own; Python is not
+asked. So a shell waits at the end of a pipe that only its process holds open. A process that ends
+by itself sends a line; where the pipe closes without one, the shell says what to do.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+
+# The shell ends with its process, and not by what is sent to both.
+_SCRIPT = 'trap "" HUP INT TERM; read -r line || echo "$1" >&2'
+
+
+class Witness:
+    """Stands beside a process of several until it is dismissed; nothing where there is no shell."""
+
+    def __init__(self) -> None:
+        text = (
+            f"bigbatch: process {os.getpid()} on {socket.gethostname()} was ended from outside: by "
+            "a signal, or by JAX because another process of this run has gone. Start all of them "
+            "again: they continue from the newest checkpoint"
+        )
+        shell = shutil.which("sh")
+        self._shell = None
+        if shell is not None:
+            self._shell = subprocess.Popen(
+                [shell, "-c", _SCRIPT, shell, text],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+            )
+
+    def dismiss(self) -> None:
+        """Tells the shell that all is well; may be called again."""
+        if self._shell is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._shell.communicate(b"\n")
+            self._shell = None

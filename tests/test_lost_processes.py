@@ -1,0 +1,156 @@
+"""Processes that are killed, stopped or unlike each other: all end with a word, and all go on."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import perceptron_run
+from tests.storm import records
+from tests.test_distributed import ended, free_port, start
+
+# The time that the issue gives a process to notice that another one has gone.
+END_S = 60
+AGAIN = "Start all of them again: they continue from the newest checkpoint"
+
+
+def flags_of(directory: Path, port: int, process: int) -> list[str]:
+    return [
+        *("tests.perceptron_run", "train", "--config=tests/perceptron_run.py"),
+        *(f"--workdir={directory}", f"--coordinator=127.0.0.1:{port}"),
+        *("--num-processes=2", f"--process={process}"),
+    ]
+
+
+def begin(directory: Path, monkeypatch, wait_s: float = 0.0) -> list:
+    """Two processes, with one device each."""
+    monkeypatch.setenv(perceptron_run.WAIT_S, str(wait_s))
+    port = free_port()
+    return [start(flags_of(directory, port, process), 1) for process in (0, 1)]
+
+
+def result(directory: Path) -> dict:
+    return json.loads((directory / "result.json").read_text())
+
+
+def wait_for_updates(directory: Path, processes: list, number: int) -> None:
+    """Returns when so many more updates are in the log than before."""
+
+    def update() -> int:
+        found = records(directory) if (directory / "metrics.jsonl").exists() else []
+        return max((record["update"] for record in found), default=0)
+
+    before = update()
+    while all(process.poll() is None for process in processes) and update() < before + number:
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """Two processes that find each other by what `srun` would have set."""
+    directory = tmp_path_factory.mktemp("slurm")
+    job = str(os.getpid())
+    processes = []
+    with pytest.MonkeyPatch.context() as patch:
+        for process in ("0", "1"):
+            for name, value in {
+                "SLURM_JOB_ID": job,
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_STEP_NUM_NODES": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": process,
+                "SLURM_LOCALID": process,
+            }.items():
+                patch.setenv(name, value)
+            processes.append(start(flags_of(directory, 0, 0)[:4], 1))
+    texts = [text for status, text in ended(processes) if status == 0]
+    return directory, texts
+
+
+def test_in_a_slurm_step_processes_find_each_other(slurm):
+    directory, texts = slurm
+    assert len(texts) == 2, texts
+    assert result(directory)["updates"] == 20
+    # Process 0 alone shows the evaluations: a process by itself would.
+    assert ["update 20 of 20" in text for text in texts] == [True, False]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm):
+    return slurm[0]
+
+
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
+STORMS = {
+    "each killed once, one told to stop": [(KILL, [0]), (TERM, [1]), (KILL, [1])],
+    "told to stop": [(TERM, [0]), (TERM, [0, 1])],
+}
+
+
+@pytest.mark.parametrize(
+    "storm",
+    [
+        STORMS["each killed once, one told to stop"],
+        pytest.param(STORMS["told to stop"], marks=pytest.mark.long),
+    ],
+    ids=STORMS,
+)
+def test_the_same_command_goes_on_after_a_process_was_lost(
+    undisturbed, tmp_path, monkeypatch, storm
+):
+    for number, targets in storm:
+        # Evaluations and checkpoints are due every few updates.
+        processes = begin(tmp_path, monkeypatch, wait_s=0.05)
+        wait_for_updates(tmp_path, processes, 4)
+        for target in targets:
+            processes[target].send_signal(number)
+        for process, (status, text) in enumerate(ended(processes, END_S)):
+            if number == TERM:
+                assert status == 143, text
+                assert "told to stop: saved after update" in text
+            elif process in targets:
+                assert status == -KILL
+            else:
+                # JAX may have aborted it before it could end by itself.
+                assert status in (1, -signal.SIGABRT), text
+                assert AGAIN in text
+        assert not (tmp_path / "result.json").exists()
+    for status, text in ended(begin(tmp_path, monkeypatch)):
+        assert status == 0, text
+    assert result(tmp_path)["params_sha256"] == result(undisturbed)["params_sha256"]
+    assert records(tmp_path) == records(undisturbed)
+
+
+def test_processes_that_differ_are_refused_on_all(tmp_path):
+    """By the config, and by the number of devices; all at once, and nothing is written."""
+    port = free_port()
+    processes = [
+        start(flags_of(tmp_path / "run", port, 0), 1),
+        start([*flags_of(tmp_path / "run", port, 1), "--config.policy.learning_rate=0.2"], 2),
+    ]
+    for status, text in ended(processes):
+        assert status == 2, text
+        assert "policy.learning_rate: given 'process 1: 0.2'" in text
+        assert "devices: given 'process 1: 2'; allowed: one value for all processes" in text
+        assert "process 0 has 1" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_on_one_process_halves_the_microbatch_on_both(undisturbed, tmp_path):
+    port, processes = free_port(), []
+    for process in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            if process == 1:
+                patch.setenv(perceptron_run.OUT_OF_MEMORY_ABOVE, "64")
+            microbatch = "--config.microbatch_examples_per_device=64"
+            processes.append(start([*flags_of(tmp_path, port, process), microbatch], 1))
+    (status, text), (other_status, other_text) = ended(processes)
+    assert (status, other_status) == (0, 0), text + other_text
+    assert "out of device memory; now microbatches of up to 32 examples a device" in text
+    # From the first update of 160 examples on its microbatches are those of the other run.
+    assert result(tmp_path)["params_sha256"] == result(undisturbed)["params_sha256"]
+    kept = json.loads((tmp_path / "microbatch.json").read_text())
+    assert kept["chosen_examples_per_device"] == 32

@@ -1,0 +1,76 @@
+"""A file system that takes nothing: there is a word, and what was there stays."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from bigbatch import workdir
+from bigbatch.errors import RunError
+from bigbatch.metrics import MetricsLog
+from tests.test_distributed import ROOT
+
+# Permissions do not bind root, unless it gives the right to pass them by away.
+AS_ROOT = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("unwritable")
+    bound = [] if os.geteuid() else AS_ROOT
+    if bound and shutil.which(bound[0]) is None:
+        pytest.skip("root passes permissions by, and there is no setpriv to prevent it")
+    command = [*bound, sys.executable, "-W", "error", "-m", "tests.unwritable_run", str(directory)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return directory, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("new", 2, "allowed: a directory that can be written (permission denied)"),
+        ("begun", 2, "allowed: a directory that can be written (permission denied)"),
+        ("checkpoints", 1, "a checkpoint could not be written to {}/checkpoints/checkpoints"),
+    ],
+)
+def test_a_read_only_directory_ends_the_command_with_a_word(reports, name, status, words):
+    directory, found = reports
+    report = found[name]
+    assert report["status"] == status, report["text"]
+    assert words.format(directory) in report["text"]
+    assert "Traceback" not in report["text"]
+    assert report["same"]
+
+
+@pytest.fixture
+def full():
+    """No file may grow: writing fails as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    yield os.strerror(errno.EFBIG)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_keeps_the_file_that_was_to_be_replaced(tmp_path, request):
+    path = tmp_path / "plan.json"
+    workdir.write_text(path, "old")
+    reason = request.getfixturevalue("full")
+    with pytest.raises(RunError, match=f"{path} cannot be written .{reason}"):
+        workdir.write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_a_full_disk_ends_the_log_with_a_word(tmp_path, request):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.write({"update": 1})
+    request.getfixturevalue("full")
+    with pytest.raises(RunError, match=f"{path} cannot be written"), MetricsLog(path) as log:
+        log.write({"update": 2})
+    assert path.read_text() == '{"update": 1}\n'
