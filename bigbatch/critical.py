@@ -215,6 +215,7 @@ class _Bench:
             sizes=tuple(results),
             fit=critical_batch.fit(list(reached), means) if enough else None,
             intervals=critical_batch.intervals(reached) if enough else None,
+            lr_factors=self._asked.lr_factors,
         )
 
     def _size(self, update: int, noise: Noise, size: int, target: float) -> SizeResult:

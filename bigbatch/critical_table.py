@@ -76,6 +76,7 @@ class Point:
       sizes: by batch size, rising; empty where the checkpoint has no noise scale.
       fit: None where fewer than three batch sizes reached the loss.
       intervals: with it.
+      lr_factors: of the rule's learning rate that were tried.
     """
 
     update: int
@@ -87,6 +88,7 @@ class Point:
     sizes: tuple[SizeResult, ...]
     fit: Fit | None
     intervals: Intervals | None
+    lr_factors: tuple[float, ...] = (1.0,)
 
     @property
     def noise_on_the_way(self) -> tuple[float, float] | None:
@@ -195,6 +197,12 @@ def _findings(point: Point) -> list[str]:
         lines.append(
             f"- Predicted by the noise scale on the way to the loss: {way[0]:,.0f} ± {way[1]:,.0f} "
             "(standard deviation between batch sizes); " + _compared(fit, (low, high), way[0])
+        )
+    if len(point.lr_factors) == 1:
+        lines.append(
+            "- One learning rate was tried at each batch size, by a rule that the noise scale is "
+            "put into; where another is better the critical batch size is another too "
+            "(--lr-factors=0.25,0.5,1,2 takes the best)."
         )
     if min(float(np.mean(size.reached)) for size in reached) < _FEW_UPDATES:
         lines.append(

@@ -1,5 +1,6 @@
 """`bigbatch critical` on a short run on the digits: what it finds, keeps and refuses."""
 
+import dataclasses
 import json
 import shutil
 
@@ -180,6 +181,10 @@ def test_what_is_said_of_agreement():
     cells = [line.split("|")[5] for line in text.splitlines() if line.startswith("| ")][2:]
     predicted = [float(cell.replace(",", "")) for cell in cells]
     assert predicted[0] / predicted[2] == pytest.approx(7.25 / 1.1953, rel=2e-3)
+    assert "One learning rate was tried" in text
+    several = dataclasses.replace(point(sizes=sizes, fit=fitted), lr_factors=(0.5, 1.0))
+    several = dataclasses.replace(several, intervals=Intervals(*spans, (150.0, 260.0)))
+    assert "One learning rate was tried" not in section(several)
     assert "no branches" in section(point(noise=None))
     unlimited = Fit(-1.0, 1.0, 8_000.0, 1.0, np.inf, np.inf)
     text = section(point(sizes=sizes, fit=unlimited, intervals=Intervals(*spans, (9e3, np.inf))))
