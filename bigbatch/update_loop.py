@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from bigbatch import distributed, memory, microbatches, step
+from bigbatch import memory, microbatches, step
 from bigbatch.course import Course
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.errors import RunError
@@ -87,7 +86,6 @@ def _updates(
     # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
     # than it has threads; there each update is waited for.
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
-    replicated = NamedSharding(run.mesh, step.REPLICATED)
     precision = jax.tree.leaves(state.params)[0].dtype
     accumulator = run.programs.empty_accumulator()
     update, known = first_update, course.known_updates
@@ -112,8 +110,8 @@ def _updates(
                         with watchdog.phase(waits_for()):
                             jax.block_until_ready(accumulator)
                 untried.discard(size)
+            # Host scalars: the call brings them to the devices faster than a put of their own.
             hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
-            hyper = distributed.put(hyper, replicated)
             state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
             while addends and not bool(sums[step.IS_EXACT]):
                 state, accumulator, sums = _again(run, row, state, accumulator, hyper)
@@ -129,7 +127,7 @@ def _updates(
 
 
 def _again(
-    run: Updates, row: Row, state: step.State, accumulator: Any, hyper: Mapping[str, jax.Array]
+    run: Updates, row: Row, state: step.State, accumulator: Any, hyper: Mapping[str, np.ndarray]
 ) -> tuple[step.State, Any, Sums]:
     """Computes an update once more, where a bound of its sums had failed and was raised."""
     addends = run.programs.addends(row.batch_size)
