@@ -224,7 +224,7 @@ def compile_programs(
             unite=unite,
             snapshot=snapshot.result(),
             empty_accumulator=emptied.result(),
-            mean_ghost_statistics=averaged and averaged.result(),
+            mean_ghost_statistics=averaged.result() if averaged else None,
             state_shapes=state,
             reproducible_unit_examples=unit_examples if reproducible else None,
         )

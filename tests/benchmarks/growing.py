@@ -70,7 +70,10 @@ def write_setting(directory: Path, epochs: float) -> None:
     plan = read_config(settings).plan
     data = sets.load("digits")
     (directory / "config.json").write_text(json.dumps(settings))
-    rows = {"batch_sizes": plan.batch_sizes.tolist(), "rates": plan.hypers["learning_rate"].tolist()}
+    rows = {
+        "batch_sizes": plan.batch_sizes.tolist(),
+        "rates": plan.hypers["learning_rate"].tolist(),
+    }
     (directory / "plan.json").write_text(json.dumps(rows))
     np.savez(
         directory / "data.npz",
@@ -122,7 +125,9 @@ def table(path: Path) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in by_name.items():
-        column = {key: np.array([one[key] for one in found]) for key in found[0] if key != "version"}
+        column = {
+            key: np.array([one[key] for one in found]) for key in found[0] if key != "version"
+        }
         wall = column["wall_s"]
         low, high = np.percentile(wall, (25, 75))
         cells = (

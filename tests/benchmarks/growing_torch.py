@@ -43,9 +43,7 @@ class Block(nn.Module):
 def network() -> nn.Module:
     """WRN-10-1 for 8x8 images."""
     channels = (16, 16, 32, 64)
-    blocks = [
-        Block(channels[i], channels[i + 1], stride) for i, stride in enumerate((1, 2, 1))
-    ]
+    blocks = [Block(channels[i], channels[i + 1], stride) for i, stride in enumerate((1, 2, 1))]
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, 1, 1, bias=False),
         *blocks,
