@@ -3,8 +3,8 @@
     python -m tests.benchmarks.collectives > tests/benchmarks/results/collectives.md
 
 Digits, WRN-10-1, a batch of 1,024 in 4 microbatches of 256, ghost batches of 32 (a device's share
-of a microbatch), data parallel. What stands in the body of a loop counts once for each microbatch, as
-does a program that is called for each. Bytes are those of the results, on each device.
+of a microbatch), data parallel. What stands in the body of a loop counts once for each microbatch,
+as does a program that is called for each. Bytes are those of the results, on each device.
 """
 
 import functools
