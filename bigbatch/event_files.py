@@ -8,13 +8,20 @@ what an earlier start wrote past the checkpoint, so nothing is shown twice and n
 """
 
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bigbatch.event_records import framed
+
 _AXES = {"updates": "update", "examples": "examples"}
 _METRICS = ("test_accuracy", "test_loss", "train_loss")
+# Records go to the files in groups, which is cheaper, so many or so old.
+_MOST_WAITING = 128
+_LONGEST_WAIT_S = 10.0
 
 
 class EventFiles:
@@ -31,26 +38,29 @@ class EventFiles:
         self, directory: Path, *, last_update: int, last_example: int, config: Mapping[str, Any]
     ):
         # Imported by runs that log, and by nothing else. It needs no TensorFlow.
-        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.summary import hparams
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._writers = {}
+        self._waiting: dict[str, list[bytes]] = {axis: [] for axis in _AXES}
+        self._files = {}
+        self._written_s = time.monotonic()
+        # Whole seconds, as TensorBoard has it, and finer: a run may be started twice in one.
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
         first = {"updates": last_update + 1, "examples": last_example + 1}
         for axis in _AXES:
             (directory / axis).mkdir(parents=True, exist_ok=True)
-            # The writer's own name holds whole seconds, in which a run may be started twice.
-            writer = EventsWriter(str(directory / axis / "events"), f".{time.time_ns()}")
+            self._files[axis] = open(directory / axis / name, "wb")  # noqa: SIM115 - see close
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             now_s = time.time()
-            writer.write_event(
-                event_pb2.Event(wall_time=now_s, step=first[axis], session_log=start)
-            )
-            for summary in hparams(dict(_flat(config)), dict.fromkeys(_METRICS, 0.0)):
-                writer.write_event(event_pb2.Event(wall_time=now_s, summary=summary))
-            writer.flush()
-            self._writers[axis] = writer
+            events = [
+                event_pb2.Event(wall_time=now_s, file_version="brain.Event:2"),
+                event_pb2.Event(wall_time=now_s, step=first[axis], session_log=start),
+            ]
+            settings = hparams(dict(_flat(config)), dict.fromkeys(_METRICS, 0.0))
+            events += [event_pb2.Event(wall_time=now_s, summary=setting) for setting in settings]
+            self._waiting[axis] = [event.SerializeToString() for event in events]
+        self.sync()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record of the log to both axes."""
@@ -63,17 +73,30 @@ class EventFiles:
         summary, now_s = self._summary(value=values), time.time()
         for axis, field in _AXES.items():
             event = self._event(wall_time=now_s, step=record[field], summary=summary)
-            self._writers[axis].write_event(event)
+            self._waiting[axis].append(event.SerializeToString())
+        waited_s = time.monotonic() - self._written_s
+        if len(self._waiting["updates"]) >= _MOST_WAITING or waited_s >= _LONGEST_WAIT_S:
+            self._write_waiting()
 
     def sync(self) -> None:
         """Makes sure that what was written outlives a kill; it waits for the disk."""
-        for writer in self._writers.values():
-            writer.flush()
+        self._write_waiting()
+        for file in self._files.values():
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Closes the files."""
-        for writer in self._writers.values():
-            writer.close()
+        self._write_waiting()
+        for file in self._files.values():
+            file.close()
+
+    def _write_waiting(self) -> None:
+        """Gives what waits to the operating system; readers see whole records."""
+        for axis, file in self._files.items():
+            file.write(framed(self._waiting[axis]))
+            file.flush()
+            self._waiting[axis].clear()
+        self._written_s = time.monotonic()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

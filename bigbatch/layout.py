@@ -82,14 +82,7 @@ class Layout:
         Raises:
           UserError: it is no multiple.
         """
-        _check_multiples([batch_size], self.ghost_batch_examples)
-        microbatches, offset = [], 0
-        full, rest = self._cover(batch_size)
-        for examples in (self.shapes[0],) * full + rest:
-            held = min(batch_size - offset, examples * self.devices)
-            microbatches.append(Microbatch(offset, held, examples))
-            offset += held
-        return tuple(microbatches)
+        return _cut(self, batch_size)
 
     def computed_examples(self, batch_size: int) -> int:
         """Examples that the devices compute for one update, the masked ones included."""
@@ -116,6 +109,19 @@ class Layout:
         load = -(-batch_size // (unit * self.devices))
         full, rest = cover(load, tuple(s // unit for s in self.shapes), CALL_EXAMPLES / unit)
         return full, tuple(shape * unit for shape in rest)
+
+
+# Asked for twice an update, and few batch sizes differ.
+@functools.lru_cache(maxsize=64)
+def _cut(layout: Layout, batch_size: int) -> tuple[Microbatch, ...]:
+    _check_multiples([batch_size], layout.ghost_batch_examples)
+    microbatches, offset = [], 0
+    full, rest = layout._cover(batch_size)
+    for examples in (layout.shapes[0],) * full + rest:
+        held = min(batch_size - offset, examples * layout.devices)
+        microbatches.append(Microbatch(offset, held, examples))
+        offset += held
+    return tuple(microbatches)
 
 
 def make_layout(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import step
+from bigbatch import distributed, step
 from bigbatch.layout import Layout, Microbatch
 from bigbatch.plan import Plan
 from bigbatch.sources import Source
@@ -70,12 +70,14 @@ def place(
     held = min(max(present - begin, 0), end - begin)
     # A share that is masked as a whole still needs an example, for its shape.
     examples = source(first_example + (begin if held else 0), held or 1)
-    placed = {
-        name: jax.make_array_from_process_local_data(
-            sharding, _filled(array[:held], end - begin), (size, *array.shape[1:])
-        )
-        for name, array in examples.items()
-    }
+    own = {name: _filled(array[:held], end - begin) for name, array in examples.items()}
+    if jax.process_count() == 1:
+        placed = jax.device_put(own, sharding)
+    else:
+        placed = {
+            name: jax.make_array_from_process_local_data(sharding, array, (size, *array.shape[1:]))
+            for name, array in own.items()
+        }
     if "weight" not in placed:
         placed["weight"] = _mask(present, size, sharding)
     if ghost_batch_examples is not None:
@@ -132,6 +134,4 @@ def _mask(present: int, size: int, sharding: NamedSharding, entries: int = 1) ->
     """
     mask = np.zeros((size, entries), np.float32)
     mask[:present, 0] = 1
-    return jax.make_array_from_callback(
-        (size * entries,), sharding, lambda index: mask.ravel()[index]
-    )
+    return distributed.put(mask.ravel(), sharding)

@@ -7,6 +7,7 @@ compilation is an error and not a pause of a minute.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from jax.sharding import Mesh, NamedSharding
 from bigbatch import compilation_cache, memory, sharded_optimizer, step
 from bigbatch.checkpoint import checksum
 from bigbatch.task import PyTree, Task
+
+# More would only take each other's memory: a compilation of a large network needs gigabytes.
+_COMPILED_AT_ONCE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,23 +194,40 @@ def compile_programs(
         donate_argnums=(0, 1),
     )
     evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
-    means = jax.jit(step.mean_ghost_statistics, out_shardings=replicated)
-    return Programs(
-        accumulate={
-            examples: accumulate.lower(state, accumulator, microbatch(examples), *addends).compile()
+    # The compiler lets Python go on: one program is traced while others are compiled. Processes
+    # compile in one order, in case their compilers speak with each other.
+    workers = _COMPILED_AT_ONCE if jax.process_count() == 1 else 1
+    with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
+
+        def compiled(lowered: Any) -> Future[Callable]:
+            return pool.submit(lowered.compile)
+
+        # What takes longest comes first.
+        accumulates = {
+            examples: compiled(accumulate.lower(state, accumulator, microbatch(examples), *addends))
             for examples in microbatch_examples
-        },
-        apply_update=apply_update.lower(state, accumulator, hyper).compile(),
-        evaluate=evaluate.lower(state, microbatch(evaluation_examples, training=False)).compile(),
-        init_state=init_state.lower(jax.random.key(0)).compile(),
-        divide=divide,
-        unite=unite,
-        snapshot=jax.jit(_snapshot).lower(whole).compile(),
-        empty_accumulator=jax.jit(empty).lower().compile(),
-        mean_ghost_statistics=means.lower(accumulator).compile() if reestimates else None,
-        state_shapes=state,
-        reproducible_unit_examples=unit_examples if reproducible else None,
-    )
+        }
+        applied = compiled(apply_update.lower(state, accumulator, hyper))
+        initial = compiled(init_state.lower(jax.random.key(0)))
+        snapshot = compiled(jax.jit(_snapshot).lower(whole))
+        test = microbatch(evaluation_examples, training=False)
+        evaluated = compiled(evaluate.lower(state, test))
+        emptied = compiled(jax.jit(empty, out_shardings=sharded).lower())
+        means = jax.jit(step.mean_ghost_statistics, out_shardings=replicated)
+        averaged = compiled(means.lower(accumulator)) if reestimates else None
+        return Programs(
+            accumulate={examples: one.result() for examples, one in accumulates.items()},
+            apply_update=applied.result(),
+            evaluate=evaluated.result(),
+            init_state=initial.result(),
+            divide=divide,
+            unite=unite,
+            snapshot=snapshot.result(),
+            empty_accumulator=emptied.result(),
+            mean_ghost_statistics=averaged.result() if averaged else None,
+            state_shapes=state,
+            reproducible_unit_examples=unit_examples if reproducible else None,
+        )
 
 
 def _unchanged(state: step.State) -> step.State:

@@ -235,8 +235,9 @@ class _Loop:
         self._late = row, sums
         self.watchdog.moved(f"update {row.update:,}, batch size {row.batch_size:,}")
         self.bar.update(row.batch_size)
-        loss = self.progress.train_loss
-        self.bar.set_postfix(batch_size=row.batch_size, loss=loss, refresh=False)
+        if not self.bar.disable:
+            loss = self.progress.train_loss
+            self.bar.set_postfix(batch_size=row.batch_size, loss=loss, refresh=False)
         config, span = self.run.config, _span(self.run, row)
         is_last = row.update + 1 == self.run.plan.num_updates
         evaluation_due = is_last or config.evaluate_every.due(*span)
@@ -252,13 +253,15 @@ class _Loop:
     def _read_late(self) -> None:
         """Reads the sums of the update that was sent last, and logs them where that is due."""
         if self._late is not None:
+            row, sums = self._late
+            self._late = None
             with self.watchdog.phase(waits_for()):
-                jax.block_until_ready(self._late[1])
-            late, self._late = self._late, None
+                # All at once: each read of its own would wait for the device.
+                sums = jax.device_get(sums)
             now_s = time.monotonic() - self._start_s
-            self.course.observe(gradient_noise.measurement_of(late[1]))
+            self.course.observe(gradient_noise.measurement_of(sums))
             self.progress = self.progress._replace(controller=self.course.saved)
-            self.progress = training_log.record(self.run, self.progress, *late, self.log, now_s)
+            self.progress = training_log.record(self.run, self.progress, row, sums, self.log, now_s)
             self.run = _as_known(self.run, self.course, self.files)
             self.bar.total = self.run.plan.num_examples
 

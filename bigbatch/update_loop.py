@@ -8,9 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from bigbatch import distributed, memory, microbatches, step
+from bigbatch import memory, microbatches, step
 from bigbatch.course import Course
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.microbatches import MICROBATCHES_IN_FLIGHT
@@ -93,7 +92,6 @@ def _updates(
     # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
     # than it has threads; there each update is waited for.
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
-    replicated = NamedSharding(run.mesh, step.REPLICATED)
     precision = jax.tree.leaves(state.params)[0].dtype
     accumulator = run.programs.empty_accumulator()
     update, known = first_update, course.known_updates
@@ -110,8 +108,8 @@ def _updates(
                 total = _accumulate(run, row, state, accumulator, source, untried, watchdog, asked)
                 if total is None:
                     return state, update
+                # Host scalars: the call brings them to the devices faster than a put of their own.
                 hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
-                hyper = distributed.put(hyper, replicated)
                 with memory.noticed(*_UPDATE):
                     state, accumulator, sums = run.programs.apply_update(state, total, hyper)
                 if run.programs.reproducible_unit_examples is None or bool(sums[step.IS_EXACT]):

@@ -4,9 +4,12 @@ import contextlib
 import json
 import warnings
 
+import numpy as np
 import pytest
 
+from bigbatch import event_files
 from bigbatch.event_files import EventFiles
+from bigbatch.event_records import crc32c
 from bigbatch.metrics import MetricsLog, truncate
 from bigbatch.train import train
 from tests.trained import config, prepared
@@ -80,3 +83,36 @@ def test_a_run_can_be_opened_in_tensorboard(tmp_path):
     assert shown["policy.learning_rate"].number_value == 0.1
     assert shown["model.name"].string_value == "wide_resnet"
     assert json.loads(shown["policy.boundaries_epochs"].string_value) == [0.2, 0.5]
+
+
+def test_checksums_are_those_of_google(tmp_path):
+    google = pytest.importorskip("google_crc32c")
+    random = np.random.default_rng(0)
+    messages = [random.bytes(length) for length in (0, 1, 300, 8, 300, 299, 2, 0)]
+    assert crc32c(messages).tolist() == [google.value(message) for message in messages]
+    assert crc32c([]).tolist() == []
+
+
+def test_records_reach_the_files_in_groups_or_after_a_while(tmp_path, monkeypatch):
+    def shown():
+        return [step for step, _ in scalars(tmp_path / "updates").get("train_loss", [])]
+
+    now_s = 1_000.0
+    monkeypatch.setattr(event_files.time, "monotonic", lambda: now_s)
+    files = EventFiles(tmp_path, last_update=0, last_example=0, config={})
+    for update in range(1, 128):
+        files.write(record(update))
+    assert shown() == []
+    files.write(record(128))
+    assert shown() == list(range(1, 129))
+    files.write(record(129))
+    assert shown() == list(range(1, 129))
+    now_s += 11
+    files.write(record(130))
+    assert shown() == list(range(1, 131))
+    files.write(record(131))
+    files.sync()
+    assert shown() == list(range(1, 132))
+    files.write(record(132))
+    files.close()
+    assert shown() == list(range(1, 133))

@@ -1,0 +1,154 @@
+"""Collectives of one update over 8 virtual devices, read in the compiled programs.
+
+    python -m tests.benchmarks.collectives > tests/benchmarks/results/collectives.md
+
+Digits, WRN-10-1, a batch of 1,024 in 4 microbatches of 256, ghost batches of 32 (a device's share
+of a microbatch), data parallel. What stands in the body of a loop counts once for each microbatch,
+as does a program that is called for each. Bytes are those of the results, on each device.
+"""
+
+import functools
+import os
+import platform
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+
+DEVICES, MICROBATCH, MICROBATCHES = 8, 256, 4
+BATCH = MICROBATCH * MICROBATCHES
+_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
+_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_CALL = re.compile(
+    r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
+)
+
+
+def collectives(program, loops: int = 1) -> tuple[Counter, int]:
+    """How often each collective is executed, and the bytes of their results on a device.
+
+    Args:
+      program: compiled.
+      loops: how often the bodies of its loops run.
+    """
+    text = program.as_text()
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    counts: Counter = Counter()
+    total, times = 0, 1
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            times = loops if line.removeprefix("ENTRY ").lstrip("%").split(" ")[0] in bodies else 1
+        found = _CALL.search(line)
+        if found:
+            counts[found[2]] += times
+            total += times * sum(
+                _BYTES[kind] * int(np.prod([int(n) for n in shape.split(",") if n]))
+                for kind, shape in _ARRAY.findall(found[1])
+            )
+    return counts, total
+
+
+def ours() -> tuple[Counter, int]:
+    """Of accumulate, four times, and apply_update."""
+    from tests import trained
+
+    policy = {"name": "constant", "learning_rate": 0.1, "batch_size": BATCH, "momentum": 0.9}
+    share = MICROBATCH // DEVICES
+    config = trained.config(
+        policy=policy, transformations=[], epochs=3, microbatch_examples_per_device=share
+    )
+    programs = trained.prepared(config, DEVICES).programs
+    each, each_bytes = collectives(programs.accumulate[MICROBATCH])
+    counts, total = collectives(programs.apply_update)
+    for name, count in each.items():
+        counts[name] += MICROBATCHES * count
+    return counts, total + MICROBATCHES * each_bytes
+
+
+def peers() -> dict[str, tuple[Counter, int]]:
+    """Of the same update as JAX's users write it, with arguments sharded over the devices."""
+    from bigbatch import step
+    from bigbatch.models import WideResNetConfig
+    from bigbatch.task import image_classification
+
+    mesh = step.data_mesh()
+    replicated, sharded = (NamedSharding(mesh, s) for s in (step.REPLICATED, step.SHARDED))
+    module = WideResNetConfig(depth=10, width=1, strides=(2, 2, 1)).module(
+        num_classes=10, ghost_batch_examples=32, axis_name=step.DATA_AXIS
+    )
+    task = image_classification(module, (8, 8, 1), (77.0,), (96.0,))
+    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
+    many = optax.MultiSteps(optimizer, every_k_schedule=MICROBATCHES)
+
+    def summed(params, running, batch):
+        def loss(params):
+            logits, ghosts = task.apply(params, running, batch, True)
+            sums = task.loss(logits, batch)
+            moved = jax.tree.map(lambda r, s: 0.9 * r + 0.1 * jnp.mean(s, 0), running, ghosts)
+            return sums["loss"] / sums["count"], moved
+
+        (value, moved), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return gradients, moved, value
+
+    def update(how, gradients_of, params, running, state, batch):
+        gradients, running, value = gradients_of(params, running, batch)
+        changes, state = how.update(gradients, state, params)
+        return optax.apply_updates(params, changes), running, state, value
+
+    def in_loop(params, running, batch):
+        total = optax.microbatching.microbatch(
+            summed,
+            argnums=2,
+            microbatch_size=MICROBATCH,
+            num_real_microbatches=jnp.int32(MICROBATCHES),
+        )(params, running, batch)
+        return jax.tree.map(lambda leaf: leaf / MICROBATCHES, total)
+
+    params, running = jax.eval_shape(task.init, jax.random.key(0))
+
+    def compiled(how, gradients_of, examples):
+        batch = {
+            "image": jax.ShapeDtypeStruct((examples, 8, 8, 1), np.uint8, sharding=sharded),
+            "label": jax.ShapeDtypeStruct((examples,), np.int32, sharding=sharded),
+            "weight": jax.ShapeDtypeStruct((examples,), np.float32, sharding=sharded),
+        }
+        held = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+            (params, running, jax.eval_shape(how.init, params)),
+        )
+        made = functools.partial(update, how, gradients_of)
+        return jax.jit(made, out_shardings=replicated).lower(*held, batch).compile()
+
+    micro, micro_bytes = collectives(compiled(many, summed, MICROBATCH))
+    return {
+        "jit of the whole batch (also Flax's examples)": collectives(
+            compiled(optimizer, summed, BATCH)
+        ),
+        "optax.MultiSteps": (
+            Counter({name: MICROBATCHES * count for name, count in micro.items()}),
+            MICROBATCHES * micro_bytes,
+        ),
+        "optax.microbatching": collectives(compiled(optimizer, in_loop, BATCH), MICROBATCHES),
+    }
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    print(f"# Collectives of an update\n\n{__doc__.strip()}\n")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, jax {jax.__version__}, optax "
+        f"{optax.__version__}, Python {platform.python_version()}. Compiled programs do not differ "
+        "from run to run.\n"
+    )
+    print("| update | collectives | KiB |\n| --- | --- | ---: |")
+    for name, (counts, total) in {"bigbatch": ours(), **peers()}.items():
+        named = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
+        print(f"| {name} | {named} | {total / 1024:,.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
