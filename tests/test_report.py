@@ -280,7 +280,7 @@ def test_claims_say_no_more_than_the_runs_show(tmp_path):
     assert list(said) == ["b", "c"]  # without a "decay" the first is the reference
     assert "1.7 times more updates than a (200 against 120)" in said["b"]
     # However large the gap, 2 + 2 runs can be dealt in 3 ways only.
-    assert "too few runs to tell the training-loss curves apart" in said["b"]
+    assert "farther apart than in any other deal of these runs, which are too few" in said["b"]
     assert "p = 0.33" in said["b"]
     assert "as many updates as a (120)" in said["c"]
     assert "too few runs for an interval, n = 1 + 2" in said["c"]

@@ -98,9 +98,14 @@ def _gap_claim(gap: CurveGap | None) -> str:
     numbers = f"gap {gap.rms:.2f}, by chance {gap.expected_rms:.2f}, p = {gap.rms_p:.2g}"
     if gap.rms_p <= 0.05:
         return f"the training-loss curves differ ({numbers})"
-    if gap.smallest_p > 0.05:
-        return f"too few runs to tell the training-loss curves apart ({numbers})"
-    return f"the training-loss curves differ by no more than seeds do ({numbers})"
+    few = gap.smallest_p > 0.05
+    if few and gap.rms_p <= gap.smallest_p * (1 + 1e-9):
+        return (
+            "the training-loss curves are farther apart than in any other deal of these runs, which "
+            f"are too few to say more ({numbers})"
+        )
+    limit = ", as far as so few runs can tell" if few else ""
+    return f"the training-loss curves differ by no more than seeds do{limit} ({numbers})"
 
 
 def explanation(summary: Summary) -> str:
