@@ -21,5 +21,6 @@ def imagenet(tmp_path_factory) -> imagenet_files.Prepared:
     """A tiny imagenet2012 in both file formats; copy what is to be changed."""
     return imagenet_files.prepare(tmp_path_factory.mktemp("imagenet"))
 
+
 # It needs PyTorch, which the project does not.
 collect_ignore = ["benchmarks/growing_torch.py"]

@@ -1,5 +1,6 @@
 """A file system that takes nothing: there is a word, and what was there stays."""
 
+import contextlib
 import errno
 import json
 import os
@@ -48,29 +49,34 @@ def test_a_read_only_directory_ends_the_command_with_a_word(reports, name, statu
     assert report["same"]
 
 
-@pytest.fixture
-def full():
-    """No file may grow: writing fails as it does on a full disk."""
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow: writing fails as it does on a full disk.
+
+    Not a fixture: the test's own report may go to a file, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    yield os.strerror(errno.EFBIG)
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_keeps_the_file_that_was_to_be_replaced(tmp_path, request):
+def test_a_full_disk_keeps_the_file_that_was_to_be_replaced(tmp_path):
     path = tmp_path / "plan.json"
     workdir.write_text(path, "old")
-    reason = request.getfixturevalue("full")
-    with pytest.raises(RunError, match=f"{path} cannot be written .{reason}"):
+    message = f"{path} cannot be written .{os.strerror(errno.EFBIG)}"
+    with pytest.raises(RunError, match=message), full_disk():
         workdir.write_text(path, "new")
     assert path.read_text() == "old"
 
 
-def test_a_full_disk_ends_the_log_with_a_word(tmp_path, request):
+def test_a_full_disk_ends_the_log_with_a_word(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         log.write({"update": 1})
-    request.getfixturevalue("full")
-    with pytest.raises(RunError, match=f"{path} cannot be written"), MetricsLog(path) as log:
+    message = f"{path} cannot be written"
+    with pytest.raises(RunError, match=message), full_disk(), MetricsLog(path) as log:
         log.write({"update": 2})
     assert path.read_text() == '{"update": 1}\n'

@@ -101,8 +101,8 @@ def _gap_claim(gap: CurveGap | None) -> str:
     few = gap.smallest_p > 0.05
     if few and gap.rms_p <= gap.smallest_p * (1 + 1e-9):
         return (
-            "the training-loss curves are farther apart than in any other deal of these runs, which "
-            f"are too few to say more ({numbers})"
+            "the training-loss curves are farther apart than in any other deal of these runs, "
+            f"which are too few to say more ({numbers})"
         )
     limit = ", as far as so few runs can tell" if few else ""
     return f"the training-loss curves differ by no more than seeds do{limit} ({numbers})"
