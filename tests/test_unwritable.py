@@ -32,6 +32,8 @@ def reports(tmp_path_factory):
     return directory, json.loads(done.stdout.splitlines()[-1])
 
 
+# A checkpoint that cannot be written is waited for: minutes, with the Orbax that Python 3.11 gets.
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "status", "words"),
     [
