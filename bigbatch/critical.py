@@ -306,15 +306,10 @@ class _Bench:
     def _restored(self, update: int) -> State:
         """The state at a checkpoint, on the devices."""
         run = self._run(())
-        programs = run.programs
-        found = self._checkpoints.restore(
-            programs.unite(run.init_state()),
-            lambda state: int(programs.snapshot(state)[1]),
-            whose(self._config),
-            at=update,
-        )
+        like = run.programs.unite(run.init_state())
+        found = self._checkpoints.restore(like, whose(self._config), at=update)
         assert found is not None, "it was listed"
-        return programs.divide(found.state)
+        return run.on_devices(found.state)
 
     @functools.cached_property
     def _data(self) -> DataSet | RecordSet:

@@ -25,9 +25,9 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from bigbatch import distributed, memory, microbatches, step
+from bigbatch import memory, microbatches, step
 from bigbatch.checks import Checks
 from bigbatch.data import stream
 from bigbatch.optimizer import Optimizer
@@ -121,10 +121,6 @@ def prepare_task(
         index = stream.indices(plan.train_examples, seed, first_example, num_examples)
         return {name: array.take(index, axis=0) for name, array in held.items()}
 
-    def init_state() -> step.State:
-        state = programs.init_state(jax.random.key(seed))
-        return programs.divide(distributed.put(state, NamedSharding(mesh, step.REPLICATED)))
-
     def smaller() -> Updates:
         return prepare_task(
             task,
@@ -148,7 +144,7 @@ def prepare_task(
         mesh=mesh,
         programs=programs,
         hyper_names=hyper_names,
-        init_state=init_state,
+        seed=seed,
         microbatch=microbatches.maker(source, layout, mesh, ghost_batch_examples),
         evaluation_examples_per_device=sizes[0] // mesh.size,
         smaller=smaller,

@@ -11,13 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import compilation_cache, memory, sharded_optimizer, step
-from bigbatch.checkpoint import checksum
 from bigbatch.task import PyTree, Task
 
 # More would only take each other's memory: a compilation of a large network needs gigabytes.
@@ -35,7 +33,6 @@ class Programs:
       init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
       divide: from a state as in a checkpoint, replicated, to that which the updates take.
       unite: and back. Both the same one where the optimizer's state is not divided.
-      snapshot: compiled; a state as in a checkpoint in buffers of its own, and its checksum.
       state_shapes: shapes, dtypes and shardings of the state that the updates take.
       empty_accumulator: makes the accumulator that the first update starts with.
       mean_ghost_statistics: compiled where it is asked for; an accumulator -> running statistics,
@@ -49,7 +46,6 @@ class Programs:
     init_state: Callable[[jax.Array], step.State]
     divide: Callable[[step.State], step.State]
     unite: Callable[[step.State], step.State]
-    snapshot: Callable[[step.State], tuple[step.State, jax.Array]]
     state_shapes: step.State
     empty_accumulator: Callable[[], step.Accumulator]
     mean_ghost_statistics: Callable[[Any], PyTree] | None
@@ -209,7 +205,6 @@ def compile_programs(
         }
         applied = compiled(apply_update.lower(state, accumulator, hyper))
         initial = compiled(init_state.lower(jax.random.key(0)))
-        snapshot = compiled(jax.jit(_snapshot).lower(whole))
         test = microbatch(evaluation_examples, training=False)
         evaluated = compiled(evaluate.lower(state, test))
         emptied = compiled(jax.jit(empty, out_shardings=sharded).lower())
@@ -222,7 +217,6 @@ def compile_programs(
             init_state=initial.result(),
             divide=divide,
             unite=unite,
-            snapshot=snapshot.result(),
             empty_accumulator=emptied.result(),
             mean_ghost_statistics=averaged.result() if averaged else None,
             state_shapes=state,
@@ -232,7 +226,3 @@ def compile_programs(
 
 def _unchanged(state: step.State) -> step.State:
     return state
-
-
-def _snapshot(state: step.State) -> tuple[step.State, jax.Array]:
-    return jax.tree.map(jnp.copy, state), checksum(state)

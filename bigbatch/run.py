@@ -35,7 +35,7 @@ class Updates:
       mesh: the devices.
       programs: the compiled functions.
       hyper_names: the hyperparameters that the optimizer takes from the plan.
-      init_state: makes the state before the first update, replicated over the devices.
+      seed: of the state before the first update.
       microbatch: makes one microbatch on the devices, with the number of examples that it computes,
         which names its program.
       evaluation_examples_per_device: each device's share of an evaluation microbatch.
@@ -48,11 +48,20 @@ class Updates:
     mesh: Mesh
     programs: Programs
     hyper_names: tuple[str, ...]
-    init_state: Callable[[], step.State]
+    seed: int
     microbatch: Callable[[microbatches.Request], tuple[int, Examples]]
     evaluation_examples_per_device: int
     smaller: Callable[[], "Updates"]
     controller: Controller | None = None
+
+    def init_state(self) -> step.State:
+        """The state before the first update, replicated over the devices."""
+        return self.on_devices(self.programs.init_state(jax.random.key(self.seed)))
+
+    def on_devices(self, state: step.State) -> step.State:
+        """The state that the updates take, from one as in a checkpoint that all processes hold."""
+        replicated = NamedSharding(self.mesh, step.REPLICATED)
+        return self.programs.divide(distributed.put(state, replicated))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,10 +150,6 @@ def prepare(
         )
         return prepare(halved, plan, mesh, data, kept)
 
-    def init_state() -> step.State:
-        state = programs.init_state(jax.random.key(config.seed))
-        return programs.divide(distributed.put(state, NamedSharding(mesh, step.REPLICATED)))
-
     return Run(
         config=config,
         plan=plan,
@@ -155,7 +160,7 @@ def prepare(
         hyper_names=hyper_names,
         evaluation_examples_per_device=evaluation_examples_per_device,
         controller=config.controller,
-        init_state=init_state,
+        seed=config.seed,
         test_source=evaluation_source(data),
         microbatch=training_input(config, data, layout, mesh),
         smaller=smaller,

@@ -138,15 +138,10 @@ def _truncate(files: workdir.Workdir, progress: Progress) -> None:
 def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
     """The state and progress of the newest checkpoint that is whole, or of the start."""
     programs, start = run.programs, run.init_state()
-    restored = checkpoints.restore(
-        programs.unite(start),
-        lambda state: int(programs.snapshot(state)[1]),
-        whose(run.config),
-        _warn,
-    )
+    restored = checkpoints.restore(programs.unite(start), whose(run.config), _warn)
     if restored is None:
         return start, Progress()
-    return programs.divide(restored.state), Progress.read(restored.record["progress"])
+    return run.on_devices(restored.state), Progress.read(restored.record["progress"])
 
 
 def _warn(text: str) -> None:
@@ -286,11 +281,8 @@ class _Loop:
         self._saved_updates = updates_done
         self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
         last = self.run.plan.row(updates_done - 1)
-        # The next update takes the buffers of this state while they are still being written.
-        state, checksum = self.run.programs.snapshot(self.run.programs.unite(self.state))
         record = {
             "run": whose(self.run.config),
-            "checksum": int(checksum),
             "progress": self.progress._asdict(),
             "examples": last.first_example + last.batch_size,
             "plan": self.run.plan.fingerprint,
@@ -298,4 +290,5 @@ class _Loop:
         }
         self.log.sync()
         with self.watchdog.phase("checkpoint"):
+            state = self.run.programs.unite(self.state)
             self.checkpoints.save(updates_done, state, record)
