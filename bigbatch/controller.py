@@ -13,21 +13,24 @@ to whole ghost batches, its learning rate lr_i = lr_0 B_i / V_i: constant while 
 cap it decays instead, by the same factor for the same noise (Smith et al. 2018). So g falls by
 growth_factor from level to level, whichever of the two takes it.
 
-*The rule.* The level rises, by one, when
+*The rule.* V follows sqrt(B_0 multiple B_noise), the mean of the base batch and of the noise scale
+in powers: with B_noise less two standard errors, level i + 1 begins when the root has passed the
+middle between V_i and V_{i+1},
 
-    multiple (B_noise - 2 standard errors) >= V of the next level.
+    multiple (B_noise - 2 standard errors) >= V_i V_{i+1} / B_0.
 
-Levels never fall, and what was measured on a lower one is no evidence for the next rise: the
-averages start anew at each. The standard error is the hysteresis. Where training hovers it depends
-on the number of updates that are averaged and not on their size, so all levels last about as many
-updates and V grows about as the number of examples seen. That is lr ~ 1/t, the decay that is
-optimal for SGD against noise (Robbins & Monro 1951), found and not configured. An estimate that is
-not positive or not yet warm raises nothing.
+With updates of B examples a unit of progress takes 1 + B_noise / B updates and B + B_noise examples
+(McCandlish et al. 2018, section 2.3). Where an update is worth r examples, their sum is least at
+B = sqrt(r B_noise), whatever B_noise has become (their appendix D). The base recipe tells r: it is
+right where its own batch is the noise scale, so r = B_0, times `multiple`. The root is also what
+makes the rule stable. Where training hovers, B_noise is k V: to follow a multiple of it directly
+is to grow without end if k is large enough, as fast as it can be measured, and else never, while
+the root has one level at which it stays, V = multiple k B_0, until flatter directions of the loss
+raise k. And it halves the error of what was measured, in powers.
 
-*The multiple.* With updates of B examples, training to a given loss takes 1 + B / B_noise times
-the fewest possible examples and 1 + B_noise / B times the fewest possible updates (McCandlish et
-al. 2018, section 2.3). At the critical batch size, a multiple of 1, both are doubled. The examples
-of a run are given, so the default stays on their side of it: at a half, 1.5 and 3 times.
+Levels never fall, they rise one at a time, and what was measured on a lower one is no evidence for
+the next rise: the averages start anew at each. The standard error is the hysteresis. An estimate
+that is not positive or not yet warm raises nothing.
 
 *The cooldown.* A run that ends while it tracks the noise ends with the noise of its last level.
 What is left at the end is best removed whatever was measured, as the decay at the end of a
@@ -114,7 +117,7 @@ class Controller:
       batch_size: B_0, the base batch.
       momentum: m, constant.
       max_batch_size: the cap, after which the learning rate decays instead.
-      multiple: of the measured noise scale that the batch size tracks; see above.
+      multiple: of the measured noise scale, which with the base batch gives the batch; see above.
       growth_factor: from one level to the next.
       cooldown_epochs: at the end of the run; None for a fifth of it, 0 for none.
       smoothing: share of the examples seen so far that an average remembers.
@@ -133,7 +136,7 @@ class Controller:
     momentum: float
     _: dataclasses.KW_ONLY
     max_batch_size: int
-    multiple: float = 0.5
+    multiple: float = 1.0
     growth_factor: float = 2.0
     cooldown_epochs: float | None = None
     smoothing: float = 0.5
@@ -192,6 +195,11 @@ class Controller:
     def virtual_batch_size(self, level: int) -> float:
         """V_i: with the base learning rate, this batch would make the level's noise."""
         return self.batch_size * self.growth_factor**level
+
+    def threshold(self, level: int) -> float:
+        """What `multiple` times the noise scale must reach on a level for the next one to begin."""
+        here, following = self.virtual_batch_size(level), self.virtual_batch_size(level + 1)
+        return here * following / self.batch_size
 
     def level(self, level: int) -> Level:
         """The batch size and learning rate of a level, from 0 on."""
@@ -306,8 +314,9 @@ class Controller:
         noise_scale, error = smoothed.noise_scale, smoothed.standard_error
         if noise_scale is None or error is None:
             return False
-        following = self.virtual_batch_size(len(state.growths) + 1)
-        return self.multiple * (noise_scale - _STANDARD_ERRORS * error) >= following
+        return self.multiple * (noise_scale - _STANDARD_ERRORS * error) >= self.threshold(
+            len(state.growths)
+        )
 
     def _cooldown_level(self, state: State) -> int | None:
         """The level that the cooldown gives the update to decide for; None before it begins."""

@@ -7,7 +7,15 @@ from bigbatch.config import Config
 from bigbatch.controller import Controller
 from bigbatch.plan_table import aligned
 
-_HEADER = ("level", "batch size", "learning rate", "momentum", "noise scale", "microbatches")
+_HEADER = (
+    "level",
+    "batch size",
+    "learning rate",
+    "momentum",
+    "noise scale",
+    "microbatches",
+    "until",
+)
 # A learning rate can go on falling past the cap; so many of those levels are shown.
 _LEVELS_PAST_CAP = 2
 
@@ -39,6 +47,7 @@ def text(config: Config, *, devices: int) -> str:
                 f"{controller.momentum:.4g}",
                 f"{noise_scale:.4g}",
                 " + ".join(f"{n} x {layout.devices * shape:,}" for shape, n in shapes.items()),
+                f"{controller.threshold(index):,.0f}",
             )
         )
     fewest, most = limits(controller)
@@ -51,9 +60,9 @@ def text(config: Config, *, devices: int) -> str:
             "",
             "known: this ladder, and the end of the run by its examples. Past the last batch size "
             f"the learning rate goes on falling, by {controller.growth_factor:g} a level.",
-            "not known: when a level begins. It does when "
+            "not known: when a level ends. It does when "
             f"{controller.multiple:g} x (measured noise scale - 2 standard errors) reaches "
-            f"{controller.batch_size:,} x {controller.growth_factor:g}^level; measured from small "
+            "the number in its last column; measured from small "
             f"batches of {controller.small_batch_examples} examples. From epoch "
             f"{controller.cooldown_epoch:g} on the noise scale falls to zero at the end, whatever "
             "is measured.",
