@@ -15,11 +15,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import compilation_cache, memory, sharded_optimizer, step
+from bigbatch import compilation_cache, distributed, memory, sharded_optimizer, step
 from bigbatch.task import PyTree, Task
 
-# More would only take each other's memory: a compilation of a large network needs gigabytes.
-_COMPILED_AT_ONCE = 2
+# Programs that are compiled at once. On CPU one uses all cores, and two would only take each
+# other's memory; elsewhere too a large network's needs gigabytes.
+_ON_CPU, _ELSEWHERE = 1, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +193,7 @@ def compile_programs(
     evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
     # The compiler lets Python go on: one program is traced while others are compiled. Processes
     # compile in one order, in case their compilers speak with each other.
-    workers = _COMPILED_AT_ONCE if jax.process_count() == 1 else 1
+    workers = _ON_CPU if on_cpu or jax.process_count() > 1 else _ELSEWHERE
     with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
 
         def compiled(lowered: Any) -> Future[Callable]:
@@ -207,7 +208,6 @@ def compile_programs(
         initial = compiled(init_state.lower(jax.random.key(0)))
         test = microbatch(evaluation_examples, training=False)
         evaluated = compiled(evaluate.lower(state, test))
-        emptied = compiled(jax.jit(empty, out_shardings=sharded).lower())
         means = jax.jit(step.mean_ghost_statistics, out_shardings=replicated)
         averaged = compiled(means.lower(accumulator)) if reestimates else None
         return Programs(
@@ -217,11 +217,18 @@ def compile_programs(
             init_state=initial.result(),
             divide=divide,
             unite=unite,
-            empty_accumulator=emptied.result(),
+            empty_accumulator=functools.partial(_zeros, accumulator, sharded),
             mean_ghost_statistics=averaged.result() if averaged else None,
             state_shapes=state,
             reproducible_unit_examples=unit_examples if reproducible else None,
         )
+
+
+def _zeros(shapes: PyTree, sharding: NamedSharding) -> PyTree:
+    """Arrays of zeros on the devices; a program for them would take longer to compile."""
+    return distributed.put(
+        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), sharding
+    )
 
 
 def _unchanged(state: step.State) -> step.State:

@@ -33,7 +33,7 @@ from bigbatch.step import (
     Accumulator,
     State,
     advance_running_statistics,
-    all_finite,
+    is_finite,
 )
 from bigbatch.task import PyTree, Sums, Task
 from bigbatch.update_rules import in_shape_of
@@ -96,7 +96,7 @@ def apply_update(
         jax.tree.map(jnp.zeros_like, accumulator), NamedSharding(mesh, SHARDED)
     )
     # A gradient that is not finite makes parameters that are not, and all devices hold those.
-    sums = {**total.sums, GRADIENT_IS_FINITE: all_finite(new_params)}
+    sums = {**total.sums, GRADIENT_IS_FINITE: is_finite(new_params)}
     if SMALL_SQUARES in sums:
         sums |= {BIG_SQUARE: units.square(gradients)}
     return State(new_params, running, optimizer_state), emptied, sums
