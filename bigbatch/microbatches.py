@@ -6,7 +6,7 @@ range of each microbatch.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,9 +16,12 @@ from bigbatch import distributed, step
 from bigbatch.layout import Layout, Microbatch
 from bigbatch.plan import Plan
 from bigbatch.sources import Source
+from bigbatch.task import Examples
 
 # Microbatches made ahead of the device: enough to hide their making, few enough for host memory.
 MICROBATCHES_IN_FLIGHT = 4
+# A call brings so much to a single device itself, faster than a put of its own would.
+_SMALL_BYTES = 2**16
 
 
 class Request(NamedTuple):
@@ -48,7 +51,7 @@ def place(
     size: int,
     ghost_batch_examples: int | None,
     mesh: Mesh,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Makes one microbatch on the devices, filled up with masked examples.
 
     Args:
@@ -60,7 +63,8 @@ def place(
       mesh: the devices.
 
     Returns:
-      The arrays, [size, ...], zeros after the first `present`, sharded over the mesh; with
+      The arrays, [size, ...], zeros after the first `present`, sharded over the mesh (small ones
+      for a single device still on the host); with
       `weight`, float32[size], 1 if the source gives none, and `ghost_mask`, float32[size //
       ghost_batch_examples], 1 or 0 for masked. Devices that share a ghost batch have an entry each,
       1 for the first of them only, so that it counts once.
@@ -71,7 +75,10 @@ def place(
     # A share that is masked as a whole still needs an example, for its shape.
     examples = source(first_example + (begin if held else 0), held or 1)
     own = {name: _filled(array[:held], end - begin) for name, array in examples.items()}
-    if jax.process_count() == 1:
+    placed: dict[str, Any]
+    if mesh.size == 1 and sum(array.nbytes for array in own.values()) <= _SMALL_BYTES:
+        placed = dict(own)
+    elif jax.process_count() == 1:
         placed = jax.device_put(own, sharding)
     else:
         placed = {
@@ -89,7 +96,7 @@ def place(
 
 def maker(
     source: Source, layout: Layout, mesh: Mesh, ghost_batch_examples: int | None
-) -> Callable[[Request], tuple[int, dict[str, jax.Array]]]:
+) -> Callable[[Request], tuple[int, Examples]]:
     """A function that makes requested microbatches.
 
     Args:
@@ -102,7 +109,7 @@ def maker(
       request -> (the number of examples that the microbatch computes, its arrays from `place`).
     """
 
-    def make(request: Request) -> tuple[int, dict[str, jax.Array]]:
+    def make(request: Request) -> tuple[int, Examples]:
         size = layout.devices * request.part.examples_per_device
         span = request.first_example, request.part.num_examples
         return size, place(source, *span, size, ghost_batch_examples or size, mesh)
