@@ -1,4 +1,6 @@
-"""A storm of SIGKILLs and SIGTERMs over one short run: `python -m tests.storm KILLS [SEED] [DIR]`.
+"""A storm of SIGKILLs and SIGTERMs over one short run.
+
+    python -m tests.storm KILLS [SEED [increase | adaptive]]
 
 Every process that is started is killed while it lives, at a moment drawn at random: some at fixed
 events (compilation, the writing of a checkpoint, an evaluation, a stage change), some at any time.
@@ -19,13 +21,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-STAGES, EVALUATE_EVERY = 4, 5
-COMMAND = (
-    *(sys.executable, "-m", "bigbatch", "train", f"--config={ROOT / 'configs/digits.py'}:increase"),
-    *("--config.epochs=15", "--config.policy.boundaries_epochs=(5,9,12)"),
-    *("--config.model.width=1", "--config.checkpoint_every_updates=3"),
-    *(f"--config.evaluate_every_updates={EVALUATE_EVERY}", "--config.log_every_updates=1"),
-)
+EVALUATE_EVERY = 5
+# Records without a stage change until a kill comes all the same.
+PATIENCE = 60
+# Experiment -> what it changes. An adaptive run decides a growth every few updates here.
+OVERRIDES = {
+    "increase": ("--config.policy.boundaries_epochs=(5,9,12)",),
+    "adaptive": ("--config.policy.multiple=4", "--config.microbatch_examples_per_device=16"),
+}
 MOMENTS = ("start", "compilation", "loop", "checkpoint", "evaluation", "stage change")
 
 
@@ -44,16 +47,24 @@ def positions(directory: Path) -> list[tuple[int, int]]:
     return [(record["examples"] - record["batch_size"], record["examples"]) for record in train]
 
 
-def wait_for(moment: str, directory: Path, process: subprocess.Popen, moments: random.Random):
-    """Returns at a moment of a kind, or when the process has ended."""
+def wait_for(
+    moment: str, directory: Path, process: subprocess.Popen, moments: random.Random
+) -> str:
+    """Returns at a moment of a kind, or when the process has ended.
+
+    Returns:
+      The kind that it was: where no stage changes any more, the loop.
+    """
     log, saved = directory / "metrics.jsonl", directory / "checkpoints"
     before = records(directory) if log.exists() else []
     sizes = {record["batch_size"] for record in before}
     if moment == "start":
         time.sleep(moments.uniform(0, 4))
-        return
-    if moment == "stage change" and len(sizes) == STAGES:
-        moment = "loop"
+        return moment
+
+    def grown() -> bool:
+        now = records(directory) if log.exists() else []
+        return bool(sizes) and bool({record["batch_size"] for record in now} - sizes)
 
     def reached() -> bool:
         if moment == "compilation":
@@ -66,18 +77,34 @@ def wait_for(moment: str, directory: Path, process: subprocess.Popen, moments: r
             last = now[-1]["update"] if now and now != before else 0
             return last % EVALUATE_EVERY == EVALUATE_EVERY - 1
         if moment == "stage change":
-            return bool({record["batch_size"] for record in now} - sizes) and bool(sizes)
+            return grown() or (bool(sizes) and len(now) > len(before) + PATIENCE)
         return now != before
 
     while process.poll() is None and not reached():
         time.sleep(0.002)
+    if moment == "stage change" and not grown():
+        moment = "loop"
     time.sleep(moments.uniform(0, 0.3 if moment == "loop" else 0.05))
+    return moment
 
 
-def storm(directory: Path, kills: int, seed: int) -> collections.Counter:
+def command_for(experiment: str, directory: Path) -> list[str]:
+    """The command of the short run."""
+    return [
+        *(sys.executable, "-m", "bigbatch", "train"),
+        f"--config={ROOT / 'configs/digits.py'}:{experiment}",
+        *("--config.epochs=15", *OVERRIDES[experiment]),
+        *("--config.checkpoint_every_updates=3", "--config.log_every_updates=1"),
+        f"--config.evaluate_every_updates={EVALUATE_EVERY}",
+        f"--workdir={directory}",
+        f"--compilation-cache={directory / 'programs'}",
+    ]
+
+
+def storm(directory: Path, kills: int, seed: int, experiment: str) -> collections.Counter:
     """Kills up to so many processes of one run and lets it end; counts them by kind and moment."""
     moments, counts = random.Random(seed), collections.Counter()
-    command = [*COMMAND, f"--workdir={directory}", f"--compilation-cache={directory / 'programs'}"]
+    command = command_for(experiment, directory)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
     while sum(counts.values()) < kills and not (directory / "result.json").exists():
@@ -85,7 +112,7 @@ def storm(directory: Path, kills: int, seed: int) -> collections.Counter:
         moment = moments.choice(MOMENTS)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
         try:
-            wait_for(moment, directory, process, moments)
+            moment = wait_for(moment, directory, process, moments)
             if process.poll() is None:
                 process.send_signal(number)
                 status = process.wait(timeout=300)
@@ -105,6 +132,8 @@ def compare(disturbed: Path, undisturbed: Path) -> None:
     results = [json.loads((d / "result.json").read_text()) for d in (disturbed, undisturbed)]
     assert results[0]["params_sha256"] == results[1]["params_sha256"], "other parameters"
     assert records(disturbed) == records(undisturbed), "another log"
+    plans = [(d / "plan.json").read_bytes() for d in (disturbed, undisturbed)]
+    assert plans[0] == plans[1], "another plan"
     spans = positions(disturbed)
     assert spans[0][0] == 0, "the first example is missing"
     follows = all(a[1] == b[0] for a, b in itertools.pairwise(spans))
@@ -112,28 +141,32 @@ def compare(disturbed: Path, undisturbed: Path) -> None:
     assert spans[-1][1] == results[0]["examples"], "the end is missing"
 
 
-def storms(directory: Path, kills: int, seed: int) -> tuple[collections.Counter, int]:
+def storms(
+    directory: Path, kills: int, seed: int, experiment: str = "increase"
+) -> tuple[collections.Counter, int]:
     """Kills so many processes, in as many runs as it takes; every run ends as an undisturbed one.
 
     Returns:
       The kills by kind and moment, and how many runs there were.
     """
     counts: collections.Counter = collections.Counter()
-    storm(directory / "undisturbed", 0, 0)
+    storm(directory / "undisturbed", 0, 0, experiment)
     runs = 0
     while sum(counts.values()) < kills:
         disturbed = directory / f"disturbed_{runs}"
-        counts += storm(disturbed, kills - sum(counts.values()), seed + runs)
+        counts += storm(disturbed, kills - sum(counts.values()), seed + runs, experiment)
         compare(disturbed, directory / "undisturbed")
         runs += 1
     return counts, runs
 
 
-def main(kills: str, seed: str = "0", parent: str | None = None) -> None:
-    directory = Path(tempfile.mkdtemp(dir=parent))
-    counts, runs = storms(directory, int(kills), int(seed))
+def main(kills: str, seed: str = "0", experiment: str = "increase") -> None:
+    directory = Path(tempfile.mkdtemp())
+    counts, runs = storms(directory, int(kills), int(seed), experiment)
     result = json.loads((directory / "undisturbed" / "result.json").read_text())
-    print(f"{sum(counts.values())} processes killed alive in {runs} runs")
+    sizes = sorted({record["batch_size"] for record in records(directory / "undisturbed")})
+    print(f"{sum(counts.values())} processes of {experiment} killed alive in {runs} runs")
+    print(f"{result['updates']} updates, batch sizes {sizes}")
     print(f"each run ended as undisturbed: {result['params_sha256']}")
     for name, count in sorted(counts.items()):
         print(f"{count:4} {name}")

@@ -108,7 +108,14 @@ def test_truncate(tmp_path):
     assert log.read_text().splitlines() == lines[:3]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
-def test_a_storm_of_kills_changes_nothing(tmp_path, kills):
-    counts, _ = storm.storms(tmp_path, kills, seed=kills)
+@pytest.mark.parametrize(
+    ("kills", "experiment"),
+    [
+        (3, "increase"),
+        pytest.param(50, "increase", marks=pytest.mark.long),
+        pytest.param(50, "adaptive", marks=pytest.mark.long),
+    ],
+)
+def test_a_storm_of_kills_changes_nothing(tmp_path, kills, experiment):
+    counts, _ = storm.storms(tmp_path, kills, seed=kills, experiment=experiment)
     assert sum(counts.values()) == kills
