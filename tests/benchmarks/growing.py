@@ -1,6 +1,7 @@
 """A schedule through four batch sizes, end to end, against the ways that others know.
 
-    python -m tests.benchmarks.growing run RUNS.jsonl ROUNDS [--torch=PYTHON] [NAME ...]
+    python -m tests.benchmarks.growing run RUNS.jsonl ROUNDS [NAME ...]
+        [--torch=PYTHON] [--devices=N]
     python -m tests.benchmarks.growing table RUNS.jsonl > tests/benchmarks/results/growing.md
 
 Handwritten digits, WRN-10-1, 30 epochs; the learning rate's three decays by 2 become batch sizes of
@@ -10,6 +11,10 @@ included. All JAX peers have the same network with ghost batches of 32 and evalu
 epoch; PyTorch, given an interpreter that has it, accumulates gradients of microbatches of 32, which
 is its ghost batch. `bigbatch train` alone also writes a log of every update, event files and
 checkpoints. What each peer does is in `growing_peers.py` and `growing_torch.py`.
+
+On several (virtual) devices the batches are of 64 to 512 examples, the ghost batches are a device's
+part of 64, and all are data parallel over a mesh: the peers' arrays sharded, the rest XLA's. There
+every program with a collective is waited for, as XLA's CPU client needs it; ours has one an update.
 """
 
 import json
@@ -34,26 +39,27 @@ NAMES = (
 )
 
 
-def tree(epochs: float = 30.0) -> dict:
+def tree(epochs: float = 30.0, devices: int = 1) -> dict:
     """The config: `configs/digits.py:increase` with decays by 2."""
     boundaries = [0.3 * epochs, 0.6 * epochs, 0.8 * epochs]
+    base = 32 if devices == 1 else 64
     return {
         "seed": 0,
         "epochs": epochs,
-        "ghost_batch_examples": 32,
+        "ghost_batch_examples": base // devices,
         "data": {"name": "digits"},
         "model": {"name": "wide_resnet", "depth": 10, "width": 1, "strides": [1, 2, 1]},
         "optimizer": {"name": "momentum", "weight_decay": 5e-4},
         "policy": {
             "name": "step_decay",
             "learning_rate": 0.1,
-            "batch_size": 32,
+            "batch_size": base,
             "momentum": 0.9,
             "boundaries_epochs": boundaries,
             "factor": 0.5,
         },
-        "transformations": [{"name": "grow_batch", "max_batch_size": 256}],
-        "microbatch_examples_per_device": 32,
+        "transformations": [{"name": "grow_batch", "max_batch_size": 8 * base}],
+        "microbatch_examples_per_device": base // devices,
         "evaluation_batch_examples": 360,
         "log_every_updates": 1,
         "evaluate_every_epochs": 1,
@@ -61,18 +67,19 @@ def tree(epochs: float = 30.0) -> dict:
     }
 
 
-def write_setting(directory: Path, epochs: float) -> None:
+def write_setting(directory: Path, epochs: float, devices: int) -> None:
     """What all peers read."""
     from bigbatch.config import read_config
     from bigbatch.data import sets
 
-    settings = tree(epochs)
+    settings = tree(epochs, devices)
     plan = read_config(settings).plan
     data = sets.load("digits")
     (directory / "config.json").write_text(json.dumps(settings))
     rows = {
         "batch_sizes": plan.batch_sizes.tolist(),
         "rates": plan.hypers["learning_rate"].tolist(),
+        "devices": devices,
     }
     (directory / "plan.json").write_text(json.dumps(rows))
     np.savez(
@@ -86,11 +93,13 @@ def write_setting(directory: Path, epochs: float) -> None:
     )
 
 
-def run(path: Path, rounds: int, torch: str | None, names: list[str], epochs: float) -> None:
+def run(
+    path: Path, rounds: int, torch: str | None, names: list[str], epochs: float, devices: int
+) -> None:
     """Runs each peer so often, by turns, and appends what they found to a file."""
     names = names or [*NAMES, *([TORCH] if torch else [])]
     with tempfile.TemporaryDirectory() as directory:
-        write_setting(Path(directory), epochs)
+        write_setting(Path(directory), epochs, devices)
         for _ in range(rounds):
             for name in names:
                 module = f"tests.benchmarks.growing_{'torch' if name == TORCH else 'peers'}"
@@ -105,7 +114,8 @@ def run(path: Path, rounds: int, torch: str | None, names: list[str], epochs: fl
                 seconds = time.perf_counter() - start_s
                 found = json.loads(done.stdout.splitlines()[-1])
                 with path.open("a") as file:
-                    file.write(json.dumps({"name": name, "wall_s": seconds, **found}) + "\n")
+                    record = {"name": name, "wall_s": seconds, "devices": devices, **found}
+                    file.write(json.dumps(record) + "\n")
 
 
 def table(path: Path) -> str:
@@ -117,7 +127,8 @@ def table(path: Path) -> str:
     ours = np.median([one["wall_s"] for one in by_name[NAMES[0]]])
     lines = [
         f"# A growing schedule end to end\n\n{__doc__.strip()}\n",
-        f"{platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}; "
+        f"{platform.machine()}, {os.cpu_count()} CPU cores, {runs[0]['devices']} device"
+        f"{'s' * (runs[0]['devices'] > 1)}, Python {platform.python_version()}; "
         f"{', '.join(sorted({one['version'] for one in runs}))}. Medians, and quartiles; the ratio "
         "is of medians.\n",
         "| trained by | runs | seconds | quartiles | over `bigbatch train` | compilations | "
@@ -153,7 +164,8 @@ def main() -> None:
         print(table(Path(path)))
     else:
         epochs = float(options.get("epochs", 30))
-        run(Path(path), int(rest[0]), options.get("torch"), rest[1:], epochs)
+        devices = int(options.get("devices", 1))
+        run(Path(path), int(rest[0]), options.get("torch"), rest[1:], epochs, devices)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.growing_peers NAME DIRECTORY
 
 Every peer trains the plan of DIRECTORY with the same network, ghost batch norm, loss, optimizer,
-microbatch of at most 32 examples (where it has microbatches) and an evaluation after each epoch. It
+microbatch (where it has microbatches: the smallest batch) and an evaluation after each epoch. It
 prints one JSON object.
 """
 
@@ -26,7 +26,6 @@ from bigbatch.config import read_config  # noqa: E402
 from bigbatch.plan import Plan  # noqa: E402
 from bigbatch.task import image_classification  # noqa: E402
 
-MICROBATCH = 32
 RUNNING_DECAY = 0.9
 WEIGHT_DECAY, MOMENTUM = 5e-4, 0.9
 
@@ -51,15 +50,38 @@ class Setting:
         self.tree = json.loads((directory / "config.json").read_text())
         self.config = read_config(self.tree)
         self.plan: Plan = self.config.plan
+        self.microbatch = int(self.plan.batch_sizes[0])
+        self.devices = json.loads((directory / "plan.json").read_text())["devices"]
+        jax.config.update("jax_num_cpu_devices", self.devices)
+        mesh = step.data_mesh()
+        self.replicated, self.sharded = (
+            jax.NamedSharding(mesh, spec) for spec in (step.REPLICATED, step.SHARDED)
+        )
         with np.load(directory / "data.npz") as arrays:
             self.train_x, self.train_y = arrays["train_images"], arrays["train_labels"]
             self.test_x, self.test_y = arrays["test_images"], arrays["test_labels"]
             mean, std = tuple(arrays["mean"].tolist()), tuple(arrays["std"].tolist())
         module = self.config.model.module(
-            num_classes=10, ghost_batch_examples=MICROBATCH, axis_name=step.DATA_AXIS
+            num_classes=10,
+            ghost_batch_examples=self.config.ghost_batch_examples,
+            axis_name=step.DATA_AXIS,
         )
         self.task = image_classification(module, self.train_x.shape[1:], mean, std)
-        self.test = examples(self.test_x, self.test_y)
+        self.test = self.placed(examples(self.test_x, self.test_y))
+
+    def placed(self, batch: dict[str, np.ndarray]) -> dict:
+        """A batch, over the devices if there are many; a call brings it to a single one."""
+        return batch if self.devices == 1 else jax.device_put(batch, self.sharded)
+
+    def init(self, optimizer):
+        """Parameters, running statistics and the optimizer's state, on all devices."""
+        params, running = jax.jit(self.task.init)(jax.random.key(0))
+        return jax.device_put((params, running, optimizer.init(params)), self.replicated)
+
+    def wait(self, value) -> None:
+        """Waits for a program with collectives; see `growing.py`."""
+        if self.devices > 1:
+            jax.block_until_ready(value)
 
     def batches(self):
         """The examples of every update, and whether an epoch ends in it."""
@@ -120,14 +142,14 @@ def jit_per_batch_size(setting: Setting) -> float:
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return optax.apply_updates(params, changes), running, optimizer_state, loss
 
-    params, running = jax.jit(setting.task.init)(jax.random.key(0))
-    optimizer_state = optimizer.init(params)
+    params, running, optimizer_state = setting.init(optimizer)
     losses, accuracy = [], 0.0
     rates = setting.plan.hypers["learning_rate"].astype(np.float32)
     for rate, (batch, epoch_ends) in zip(rates, setting.batches(), strict=True):
         params, running, optimizer_state, loss = update(
-            params, running, optimizer_state, batch, rate
+            params, running, optimizer_state, setting.placed(batch), rate
         )
+        setting.wait(params)
         losses.append(loss)
         if epoch_ends:
             accuracy = setting.evaluate(params, running)
@@ -140,7 +162,7 @@ def multi_steps(setting: Setting) -> float:
     sizes = setting.plan.batch_size
     optimizer = optax.MultiSteps(
         sgd(setting.plan.learning_rate),
-        every_k_schedule=lambda gradient_step: sizes(gradient_step) // MICROBATCH,
+        every_k_schedule=lambda gradient_step: sizes(gradient_step) // setting.microbatch,
     )
 
     @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
@@ -150,15 +172,16 @@ def multi_steps(setting: Setting) -> float:
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return optax.apply_updates(params, changes), running, optimizer_state, loss
 
-    params, running = jax.jit(setting.task.init)(jax.random.key(0))
-    optimizer_state = optimizer.init(params)
+    params, running, optimizer_state = setting.init(optimizer)
     losses, accuracy = [], 0.0
     for batch, epoch_ends in setting.batches():
-        for first in range(0, len(batch["label"]), MICROBATCH):
-            part = {name: array[first : first + MICROBATCH] for name, array in batch.items()}
+        for first in range(0, len(batch["label"]), setting.microbatch):
+            end = first + setting.microbatch
+            part = {name: array[first:end] for name, array in batch.items()}
             params, running, optimizer_state, loss = micro_step(
-                params, running, optimizer_state, part
+                params, running, optimizer_state, setting.placed(part)
             )
+            setting.wait(params)
             losses.append(loss)
         if epoch_ends:
             accuracy = setting.evaluate(params, running)
@@ -181,7 +204,7 @@ def microbatching(setting: Setting) -> float:
         total = optax.microbatching.microbatch(
             summed,
             argnums=2,
-            microbatch_size=MICROBATCH,
+            microbatch_size=setting.microbatch,
             accumulator=optax.microbatching.AccumulationType.SUM,
             num_real_microbatches=microbatches,
         )(params, running, batch)
@@ -190,17 +213,19 @@ def microbatching(setting: Setting) -> float:
         changes, optimizer_state = optimizer.update(gradients, optimizer_state, params)
         return optax.apply_updates(params, changes), running, optimizer_state, loss
 
-    params, running = jax.jit(setting.task.init)(jax.random.key(0))
-    optimizer_state = optimizer.init(params)
+    params, running, optimizer_state = setting.init(optimizer)
     losses, accuracy = [], 0.0
     rates = setting.plan.hypers["learning_rate"].astype(np.float32)
     for rate, (batch, epoch_ends) in zip(rates, setting.batches(), strict=True):
         size = len(batch["label"])
         # Microbatches are strided: real and padding examples take turns along the second axis.
-        padded = {name: strided(array, largest, size) for name, array in batch.items()}
+        strides = functools.partial(strided, largest=largest, size=size, part=setting.microbatch)
+        padded = {name: strides(array) for name, array in batch.items()}
         params, running, optimizer_state, loss = update(
-            params, running, optimizer_state, padded, rate, size // MICROBATCH
+            *(params, running, optimizer_state, setting.placed(padded)),
+            *(rate, size // setting.microbatch),
         )
+        setting.wait(params)
         losses.append(loss)
         if epoch_ends:
             accuracy = setting.evaluate(params, running)
@@ -208,11 +233,11 @@ def microbatching(setting: Setting) -> float:
     return accuracy
 
 
-def strided(array: np.ndarray, largest: int, size: int) -> np.ndarray:
+def strided(array: np.ndarray, largest: int, size: int, part: int) -> np.ndarray:
     """A batch filled up so that `reshape_batch_axis` finds the real examples first."""
-    index = np.asarray(optax.microbatching.reshape_batch_axis(np.arange(largest), MICROBATCH))
+    index = np.asarray(optax.microbatching.reshape_batch_axis(np.arange(largest), part))
     full = np.zeros((largest, *array.shape[1:]), array.dtype)
-    full[index[: size // MICROBATCH].ravel()] = array
+    full[index[: size // part].ravel()] = array
     return full
 
 
@@ -223,12 +248,10 @@ def flax_example(setting: Setting) -> float:
     class TrainState(train_state.TrainState):
         running: dict
 
-    params, running = jax.jit(setting.task.init)(jax.random.key(0))
+    optimizer = sgd(setting.plan.learning_rate)
+    params, running, _ = setting.init(optimizer)
     state = TrainState.create(
-        apply_fn=setting.task.apply,
-        params=params,
-        tx=sgd(setting.plan.learning_rate),
-        running=running,
+        apply_fn=setting.task.apply, params=params, tx=optimizer, running=running
     )
 
     @jax.jit
@@ -246,7 +269,8 @@ def flax_example(setting: Setting) -> float:
 
     metrics, accuracy = [], 0.0
     for batch, epoch_ends in setting.batches():
-        state, now = train_step(state, batch)
+        state, now = train_step(state, setting.placed(batch))
+        setting.wait(state.params)
         metrics.append(now)
         if epoch_ends:
             jax.tree.map(lambda *each: np.mean(each), *jax.device_get(metrics))
