@@ -75,6 +75,9 @@ class Checkpoints:
         context = ocp.Context()
         # Else every array is cut over the devices that hold it, each cut compiled as training runs.
         context.array.saving.use_replica_parallel = False
+        # Else what writes the state waits 5 minutes for a directory that could not be made, and the
+        # process, told of the error at once, cannot end before.
+        context.asynchronous.create_directories_asynchronously = False
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,

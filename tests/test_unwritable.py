@@ -19,6 +19,9 @@ from tests.test_distributed import ROOT
 # Permissions do not bind root, unless it gives the right to pass them by away.
 AS_ROOT = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
 
+# It takes seconds; a writer that is left waiting keeps the process for five minutes.
+TIMEOUT_S = 200
+
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
@@ -27,13 +30,13 @@ def reports(tmp_path_factory):
     if bound and shutil.which(bound[0]) is None:
         pytest.skip("root passes permissions by, and there is no setpriv to prevent it")
     command = [*bound, sys.executable, "-W", "error", "-m", "tests.unwritable_run", str(directory)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
     assert done.returncode == 0, done.stderr
     return directory, json.loads(done.stdout.splitlines()[-1])
 
 
-# A checkpoint that cannot be written is waited for: minutes, with the Orbax that Python 3.11 gets.
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "status", "words"),
     [
