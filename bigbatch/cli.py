@@ -265,6 +265,7 @@ def _train(options: argparse.Namespace) -> None:
     compilation_cache.use(options.compilation_cache)
     processes = options.coordinator, options.num_processes, options.process
     with distributed.joined(*processes, tell=_tell):
+        from bigbatch.network_file import identified
         from bigbatch.resume import open_run
         from bigbatch.run import prepare
         from bigbatch.sources import load_data
@@ -273,6 +274,7 @@ def _train(options: argparse.Namespace) -> None:
         config, files = distributed.together(lambda: (_config(options), _workdir(options.workdir)))
         # Before the directory is claimed: a run without data leaves nothing behind.
         data = distributed.together(lambda: load_data(config, show_progress=sys.stderr.isatty()))
+        config = distributed.together(lambda: identified(config, files))
         plan = open_run(config, files, change_future=options.change_future)
         if files.result.exists():
             result = json.loads(files.result.read_text(encoding="utf-8"))
@@ -296,7 +298,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     from bigbatch.resume import check_same, evaluate_run
 
     if options.config:
-        check_same(files, _config(options))
+        from bigbatch.network_file import identified
+
+        check_same(files, identified(_config(options), files))
     else:
         _no_overrides(options, "nothing without --config: the workdir's own config is used")
     print(json.dumps(evaluate_run(files)))
@@ -338,7 +342,9 @@ def _critical(options: argparse.Namespace) -> None:
 
     compilation_cache.use(options.compilation_cache)
     if options.config:
-        config = _config(options)
+        from bigbatch.network_file import identified
+
+        config = identified(_config(options), files)
         check_same(files, config)
     else:
         _no_overrides(options, "nothing without --config: the workdir's own config is used")

@@ -11,6 +11,7 @@ from pathlib import Path
 from bigbatch.config import Config
 from bigbatch.config_file import compared_names, load_config
 from bigbatch.errors import Problem, UserError
+from bigbatch.network_file import identified
 from bigbatch.report import Report, write_report
 from bigbatch.report.summary import REFERENCE_NAME
 from bigbatch.resume import open_run
@@ -53,7 +54,8 @@ def compare(
         for name in names:
             try:
                 fields = [*overrides, ("seed", str(seed))]
-                configs[name, seed] = load_config(f"{path}:{name}", fields)
+                config = load_config(f"{path}:{name}", fields)
+                configs[name, seed] = identified(config, _files(directory, name, seed))
             except UserError as error:
                 # Most mistakes are common to all; each is said once.
                 problems |= dict.fromkeys(error.problems)
@@ -64,7 +66,7 @@ def compare(
     from bigbatch.train import train
 
     for number, ((name, seed), config) in enumerate(configs.items(), 1):
-        files = Workdir(directory / name / f"seed_{seed}")
+        files = _files(directory, name, seed)
         plan = open_run(config, files)
         print(
             f"[{number}/{len(configs)}] {name}, seed {seed}: ", end="", file=sys.stderr, flush=True
@@ -80,11 +82,15 @@ def compare(
         )
     return [
         write_report(
-            [directory / name / f"seed_{seed}" for seed in range(seeds) for name in family],
+            [_files(directory, name, seed).path for seed in range(seeds) for name in family],
             directory / (f"report-{variant}" if variant else "report"),
         )
         for variant, family in families(names).items()
     ]
+
+
+def _files(directory: Path, name: str, seed: int) -> Workdir:
+    return Workdir(directory / name / f"seed_{seed}")
 
 
 def families(names: Sequence[str]) -> dict[str, list[str]]:

@@ -30,6 +30,11 @@ class Config:
     Attributes:
       experiment: name of the experiment in its file.
       seed: of the initial parameters, the order of the examples and their augmentation.
+      initial_params: an npz file, as `bigbatch export` writes it, with whose parameters and running
+        statistics the run begins, the optimizer's state being fresh; None for random ones. Once the
+        run has a checkpoint the file is not needed any more.
+      initial_params_sha256: of what that file holds; None until `network_file.identified` has read
+        it. Where it is given, another file is refused.
       epochs: length of the run.
       ghost_batch_examples: examples that share batch-norm statistics.
       microbatch_examples_per_device: the largest share of a microbatch that a device is given; a
@@ -68,6 +73,8 @@ class Config:
 
     experiment: str
     seed: int
+    initial_params: str | None
+    initial_params_sha256: str | None
     epochs: float
     ghost_batch_examples: int
     microbatch_examples_per_device: int
@@ -179,6 +186,8 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
     return Config(
         experiment=experiment,
         seed=fields.seed,
+        initial_params=fields.initial_params,
+        initial_params_sha256=fields.initial_params_sha256,
         epochs=fields.epochs,
         ghost_batch_examples=fields.ghost_batch_examples,
         microbatch_examples_per_device=_most_per_device(fields, plan),

@@ -156,6 +156,8 @@ class Fields:
     microbatch_examples_per_device: int | Literal["auto"]
     evaluation_batch_examples: int
     seed: int = 0
+    initial_params: str | None = None
+    initial_params_sha256: str | None = None
     full_batch_norm: bool = False
     shard_optimizer: bool = False
     device_memory_bytes: int | None = None
@@ -185,6 +187,9 @@ class Fields:
         nearest = min(max(self.seed, 0), 2**32 - 1)
         allowed = "a whole number from 0 to 2^32 - 1"
         checks.require(self.seed == nearest, "seed", self.seed, allowed, nearest)
+        sha256, allowed = self.initial_params_sha256, "None without initial_params"
+        fits = sha256 is None or self.initial_params is not None
+        checks.require(fits, "initial_params_sha256", sha256, allowed)
         if self.noise_small_batch_examples is not None:
             self._check_small_batch(checks)
         self._check_microbatch(checks)

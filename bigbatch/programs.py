@@ -32,6 +32,8 @@ class Programs:
       apply_update: compiled `step.apply_update` (state and accumulator are donated).
       evaluate: compiled `step.evaluate`.
       init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
+      state_from: parameters, running statistics -> state, otherwise like it; compiled when it is
+        called, which few runs do.
       divide: from a state as in a checkpoint, replicated, to that which the updates take.
       unite: and back. Both the same one where the optimizer's state is not divided.
       state_shapes: shapes, dtypes and shardings of the state that the updates take.
@@ -45,6 +47,7 @@ class Programs:
     apply_update: Callable
     evaluate: Callable
     init_state: Callable[[jax.Array], step.State]
+    state_from: Callable[[PyTree, PyTree], step.State]
     divide: Callable[[step.State], step.State]
     unite: Callable[[step.State], step.State]
     state_shapes: step.State
@@ -142,16 +145,21 @@ def compile_programs(
         unit_examples = ghost_batch_examples
 
     def first_state(key: jax.Array) -> step.State:
-        state = step.init_state(task, optimizer, key)
+        return with_bounds(step.init_state(task, optimizer, key))
+
+    def state_from(params: PyTree, running_statistics: PyTree) -> step.State:
+        return with_bounds(step.State(params, running_statistics, optimizer.init(params)))
+
+    def with_bounds(state: step.State) -> step.State:
         if not reproducible:
             return state
         examples = microbatch(microbatch_examples[0])
         return state._replace(bounds=step.first_bounds(task, state, examples, measures_noise))
 
     # Called once: on CPU, to compile it well takes seconds and saves milliseconds.
-    quick = {"xla_backend_optimization_level": 0}
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    init_state = jax.jit(first_state, compiler_options=quick if on_cpu else None)
+    quick = {"xla_backend_optimization_level": 0} if on_cpu else None
+    init_state = jax.jit(first_state, compiler_options=quick)
     whole = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
     state = whole
     divide: Callable[[step.State], step.State] = _unchanged
@@ -215,6 +223,7 @@ def compile_programs(
             apply_update=applied.result(),
             evaluate=evaluated.result(),
             init_state=initial.result(),
+            state_from=jax.jit(state_from, compiler_options=quick),
             divide=divide,
             unite=unite,
             empty_accumulator=functools.partial(_zeros, accumulator, sharded),

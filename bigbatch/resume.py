@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from bigbatch import distributed
 from bigbatch.checkpoint import Checkpoints, params_sha256
@@ -39,6 +38,8 @@ _FREE_FIELDS = {
     "reestimate_examples",
     "keep_checkpoints",
     "data.directory",
+    # Where it lies; what it holds is compared.
+    "initial_params",
     "experiment",
     *(f"{interval}_{unit}" for interval in _INTERVALS for unit in UNITS),
 }
@@ -50,7 +51,7 @@ def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> 
     """Claims a working directory for a run, new or begun.
 
     Args:
-      config: what is asked for.
+      config: what is asked for, from `network_file.identified`.
       files: the directory.
       change_future: whether the plan may differ from the directory's after what has been trained.
 
@@ -64,7 +65,7 @@ def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> 
     """
     versions = {package: metadata.version(package) for package in _SAME_VERSIONS}
     asked = {
-        **_flat(config.tree, {"data.directory"}),
+        **_flat(config.tree, {"data.directory", "initial_params"}),
         "change-future": change_future,
         "versions": versions,
         **distributed.devices(),
@@ -87,6 +88,7 @@ def _of_first(files: Workdir) -> Plan:
 
 def _open(config: Config, files: Workdir, change_future: bool) -> Plan:
     """What `open_run` does on the process that writes."""
+    assert (config.initial_params is None) == (config.initial_params_sha256 is None), "identified"
     files.claim()
     tree = {"experiment": config.experiment, **config.tree}
     plan = config.plan
@@ -157,22 +159,14 @@ def export_run(files: Workdir, out: Path) -> dict[str, Any]:
     Raises:
       UserError: there is no checkpoint yet, a file is damaged, or `out` cannot be written.
     """
+    from bigbatch import network_file
     from bigbatch.update_rules import evaluation_params
 
     _, state, updates = _newest(files)
     params = jax.device_get(evaluation_params(state.params, state.optimizer))
-    tree = {"params": params, "running_statistics": jax.device_get(state.running_statistics)}
-    arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    try:
-        with open(out, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-    except OSError as error:
-        allowed = f"a file that can be written ({error.strerror})"
-        raise UserError(Problem("out", str(out), allowed)) from error
-    return {"updates": updates, "arrays": len(arrays), "params_sha256": params_sha256(params)}
+    network = network_file.Network(params, jax.device_get(state.running_statistics))
+    arrays = network_file.write(out, network)
+    return {"updates": updates, "arrays": arrays, "params_sha256": params_sha256(params)}
 
 
 def _newest(files: Workdir) -> tuple["Run", "State", int]:

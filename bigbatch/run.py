@@ -15,14 +15,14 @@ from bigbatch.config import Config
 from bigbatch.controller import Controller
 from bigbatch.data import on_device
 from bigbatch.data.record_set import RecordSet
-from bigbatch.data.sets import DataSet
+from bigbatch.data.sets import DataSet, Info
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout import Layout
 from bigbatch.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.plan import Plan
 from bigbatch.programs import Programs, compile_programs
 from bigbatch.sources import Source, evaluation_source, load_data, training_source
-from bigbatch.task import Examples, image_classification
+from bigbatch.task import Examples, PyTree, Task, image_classification
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,10 @@ class Updates:
     def init_state(self) -> step.State:
         """The state before the first update, replicated over the devices."""
         return self.on_devices(self.programs.init_state(jax.random.key(self.seed)))
+
+    def state_from(self, params: PyTree, running_statistics: PyTree) -> step.State:
+        """The same of given arrays, which every process holds in full, in place of random ones."""
+        return self.on_devices(self.programs.state_from(params, running_statistics))
 
     def on_devices(self, state: step.State) -> step.State:
         """The state that the updates take, from one as in a checkpoint that all processes hold."""
@@ -107,14 +111,7 @@ def prepare(
         allowed = f"the {plan.train_examples:,} training examples that the plan is for"
         raise UserError(Problem("data.train_examples", data.train_examples, allowed))
     ghost_batch_examples = None if config.full_batch_norm else config.ghost_batch_examples
-    module = config.model.module(
-        num_classes=data.num_classes,
-        ghost_batch_examples=ghost_batch_examples,
-        axis_name=step.DATA_AXIS,
-    )
-    task = image_classification(
-        module, data.image_shape, data.mean, data.std, config.label_smoothing
-    )
+    task = image_task(config, data)
     optimizer = config.optimizer.transformation()
     hyper_names = config.optimizer.hyper_names(plan.hypers)
     evaluation_examples_per_device = -(-config.evaluation_batch_examples // mesh.size)
@@ -164,6 +161,18 @@ def prepare(
         test_source=evaluation_source(data),
         microbatch=training_input(config, data, layout, mesh),
         smaller=smaller,
+    )
+
+
+def image_task(config: Config, data: DataSet | RecordSet | Info) -> Task:
+    """What a config trains on a data set, of which nothing but the facts are read."""
+    module = config.model.module(
+        num_classes=data.num_classes,
+        ghost_batch_examples=None if config.full_batch_norm else config.ghost_batch_examples,
+        axis_name=step.DATA_AXIS,
+    )
+    return image_classification(
+        module, data.image_shape, data.mean, data.std, config.label_smoothing
     )
 
 

@@ -33,6 +33,7 @@ from bigbatch.data.record_set import RecordSet
 from bigbatch.errors import StoppedError
 from bigbatch.evaluate import evaluate
 from bigbatch.event_files import EventFiles
+from bigbatch.network_file import read_initial
 from bigbatch.plan import Row
 from bigbatch.preemption import StopNoticeError, StopRequest
 from bigbatch.resume import whose
@@ -140,7 +141,8 @@ def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
     programs, start = run.programs, run.init_state()
     restored = checkpoints.restore(programs.unite(start), whose(run.config), _warn)
     if restored is None:
-        return start, Progress()
+        network = distributed.together(lambda: read_initial(run.config))
+        return (start if network is None else run.state_from(*network)), Progress()
     return run.on_devices(restored.state), Progress.read(restored.record["progress"])
 
 
