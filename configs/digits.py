@@ -60,7 +60,7 @@ def get_config(experiment: str) -> ConfigDict:
             "evaluation_batch_examples": 360,
             "log_every_updates": 1,
             "evaluate_every_epochs": 1,
-            "checkpoint_every_epochs": 10,
+            "checkpoint_every_epochs": 15,
         }
     )
 
