@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from bigbatch import step, train
+from bigbatch import microbatches, step, train
 from tests import trained
 
 
@@ -48,3 +48,15 @@ def test_the_sums_of_an_update_are_read_at_once(tmp_path, monkeypatch):
     train.train(run, tmp_path)
     of_updates = [tree for tree in reads if isinstance(tree, dict) and "loss" in tree]
     assert len(of_updates) == run.plan.num_updates
+
+
+def test_what_is_small_goes_to_a_single_device_with_the_call():
+    def source(first: int, count: int) -> dict[str, np.ndarray]:
+        return {"x": np.arange(first, first + count, dtype=np.float32)}
+
+    for devices, size, is_put in ((1, 16_384, False), (1, 16_385, True), (2, 16, True)):
+        mesh = step.data_mesh(jax.devices()[:devices])
+        placed = microbatches.place(source, 3, size - 1, size, None, mesh)
+        assert isinstance(placed["x"], jax.Array if is_put else np.ndarray)
+        np.testing.assert_array_equal(placed["x"], [*range(3, size + 2), 0])
+        assert float(np.sum(placed["weight"])) == size - 1
