@@ -7,6 +7,7 @@ import pytest
 
 from bigbatch.report import read_run, summarise
 from bigbatch.report.table import markdown
+from tests.benchmarks import __main__ as benchmarks
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"
 # Each holds REPORT/EXPERIMENT/seed_S/..., in the order in which the experiments were run.
@@ -32,3 +33,8 @@ def test_the_tables_are_those_of_the_logs(logs, tmp_path):
         runs = [read_run(directory) for directory in directories]
         assert all(run.finished for run in runs)
         assert markdown(summarise(runs)) == tables[report].read_text(encoding="utf-8")
+
+
+def test_the_readme_has_the_table_of_the_benchmarks():
+    readme = RESULTS.parent.parent / "README.md"
+    assert benchmarks.table() in readme.read_text(encoding="utf-8")

@@ -31,19 +31,19 @@ _WRN = {
     "policy.batch_size": 64,
 }
 WORKS = {
-    "digits": ("configs/digits.py:decay", _DIGITS, 1, 450, 7),
+    "digits": ("configs/digits.py:decay", _DIGITS, 1, 675, 15),
     "digits-noise": (
         "configs/digits.py:decay",
         {"policy.batch_size": 64, "noise_small_batch_examples": 32},
         1,
-        225,
-        7,
+        340,
+        15,
     ),
     "digits-8-devices": (
         "configs/digits.py:decay",
         {"policy.batch_size": 256, "microbatch_examples_per_device": 32},
         8,
-        60,
+        85,
         7,
     ),
     "wrn16-4": ("configs/cifar10.py:decay", _WRN, 1, 6, 5),
