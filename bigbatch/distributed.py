@@ -30,6 +30,14 @@ Value = TypeVar("Value")
 
 # A process that has not been heard of for so long is gone: the others end.
 HEARTBEAT_TIMEOUT_S = 45
+# Processes that are told of each other by hand have so long to find each other.
+START_TIMEOUT_S = 60
+# JAX's own, for hosts that a cluster starts one by one.
+_CLUSTER_START_TIMEOUT_S = 300
+_LOST_WORDS = (
+    "was ended from outside: by a signal, or by JAX because another process of this run has gone. "
+    "Start all of them again: they continue from the newest checkpoint"
+)
 # Processes exchange messages of one size, so that one program serves them all.
 _MESSAGE_BYTES = 4096
 _LENGTH_BYTES = 8
@@ -44,7 +52,8 @@ def start(
     """Joins the processes of a run, before JAX looks for devices. May be called again.
 
     Without arguments the processes are found where the environment tells of them: in a Slurm step
-    of several tasks, and on the hosts of a Cloud TPU. Anywhere else there is one process.
+    of several tasks, and on the hosts of a Cloud TPU. Anywhere else there is one process. Where the
+    others do not come in time, JAX aborts this process, and a witness says so; see `last_words`.
 
     Args:
       coordinator: HOST:PORT of process 0, reachable from all.
@@ -62,11 +71,14 @@ def start(
         return
     if jax.distributed.is_initialized():
         return
+    timeout_s = _CLUSTER_START_TIMEOUT_S if coordinator is None else START_TIMEOUT_S
+    witness = Witness(_not_found_words(coordinator, num_processes, timeout_s))
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process,
+            initialization_timeout=timeout_s,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
             cluster_detection_method=None if coordinator is None else "deactivate",
         )
@@ -77,6 +89,8 @@ def start(
         raise RunError(f"the processes of this run did not find each other: {error}") from error
     except RuntimeError as error:
         raise RunError(f"the processes of this run did not find each other: {error}") from error
+    finally:
+        witness.dismiss()
 
 
 @contextlib.contextmanager
@@ -90,6 +104,7 @@ def joined(
 
     One of several processes that fails ends at once: other threads may wait for processes that are
     gone, and JAX would at its end. What ends it from outside, a witness says; see `last_words`.
+    Processes that were told different numbers of processes are refused.
 
     Args:
       coordinator: as for `start`, like the next two.
@@ -101,8 +116,10 @@ def joined(
     if not jax.distributed.is_initialized():
         yield
         return
-    witness = Witness()
+    witness = Witness(_LOST_WORDS)
     try:
+        # JAX goes by what process 0 was told, and would train without those beyond it.
+        agree({"num-processes": num_processes}, "value")
         yield
     except StoppedError:
         witness.dismiss()
@@ -125,6 +142,21 @@ def is_of_runtime(error: BaseException) -> bool:
     if isinstance(error, jax.errors.JaxRuntimeError):
         return True
     return type(error) is ValueError and _STATUS.match(str(error)) is not None
+
+
+def _not_found_words(coordinator: str | None, num_processes: int | None, timeout_s: int) -> str:
+    """What to say of a process that ends before it has found the others."""
+    words = (
+        "was ended before it had found the others of its run: they did not come within "
+        f"{timeout_s} s"
+    )
+    if coordinator is None:
+        return f"{words}. Start all of them again"
+    return (
+        f"{words} at {coordinator}, or were told another number than {num_processes}. Start all of "
+        "them again, with one --coordinator and one --num-processes for all, and for each a "
+        "--process of its own"
+    )
 
 
 def _lost(error: BaseException) -> RunError:

@@ -1,8 +1,9 @@
 """A word from a process that could not say it itself.
 
 When process 0 of a run goes, JAX aborts the others at once, on a thread of its own; Python is not
-asked. So a shell waits at the end of a pipe that only its process holds open. A process that ends
-by itself sends a line; where the pipe closes without one, the shell says what to do.
+asked. Nor is it where processes do not find each other. So a shell waits at the end of a pipe that
+only its process holds open. A process that ends by itself sends a line; where the pipe closes
+without one, the shell says what to do.
 """
 
 import contextlib
@@ -16,14 +17,14 @@ _SCRIPT = 'trap "" HUP INT TERM; read -r line || echo "$1" >&2'
 
 
 class Witness:
-    """Stands beside a process of several until it is dismissed; nothing where there is no shell."""
+    """Stands beside a process of several until it is dismissed; nothing where there is no shell.
 
-    def __init__(self) -> None:
-        text = (
-            f"bigbatch: process {os.getpid()} on {socket.gethostname()} was ended from outside: by "
-            "a signal, or by JAX because another process of this run has gone. Start all of them "
-            "again: they continue from the newest checkpoint"
-        )
+    Args:
+      words: what it says of the process, where that ends before.
+    """
+
+    def __init__(self, words: str) -> None:
+        text = f"bigbatch: process {os.getpid()} on {socket.gethostname()} {words}"
         shell = shutil.which("sh")
         self._shell = None
         if shell is not None:

@@ -1,8 +1,8 @@
 """`bigbatch` with a tiny network, for tests of many processes: `python -m tests.perceptron_run`.
 
 The same command line, to be killed at leisure: each microbatch takes so many seconds as `WAIT_S`
-in the environment says. One of more examples than `OUT_OF_MEMORY_ABOVE` says does not fit. This
-file is its own config.
+in the environment says. One of more examples than `OUT_OF_MEMORY_ABOVE` says does not fit.
+Processes wait for each other as long as `START_TIMEOUT_S` says. This file is its own config.
 """
 
 import dataclasses
@@ -14,11 +14,12 @@ from typing import Any
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bigbatch import cli, layout, microbatches, models, run
+from bigbatch import cli, distributed, layout, microbatches, models, run
 from tests import trained
 
 WAIT_S = "PERCEPTRON_WAIT_S"
 OUT_OF_MEMORY_ABOVE = "PERCEPTRON_OUT_OF_MEMORY_ABOVE"
+START_TIMEOUT_S = "PERCEPTRON_START_TIMEOUT_S"
 
 
 class Perceptron(nn.Module):
@@ -69,6 +70,8 @@ def main() -> int:
     # Microbatches of as many sizes as there may be.
     layout.COMPILATION_EXAMPLES = 0
     microbatches.place = slowly
+    if START_TIMEOUT_S in os.environ:
+        distributed.START_TIMEOUT_S = int(os.environ[START_TIMEOUT_S])
     if OUT_OF_MEMORY_ABOVE in os.environ:
         most = int(os.environ[OUT_OF_MEMORY_ABOVE])
         run.prepare = prepare_small

@@ -17,11 +17,11 @@ END_S = 60
 AGAIN = "Start all of them again: they continue from the newest checkpoint"
 
 
-def flags_of(directory: Path, port: int, process: int) -> list[str]:
+def flags_of(directory: Path, port: int, process: int, num_processes: int = 2) -> list[str]:
     return [
         *("tests.perceptron_run", "train", "--config=tests/perceptron_run.py"),
         *(f"--workdir={directory}", f"--coordinator=127.0.0.1:{port}"),
-        *("--num-processes=2", f"--process={process}"),
+        *(f"--num-processes={num_processes}", f"--process={process}"),
     ]
 
 
@@ -136,6 +136,27 @@ def test_processes_that_differ_are_refused_on_all(tmp_path):
         assert "policy.learning_rate: given 'process 1: 0.2'" in text
         assert "devices: given 'process 1: 2'; allowed: one value for all processes" in text
         assert "process 0 has 1" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_told_of_more_than_process_0_was_is_refused(tmp_path):
+    port, told = free_port(), ((0, 2), (1, 3))
+    for status, text in ended([start(flags_of(tmp_path / "run", port, *one), 1) for one in told]):
+        assert status == 2, text
+        words = "num-processes: given 'process 1: 3'; allowed: one value for all processes"
+        assert f"{words}; process 0 has 2" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_find_each_other_end_with_a_word(tmp_path, monkeypatch):
+    """Process 0 waits for one that nobody has started, and so do all."""
+    monkeypatch.setenv(perceptron_run.START_TIMEOUT_S, "5")
+    port, told = free_port(), ((0, 3), (1, 2))
+    processes = [start(flags_of(tmp_path / "run", port, *one), 1) for one in told]
+    for (status, text), (_, num_processes) in zip(ended(processes), told, strict=True):
+        assert status == -signal.SIGABRT, text
+        words = f"they did not come within 5 s at 127.0.0.1:{port}, or were told another number"
+        assert f"{words} than {num_processes}. Start all of them again, with one" in text
     assert not (tmp_path / "run").exists()
 
 
