@@ -31,7 +31,7 @@ Value = TypeVar("Value")
 # A process that has not been heard of for so long is gone: the others end.
 HEARTBEAT_TIMEOUT_S = 45
 # Processes that are told of each other by hand have so long to find each other.
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 120
 # JAX's own, for hosts that a cluster starts one by one.
 _CLUSTER_START_TIMEOUT_S = 300
 _LOST_WORDS = (
