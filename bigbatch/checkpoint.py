@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import logging
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -69,6 +70,7 @@ class Checkpoints:
     ):
         self.directory = directory.absolute()
         self._writes = keep is not None
+        _say_errors_once()
         # A reader must not clean up what another process is writing.
         policy = _Keep(keep, keep_always) if keep is not None else None
         save = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
@@ -255,6 +257,27 @@ class Checkpoints:
             f"a checkpoint could not be written to {self.directory} ({reason}); those before it "
             "are untouched. Make room or mend the permissions; the same command continues"
         )
+
+
+@functools.cache
+def _say_errors_once() -> None:
+    """Leaves an error of a write to be raised, which Orbax does, and to nobody else.
+
+    It also logs the traceback from each of its threads, and closes its loop while other arrays are
+    being written, on each of which Python then remarks.
+    """
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+    logging.getLogger("absl").addFilter(is_news)
+    remark = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            remark(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @functools.cache

@@ -206,7 +206,11 @@ def grow_batch(
         allowed = f"at least the policy's own batch size of {base:g} examples"
         most = policy.rule.train_examples
         fits = checks.number("max_batch_size", max_batch_size, allowed) and checks.require(
-            max_batch_size >= base, "max_batch_size", max_batch_size, allowed, math.ceil(base)
+            max_batch_size * _ROUNDINGS >= base,
+            "max_batch_size",
+            max_batch_size,
+            allowed,
+            math.ceil(base),
         )
         if fits and most:
             allowed = f"below the {most} training examples, where the exact noise scale is above 0"

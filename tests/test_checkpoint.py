@@ -136,7 +136,7 @@ def test_a_half_written_checkpoint_is_none(original, tmp_path):
     assert numbers_in(directory) == [1, 2]
 
 
-def test_a_full_folder_ends_the_run_with_a_word_and_keeps_what_is_there(original, tmp_path):
+def test_a_full_folder_ends_the_run_with_a_word_and_keeps_what_is_there(original, tmp_path, caplog):
     directory = tmp_path / "checkpoints"
     shutil.copytree(original, directory)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -148,6 +148,7 @@ def test_a_full_folder_ends_the_run_with_a_word_and_keeps_what_is_there(original
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert restored(directory).updates == 2
+    assert "Traceback" not in caplog.text
 
 
 def test_the_newest_stay_and_those_that_are_kept_for_good(tmp_path):

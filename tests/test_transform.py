@@ -160,6 +160,14 @@ def test_composition_in_either_order(source, c, d, room):
     assert_same(doubling_only(doubling_only(source)), doubling_only(source))
 
 
+def test_a_limit_a_rounding_below_the_base_batch_is_that_batch():
+    c = 1.9999999999999991
+    source = constant(0.1, 1, 0.9)
+    assert_same(grow_batch(scale(source, c), c), scale(source, c))
+    with pytest.raises(errors.UserError, match=r"max_batch_size: given 1\.99; .* nearest: 2"):
+        grow_batch(scale(source, c), 1.99)
+
+
 def test_growth_and_warmup_commute_where_the_decay_comes_after():
     decay = step_decay(0.1, 10, 0.9, boundaries_epochs=[3, 5], factor=0.2)
     one = warmup(grow_batch(decay, 100), warmup_epochs=2, initial_learning_rate=0.01)
