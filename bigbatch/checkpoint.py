@@ -75,8 +75,6 @@ class Checkpoints:
         policy = _Keep(keep, keep_always) if keep is not None else None
         save = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         context = ocp.Context()
-        # Else every array is cut over the devices that hold it, each cut compiled as training runs.
-        context.array.saving.use_replica_parallel = False
         # Else what writes the state waits 5 minutes for a directory that could not be made, and the
         # process, told of the error at once, cannot end before.
         context.asynchronous.create_directories_asynchronously = False

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import compilation_cache, distributed, memory, sharded_optimizer, step
+from bigbatch import compilation_cache, memory, sharded_optimizer, step
 from bigbatch.task import PyTree, Task
 
 # Programs that are compiled at once. On CPU one uses all cores, and two would only take each
@@ -235,9 +235,17 @@ def compile_programs(
 
 def _zeros(shapes: PyTree, sharding: NamedSharding) -> PyTree:
     """Arrays of zeros on the devices; a program for them would take longer to compile."""
-    return distributed.put(
-        jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes), sharding
-    )
+
+    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        # Never all of it on one host: on a pod that would be a thousand times the parameters.
+        part = sharding.shard_shape(leaf.shape)
+        parts = [
+            jax.device_put(np.zeros(part, leaf.dtype), device)
+            for device in sharding.addressable_devices
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
+
+    return jax.tree.map(zeros, shapes)
 
 
 def _unchanged(state: step.State) -> step.State:
