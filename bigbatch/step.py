@@ -206,7 +206,8 @@ def accumulate(
             add = functools.partial(exact_sums.add, shifters=shifters)
         elif unit == len(microbatch["weight"]):
             unit = None
-        total = units.add_units(addend, add, accumulator, microbatch, unit)
+        alike = isinstance(accumulator, Bins)
+        total = units.add_units(addend, add, accumulator, microbatch, unit, alike=alike)
         return jax.tree.map(lambda leaf: leaf[None], total)
 
     return jax.shard_map(

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from bigbatch.gradient_noise import SMALL_BATCHES, SMALL_SQUARES
 from bigbatch.task import Examples, PyTree, Sums
 
+# More would take too long to compile.
+_WRITTEN_OUT = 4
+
 
 def add_units(
     function: Callable[[Examples], PyTree],
@@ -15,12 +18,15 @@ def add_units(
     total: PyTree,
     examples: Examples,
     unit_examples: int | None,
+    *,
+    alike: bool,
 ) -> PyTree:
     """Adds what `function` makes of each unit of a device's share to a total, one after another.
 
     The loop's body is one program, whatever the length of the share, and the number of its rounds
     is not known to the compiler, which would otherwise turn a single round into something else.
-    Masked units, at the end of a share, are not computed.
+    Masked units, at the end of a share, are not computed. A few units that need not be alike are
+    written out instead, all of them computed: XLA's CPU client is slow at a loop's convolutions.
 
     Args:
       function: the examples of one unit -> an addend.
@@ -28,6 +34,7 @@ def add_units(
       total: the sums so far.
       examples: a device's share, [examples, ...] by name, and `ghost_mask`, [ghost batches].
       unit_examples: examples of a unit; None: the whole share is one.
+      alike: whether the bits of a unit's addend must not depend on the length of the share.
 
     Returns:
       The total with all units added.
@@ -40,6 +47,11 @@ def add_units(
         name: array.reshape(count, len(array) // count, *array.shape[1:])
         for name, array in examples.items()
     }
+    if count <= _WRITTEN_OUT and not alike:
+        for index in range(count):
+            unit = {name: array[index] for name, array in units.items()}
+            total = add(total, function(unit))
+        return total
     present = jnp.sum(jnp.max(units["ghost_mask"], axis=1) > 0, dtype=jnp.int32)
 
     def body(index: jax.Array, total: PyTree) -> PyTree:
