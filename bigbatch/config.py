@@ -54,7 +54,8 @@ class Config:
         measured; None to measure nothing. Those smaller than a device's share of a microbatch are a
         loop within a program, in which XLA's CPU client computes slower: there a
         `microbatch_examples_per_device` of one small batch costs half as much (noise_cpu.md).
-      reproducible: sums exactly, so that devices and microbatches change no bit of the result.
+      reproducible: sums exactly, so that devices and processes change no bit of the result. Each
+        then computes one ghost batch (or small batch) in a call, however many would fit.
       data: the data set.
       model: a config of `bigbatch.models`.
       optimizer: one of `bigbatch.optimizer`.
@@ -118,6 +119,7 @@ class Config:
             microbatch_examples_per_device=self.microbatch_examples_per_device,
             full_batch_norm=self.full_batch_norm,
             noise_small_batch_examples=self.noise_small_batch_examples,
+            reproducible=self.reproducible,
         )
 
 

@@ -66,8 +66,8 @@ def prepare_task(
       ghost_batch_examples: examples that share statistics; 1 for a model without batch norm.
       noise_small_batch_examples: measures the gradient noise from small batches of so many; see
         `gradient_noise`.
-      reproducible: sums exactly, ghost batch by ghost batch (or small batch), so that devices and
-        microbatches change no bit; see `exact_sums`.
+      reproducible: sums exactly, one ghost batch (or small batch) a call and device, so that
+        devices and processes change no bit; see `exact_sums`.
       seed: of the initial parameters and the order of the examples.
       shard_optimizer: whether the optimizer's state is divided over the devices.
       mesh: the devices; None for all there are.
@@ -97,8 +97,8 @@ def prepare_task(
         ghost_batch_examples=ghost_batch_examples,
         devices=mesh.size,
         microbatch_examples_per_device=microbatch_examples_per_device,
-        noise_small_batch_examples=noise_small_batch_examples
-        or (ghost_batch_examples if reproducible else None),
+        noise_small_batch_examples=noise_small_batch_examples,
+        reproducible=reproducible,
     )
     hyper_names = optimizer.hyper_names(plan.hypers)
     sizes = tuple(layout.devices * shape for shape in layout.shapes)

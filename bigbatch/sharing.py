@@ -61,6 +61,7 @@ def layout_over(
     microbatch_examples_per_device: int,
     full_batch_norm: bool = False,
     noise_small_batch_examples: int | None = None,
+    reproducible: bool = False,
 ) -> Layout:
     """The layout of a run over its devices or, where they share ghost batches, over groups of them.
 
@@ -73,6 +74,8 @@ def layout_over(
       full_batch_norm: whether the statistics are those of an update's whole batch.
       noise_small_batch_examples: whole small batches of so many must lie on one device; then no
         ghost batch is shared.
+      reproducible: whether every call computes one ghost batch (or small batch) a device: one
+        program, whatever the layout.
 
     Returns:
       A layout whose `devices` are groups of `devices / layout.devices` neighbours.
@@ -82,6 +85,9 @@ def layout_over(
     """
     if full_batch_norm:
         return _full_batch_layout(plan_or_batch_sizes, devices, microbatch_examples_per_device)
+    if reproducible:
+        unit = noise_small_batch_examples or ghost_batch_examples
+        microbatch_examples_per_device = min(microbatch_examples_per_device, unit)
     if noise_small_batch_examples is not None:
         return make_layout(
             plan_or_batch_sizes,

@@ -199,15 +199,14 @@ def accumulate(
             )
 
         add: Callable[[Any, Accumulator], Any] = plainly
-        unit = unit_examples
+        unit = None if unit_examples == len(microbatch["weight"]) else unit_examples
         if isinstance(accumulator, Bins):
+            # The same program on every layout.
+            assert unit is None, "one unit a call"
             assert addends is not None
             shifters = exact_sums.shifters(bounds, addends, accumulator.largest.dtype)
             add = functools.partial(exact_sums.add, shifters=shifters)
-        elif unit == len(microbatch["weight"]):
-            unit = None
-        alike = isinstance(accumulator, Bins)
-        total = units.add_units(addend, add, accumulator, microbatch, unit, alike=alike)
+        total = units.add_units(addend, add, accumulator, microbatch, unit)
         return jax.tree.map(lambda leaf: leaf[None], total)
 
     return jax.shard_map(

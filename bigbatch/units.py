@@ -18,15 +18,11 @@ def add_units(
     total: PyTree,
     examples: Examples,
     unit_examples: int | None,
-    *,
-    alike: bool,
 ) -> PyTree:
     """Adds what `function` makes of each unit of a device's share to a total, one after another.
 
-    The loop's body is one program, whatever the length of the share, and the number of its rounds
-    is not known to the compiler, which would otherwise turn a single round into something else.
-    Masked units, at the end of a share, are not computed. A few units that need not be alike are
-    written out instead, all of them computed: XLA's CPU client is slow at a loop's convolutions.
+    A few units are written out: XLA's CPU client is slow at a loop's convolutions. More are a loop,
+    whose masked ones, at the end of a share, are not computed.
 
     Args:
       function: the examples of one unit -> an addend.
@@ -34,7 +30,6 @@ def add_units(
       total: the sums so far.
       examples: a device's share, [examples, ...] by name, and `ghost_mask`, [ghost batches].
       unit_examples: examples of a unit; None: the whole share is one.
-      alike: whether the bits of a unit's addend must not depend on the length of the share.
 
     Returns:
       The total with all units added.
@@ -47,7 +42,7 @@ def add_units(
         name: array.reshape(count, len(array) // count, *array.shape[1:])
         for name, array in examples.items()
     }
-    if count <= _WRITTEN_OUT and not alike:
+    if count <= _WRITTEN_OUT:
         for index in range(count):
             unit = {name: array[index] for name, array in units.items()}
             total = add(total, function(unit))

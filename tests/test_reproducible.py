@@ -25,7 +25,6 @@ from tests import trained
 from tests.test_distributed import free_port
 from tests.test_noise_measurement import log_of
 from tests.test_step import collectives
-from tests.trained import failing
 
 
 @pytest.fixture(autouse=True)
@@ -147,9 +146,9 @@ def test_a_state_goes_on_on_other_devices(expected):
     assert params_sha256((state, history)) == expected
 
 
-def test_a_microbatch_that_does_not_fit_changes_no_bit(expected):
-    run = failing(small_run(mesh_of(2), 40), lambda examples: examples > 48)
-    assert hash_of_everything(run) == expected
+def test_every_call_computes_one_unit_however_many_would_fit():
+    for devices, share in ((1, 120), (2, 40), (8, 8)):
+        assert set(small_run(mesh_of(devices), share).programs.accumulate) == {8 * devices}
 
 
 def test_a_bound_that_fails_is_raised_and_the_update_computed_again(monkeypatch):
