@@ -51,9 +51,9 @@ class Config:
       reestimate_examples: training examples from which the running statistics are estimated anew
         before each evaluation; None to use those that training has kept.
       noise_small_batch_examples: examples of the small batches from which the gradient noise is
-        measured; None to measure nothing. Those smaller than a device's share of a microbatch are a
-        loop within a program, in which XLA's CPU client computes slower: there a
-        `microbatch_examples_per_device` of one small batch costs half as much (noise_cpu.md).
+        measured; None to measure nothing. More than four in a device's share of a microbatch are a
+        loop within a program, in which XLA's CPU client computes much slower: there let
+        `microbatch_examples_per_device` be one to four small batches (noise_cpu.md).
       reproducible: sums exactly, so that devices and processes change no bit of the result. Each
         then computes one ghost batch (or small batch) in a call, however many would fit.
       data: the data set.

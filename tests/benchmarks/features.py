@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.features [ROUNDS] > tests/benchmarks/results/features.md
 
-Digits, WRN-10-1, updates of one microbatch. Variants that differ in their programs are timed as
-accumulate + apply_update, one update of each by turns in one process; event files and checkpoints
-are timed as what the loop calls for them. On several (virtual) devices each update is waited for.
-The ratio is to the update without the feature in the same round, of the same number of devices.
+Digits, WRN-10-1, updates of one microbatch (*reproducible*: one a ghost batch and device).
+Variants that differ in their programs are timed as accumulate + apply_update, one update of each by
+turns in one process; event files and checkpoints are timed as what the loop calls for them. On
+several (virtual) devices each update is waited for. The ratio is to the update without the feature
+in the same round, of the same number of devices.
 """
 
 import json
@@ -55,7 +56,7 @@ def config(changes: dict, devices: int):
 
 
 class Variant:
-    """One config's programs and an update of one microbatch."""
+    """One config's programs and the microbatches of an update: one, or one a unit and device."""
 
     def __init__(self, changes: dict, devices: int) -> None:
         import jax
@@ -65,17 +66,21 @@ class Variant:
 
         self.run = trained.prepared(config(changes, devices), devices)
         self.state, self.accumulator = self.run.init_state(), self.run.programs.empty_accumulator()
-        (part,) = self.run.layout.microbatches(EXAMPLES)
-        self.size, self.examples = self.run.microbatch(Request(0, part))
+        self.parts = [
+            self.run.microbatch(Request(part.offset_examples, part))
+            for part in self.run.layout.microbatches(EXAMPLES)
+        ]
         self.hyper = {name: np.float32(0.01) for name in self.run.hyper_names}
         self.wait = jax.block_until_ready
 
     def update_s(self) -> float:
         """Seconds of one update."""
         programs, start_s = self.run.programs, time.perf_counter()
-        self.accumulator = programs.accumulate[self.size](
-            self.state, self.accumulator, self.examples, *programs.addends(EXAMPLES)
-        )
+        addends = programs.addends(EXAMPLES)
+        for size, examples in self.parts:
+            self.accumulator = programs.accumulate[size](
+                self.state, self.accumulator, examples, *addends
+            )
         self.state, self.accumulator, _ = programs.apply_update(
             self.state, self.accumulator, self.hyper
         )
