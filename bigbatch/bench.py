@@ -138,7 +138,8 @@ def update_seconds(
       runs: each is timed so often, by turns, after one that is not counted.
     """
     state, accumulator = run.init_state(), run.programs.empty_accumulator()
-    examples = {size: run.microbatch(Request(0, Microbatch(0, size, size)))[1] for size in sizes}
+    made = {size: run.microbatch(Request(0, Microbatch(0, size, size)))[1] for size in sizes}
+    examples = jax.device_put(made, jax.sharding.NamedSharding(run.mesh, step.SHARDED))
     row = run.plan.row(0)
     precision = jax.tree.leaves(state.params)[0].dtype
     hyper = jax.device_put(

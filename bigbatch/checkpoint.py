@@ -120,7 +120,7 @@ class Checkpoints:
           at: only the checkpoint with so many updates done; None: the newest.
 
         Raises:
-          UserError: the checkpoints are of another run, project or newer version.
+          UserError: the checkpoints are of another run, project or version.
           RunError: there are checkpoints, and all are damaged.
         """
         there = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]

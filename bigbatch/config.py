@@ -319,4 +319,6 @@ def _most_per_device(fields: Fields, plan: Plan) -> int:
     if fields.microbatch_examples_per_device != "auto":
         return fields.microbatch_examples_per_device
     unit = fields.noise_small_batch_examples or fields.ghost_batch_examples
+    if fields.reproducible:
+        return unit
     return -(-int(plan.batch_sizes.max()) // unit) * unit

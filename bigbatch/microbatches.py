@@ -106,7 +106,8 @@ def maker(
       ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
 
     Returns:
-      request -> (the number of examples that the microbatch computes, its arrays from `place`).
+      request -> (the number of examples that the microbatch computes, its arrays from `place`,
+      small ones for a single device NumPy's).
     """
 
     def make(request: Request) -> tuple[int, Examples]:

@@ -69,6 +69,9 @@ def identified(config: Config, files: Workdir) -> Config:
         sha256 = _recorded(config.initial_params, files)
     if sha256 is None:
         sha256 = params_sha256(_read(config))
+    elif config.initial_params_sha256 is not None:
+        # It is compared with the recorded one as every field is.
+        sha256 = config.initial_params_sha256
     tree = {**config.tree, _SHA256: sha256}
     return dataclasses.replace(config, initial_params_sha256=sha256, tree=tree)
 

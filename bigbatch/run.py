@@ -200,7 +200,7 @@ def _fitted(
 
         def needed_bytes(examples: int) -> int:
             needs = compiled(microbatch_examples=(examples * mesh.size,)).device_bytes
-            # A checkpoint's copy of the state is there while the updates go on.
+            # Room for what a checkpoint and an evaluation need beside the updates.
             programs = max(needs["accumulate"], needs["apply_update"]) + needs["state"]
             return programs + in_flight * examples + held
 

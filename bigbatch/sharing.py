@@ -75,7 +75,7 @@ def layout_over(
       noise_small_batch_examples: whole small batches of so many must lie on one device; then no
         ghost batch is shared.
       reproducible: whether every call computes one ghost batch (or small batch) a device: one
-        program, whatever the layout.
+        program, whatever the layout, and no ghost batch is shared.
 
     Returns:
       A layout whose `devices` are groups of `devices / layout.devices` neighbours.
@@ -85,16 +85,17 @@ def layout_over(
     """
     if full_batch_norm:
         return _full_batch_layout(plan_or_batch_sizes, devices, microbatch_examples_per_device)
+    small = noise_small_batch_examples
     if reproducible:
-        unit = noise_small_batch_examples or ghost_batch_examples
-        microbatch_examples_per_device = min(microbatch_examples_per_device, unit)
-    if noise_small_batch_examples is not None:
+        small = small or ghost_batch_examples
+        microbatch_examples_per_device = min(microbatch_examples_per_device, small)
+    if small is not None:
         return make_layout(
             plan_or_batch_sizes,
             ghost_batch_examples=ghost_batch_examples,
             devices=devices,
             microbatch_examples_per_device=microbatch_examples_per_device,
-            small_batch_examples=noise_small_batch_examples,
+            small_batch_examples=small,
         )
     sharing = 1
     if microbatch_examples_per_device < ghost_batch_examples:

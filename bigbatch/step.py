@@ -158,7 +158,7 @@ def accumulate(
       task: what is trained.
       mesh: the devices, along `data`.
       unit_examples: the gradient is computed for so many examples at a time, whole ghost batches; a
-        device's share holds whole units. None: of the whole share at once.
+        device's share holds whole units, where sums are reproducible one. None: of the whole share.
       measures_noise: also sums |gradient|^2 / examples over the units.
 
     Returns:

@@ -86,6 +86,8 @@ def measure(name: str) -> dict:
     part = run.layout.microbatches(batch_size)
     assert len(part) == 1
     size, examples = run.microbatch(Request(0, Microbatch(0, batch_size, batch_size // devices)))
+    sharded = jax.sharding.NamedSharding(run.mesh, step.SHARDED)
+    examples = jax.device_put(dict(examples), sharded)
     hyper = jax.device_put(
         {key: np.float32(run.plan.hypers[key][0]) for key in run.hyper_names},
         jax.sharding.NamedSharding(run.mesh, step.REPLICATED),
