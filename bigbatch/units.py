@@ -54,7 +54,7 @@ def add_units(
             name: jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
             for name, array in units.items()
         }
-        return add(total, function(jax.lax.optimization_barrier(unit)))
+        return add(total, function(unit))
 
     return jax.lax.fori_loop(jnp.zeros_like(present), present, body, total)
 
