@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigbatch.event_records import framed
+from bigbatch.tfrecord import framed
 
 _AXES = {"updates": "update", "examples": "examples"}
 _METRICS = ("test_accuracy", "test_loss", "train_loss")
-# Records go to the files in groups, which is cheaper, so many or so old.
+# Records go to the files in groups, so many or so old: readers see whole ones.
 _MOST_WAITING = 128
 _LONGEST_WAIT_S = 10.0
 
@@ -42,6 +42,8 @@ class EventFiles:
         from tensorboardX.summary import hparams
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # For each choice of fields an event whose numbers are set: to make one takes much longer.
+        self._made: dict[tuple[str, ...], Any] = {}
         self._waiting: dict[str, list[bytes]] = {axis: [] for axis in _AXES}
         self._files = {}
         self._written_s = time.monotonic()
@@ -59,21 +61,27 @@ class EventFiles:
             ]
             settings = hparams(dict(_flat(config)), dict.fromkeys(_METRICS, 0.0))
             events += [event_pb2.Event(wall_time=now_s, summary=setting) for setting in settings]
-            self._waiting[axis] = [event.SerializeToString() for event in events]
+            self._waiting[axis] = [framed(event.SerializeToString()) for event in events]
         self.sync()
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record of the log to both axes."""
-        value = self._summary.Value
-        values = [
-            value(tag=name, simple_value=number)
+        numbers = {
+            name: number
             for name, number in record.items()
             if name not in _AXES.values() and isinstance(number, int | float)
-        ]
-        summary, now_s = self._summary(value=values), time.time()
+        }
+        names = tuple(numbers)
+        if names not in self._made:
+            values = [self._summary.Value(tag=name) for name in names]
+            self._made[names] = self._event(summary=self._summary(value=values))
+        event = self._made[names]
+        for value, number in zip(event.summary.value, numbers.values(), strict=True):
+            value.simple_value = number
+        event.wall_time = time.time()
         for axis, field in _AXES.items():
-            event = self._event(wall_time=now_s, step=record[field], summary=summary)
-            self._waiting[axis].append(event.SerializeToString())
+            event.step = record[field]
+            self._waiting[axis].append(framed(event.SerializeToString()))
         waited_s = time.monotonic() - self._written_s
         if len(self._waiting["updates"]) >= _MOST_WAITING or waited_s >= _LONGEST_WAIT_S:
             self._write_waiting()
@@ -91,9 +99,9 @@ class EventFiles:
             file.close()
 
     def _write_waiting(self) -> None:
-        """Gives what waits to the operating system; readers see whole records."""
+        """Gives what waits to the operating system."""
         for axis, file in self._files.items():
-            file.write(framed(self._waiting[axis]))
+            file.write(b"".join(self._waiting[axis]))
             file.flush()
             self._waiting[axis].clear()
         self._written_s = time.monotonic()

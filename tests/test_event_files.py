@@ -4,12 +4,10 @@ import contextlib
 import json
 import warnings
 
-import numpy as np
 import pytest
 
 from bigbatch import event_files
 from bigbatch.event_files import EventFiles
-from bigbatch.event_records import crc32c
 from bigbatch.metrics import MetricsLog, truncate
 from bigbatch.train import train
 from tests.trained import config, prepared
@@ -83,14 +81,6 @@ def test_a_run_can_be_opened_in_tensorboard(tmp_path):
     assert shown["policy.learning_rate"].number_value == 0.1
     assert shown["model.name"].string_value == "wide_resnet"
     assert json.loads(shown["policy.boundaries_epochs"].string_value) == [0.2, 0.5]
-
-
-def test_checksums_are_those_of_google(tmp_path):
-    google = pytest.importorskip("google_crc32c")
-    random = np.random.default_rng(0)
-    messages = [random.bytes(length) for length in (0, 1, 300, 8, 300, 299, 2, 0)]
-    assert crc32c(messages).tolist() == [google.value(message) for message in messages]
-    assert crc32c([]).tolist() == []
 
 
 def test_records_reach_the_files_in_groups_or_after_a_while(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from bigbatch import cli
+from bigbatch import cli, tfrecord
 from bigbatch.data import crops, jpeg, random, record_set, tfds_metadata, tfrecord_index
 from bigbatch.data.records import Records, parse
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
@@ -191,9 +191,9 @@ def test_checksums_are_tensorflows(imagenet):
         f for f in imagenet.files("tfrecord", "train") if f.suffix != ".npz"
     ).read_bytes()
     length = int.from_bytes(content[:8], "little")
-    assert tfrecord_index.masked_crc32c(content[:8]) == int.from_bytes(content[8:12], "little")
+    assert tfrecord.masked_crc32c(content[:8]) == int.from_bytes(content[8:12], "little")
     record, checksum = content[12 : 12 + length], content[12 + length : 16 + length]
-    assert tfrecord_index.masked_crc32c(record) == int.from_bytes(checksum, "little")
+    assert tfrecord.masked_crc32c(record) == int.from_bytes(checksum, "little")
 
 
 def test_index_of_data_that_cannot_be_written_to(imagenet, tmp_path, monkeypatch):

@@ -98,6 +98,37 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_p
     assert latest[0] <= logged[-1]["update"]
 
 
+@pytest.mark.parametrize("wait_s", [0.0, 1e9])
+def test_when_finished_updates_are_read_changes_nothing(
+    run, undisturbed, tmp_path, monkeypatch, wait_s
+):
+    """Only evaluations and checkpoints cannot wait."""
+    reads, record = [], train.training_log.record
+    monkeypatch.setattr(train, "_UNREAD_S", wait_s)
+
+    def recorded(run, progress, row, *rest):
+        reads.append((row.update, sent[-1]))
+        return record(run, progress, row, *rest)
+
+    sent, updates = [], train.updates
+
+    def noted(*arguments):
+        for one in updates(*arguments):
+            sent.append(one[0].update)
+            yield one
+
+    monkeypatch.setattr(train.training_log, "record", recorded)
+    monkeypatch.setattr(train, "updates", noted)
+    result = train.train(run, tmp_path)
+    expected_directory, expected = undisturbed
+    clock = {"seconds": 0, "compilations": 0}
+    assert result | clock == expected | clock
+    assert records(tmp_path) == records(expected_directory)
+    due = [update for update in range(20) if (update + 1) % 4 == 0 or (update + 1) % 5 == 0]
+    late = {u: min(d for d in due if d >= u) if wait_s else u + (u not in due) for u in range(20)}
+    assert dict(reads) == late
+
+
 def test_truncate(tmp_path):
     log = tmp_path / "metrics.jsonl"
     truncate(log, last_update=3)

@@ -1,16 +1,23 @@
 """A bounded look-ahead: the next microbatches are made while the device computes."""
 
 import collections
+import contextlib
+import functools
+import queue
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Never, Self, TypeAlias, TypeVar
 
 from bigbatch.errors import Problem, UserError
 
 Request = TypeVar("Request")
 Item = TypeVar("Item")
+# What to call for the next item; None: nothing more comes.
+_ToMake: TypeAlias = queue.SimpleQueue[Callable[[], Any] | None]
+_Made: TypeAlias = queue.SimpleQueue[tuple[Any, BaseException | None]]
 
 
 class Prefetch(Iterator[Item], Generic[Request, Item]):
@@ -60,10 +67,18 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
         self._produce = produce
         self._requests: Iterator[Request] = iter(requests)
         self._max_in_flight = max_in_flight
-        self._pending: collections.deque[Future[Item]] = collections.deque()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._in_flight = 0
         self._late: collections.deque[Request] = collections.deque()
         self._closed = False
+        # Two queues cost a quarter of what a `Future` for each item does, which shows beside a
+        # small item.
+        self._to_make: _ToMake = queue.SimpleQueue()
+        self._made: _Made = queue.SimpleQueue()
+        queues = self._to_make, self._made
+        self._thread = threading.Thread(target=_make, args=queues, name="prefetch", daemon=True)
+        self._thread.start()
+        # The thread does not know of this object, so one that is dropped is ended too.
+        weakref.finalize(self, self._to_make.put, None)
         self._fill()
 
     def request(self, requests: Iterable[Request]) -> None:
@@ -76,28 +91,32 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
         self._fill()
 
     def __next__(self) -> Item:
-        if not self._pending:
+        if not self._in_flight:
             raise StopIteration
         began_s = time.monotonic()
         try:
-            item = self._pending.popleft().result()
-        except StopIteration as error:
-            # Else it would look like the end of the items.
-            self.close()
-            raise RuntimeError("the producer of a prefetch raised StopIteration") from error
-        except BaseException:
-            self.close()
-            raise
+            item, error = self._made.get()
         finally:
             self.waited_s += time.monotonic() - began_s
+        self._in_flight -= 1
+        if error is not None:
+            self.close()
+            if isinstance(error, StopIteration):
+                # Else it would look like the end of the items.
+                raise RuntimeError("the producer of a prefetch raised StopIteration") from error
+            raise error
         self._fill()
         return item
 
     def close(self) -> None:
         """Drop what is pending and wait for the thread to end. May be called again."""
         self._closed = True
-        self._pending.clear()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._in_flight = 0
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._to_make.get_nowait()
+        self._to_make.put(None)
+        self._thread.join()
 
     def __enter__(self) -> Self:
         return self
@@ -111,18 +130,33 @@ class Prefetch(Iterator[Item], Generic[Request, Item]):
         self.close()
 
     def _fill(self) -> None:
-        while len(self._pending) < self._max_in_flight and not self._closed:
-            try:
-                request = next(self._requests)
-            except StopIteration:
-                if not self._late:
-                    return
-                request = self._late.popleft()
-            except Exception as error:
-                # It takes its turn behind the items whose requests came before it.
-                self._requests = iter(())
-                failed: Future[Item] = Future()
-                failed.set_exception(error)
-                self._pending.append(failed)
+        while self._in_flight < self._max_in_flight and not self._closed:
+            call = self._next_call()
+            if call is None:
                 return
-            self._pending.append(self._thread.submit(self._produce, request))
+            self._to_make.put(call)
+            self._in_flight += 1
+
+    def _next_call(self) -> Callable[[], Item] | None:
+        """What makes the next item; None where nothing is requested."""
+        try:
+            return functools.partial(self._produce, next(self._requests))
+        except StopIteration:
+            return functools.partial(self._produce, self._late.popleft()) if self._late else None
+        except Exception as error:
+            # It takes its turn behind the items whose requests came before it.
+            self._requests = iter(())
+            return functools.partial(_raise, error)
+
+
+def _make(to_make: _ToMake, made: _Made) -> None:
+    """What the thread does."""
+    while (produce := to_make.get()) is not None:
+        try:
+            made.put((produce(), None))
+        except BaseException as error:
+            made.put((None, error))
+
+
+def _raise(error: Exception) -> Never:
+    raise error

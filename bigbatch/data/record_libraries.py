@@ -10,7 +10,6 @@ class Libraries(NamedTuple):
     """Modules, which come without types."""
 
     cv2: Any
-    google_crc32c: Any
     simplejpeg: Any
 
 
@@ -23,11 +22,10 @@ def libraries() -> Libraries:
     """
     try:
         import cv2
-        import google_crc32c
         import simplejpeg
     except ImportError as error:
         words = f"record data needs a library that is not installed ({error.name}): "
         raise RunError(f"{words}pip install 'bigbatch[records]'") from error
     # One image is one thread's.
     cv2.setNumThreads(0)
-    return Libraries(cv2, google_crc32c, simplejpeg)
+    return Libraries(cv2, simplejpeg)

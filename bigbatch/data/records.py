@@ -13,8 +13,9 @@ import numpy as np
 
 from bigbatch.data import tfds_metadata
 from bigbatch.data.tfds_metadata import Prepared
-from bigbatch.data.tfrecord_index import HEAD, TAIL, Index, damaged, load_or_build, masked_crc32c
+from bigbatch.data.tfrecord_index import Index, damaged, load_or_build
 from bigbatch.errors import Problem, UserError
+from bigbatch.tfrecord import HEAD, TAIL, masked_crc32c
 
 # Files that a process has open beside those of the records.
 _OTHER_OPEN_FILES = 256

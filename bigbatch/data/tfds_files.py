@@ -13,10 +13,9 @@ import numpy as np
 from bigbatch.data import tfds_metadata
 from bigbatch.data.tfds_metadata import Prepared
 from bigbatch.errors import Problem, UserError
+from bigbatch.tfrecord import HEAD, TAIL
 
 FORMATS = (tfds_metadata.ARRAY_RECORD, tfds_metadata.TFRECORD)
-# TFRecord: length and its checksum before each record, the record's checksum behind it.
-_HEAD, _TAIL_BYTES = struct.Struct("<QI"), 4
 
 
 def read(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -106,12 +105,12 @@ def _records(file: Path, file_format: str) -> list[bytes]:
     content, position = file.read_bytes(), 0
     records: list[bytes] = []
     while position < len(content):
-        length, _ = _HEAD.unpack_from(content, position)
-        position += _HEAD.size
-        if position + length + _TAIL_BYTES > len(content):
+        length, _ = HEAD.unpack_from(content, position)
+        position += HEAD.size
+        if position + length + TAIL.size > len(content):
             raise ValueError(f"it ends within record {len(records)}")
         records.append(content[position : position + length])
-        position += length + _TAIL_BYTES
+        position += length + TAIL.size
     return records
 
 

@@ -1,15 +1,13 @@
 """Where the records of TFRecord files lie, so that any of them can be read directly.
 
-A TFRecord file is a chain: length (uint64, little-endian), its checksum (uint32), the record, its
-checksum (uint32). Only by walking along it can one find where record k begins, so that is done
-once, from length to length, and kept in a file beside the data, or in the user's cache directory
-where the data cannot be written to.
+A TFRecord file is a chain (see `bigbatch.tfrecord`). Only by walking along it can one find where
+record k begins, so that is done once, from length to length, and kept in a file beside the data, or
+in the user's cache directory where the data cannot be written to.
 """
 
 import contextlib
 import hashlib
 import os
-import struct
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +17,11 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bigbatch.data.record_libraries import libraries
 from bigbatch.errors import Problem, UserError
+from bigbatch.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
 
-HEAD = struct.Struct("<QI")
-TAIL = struct.Struct("<I")
-_LENGTH = struct.Struct("<Q")
 # Finding a length is one small read, so the time goes into waiting: more threads than cores.
 _THREADS = 8
-_CRC_MASK_DELTA = 0xA282EAD8
 
 
 class Index(NamedTuple):
@@ -71,16 +65,6 @@ def load_or_build(
             _save(place, index)
             break
     return index
-
-
-def masked_crc32c(data: bytes | memoryview) -> int:
-    """The checksum as TFRecord writes it: CRC-32C, rotated right by 15 bits, plus a constant.
-
-    >>> hex(masked_crc32c(b"123456789"))
-    '0xc78ab0e5'
-    """
-    crc = libraries().google_crc32c.value(bytes(data))
-    return (((crc >> 15) | (crc << 17)) + _CRC_MASK_DELTA) & 0xFFFFFFFF
 
 
 def _places(files: Sequence[Path]) -> tuple[Path, Path]:
@@ -164,7 +148,7 @@ def _walk(file: Path, size: int) -> tuple[np.ndarray, str | None]:
             head = os.pread(descriptor, HEAD.size, begin)
             if len(head) == HEAD.size:
                 length, checksum = HEAD.unpack(head)
-                if masked_crc32c(head[: _LENGTH.size]) != checksum:
+                if masked_crc32c(head[: LENGTH.size]) != checksum:
                     fault = f"the length of record {record} is damaged, at byte {begin:,}"
                     break
                 boundaries.append(begin + HEAD.size + length + TAIL.size)
