@@ -2,12 +2,13 @@
 
 A checkpoint holds the state (parameters, running statistics, optimizer) and a small JSON record:
 how many updates and examples are done, the plan's fingerprint, whose run it is, the partial sums of
-the log, a checksum of the state, and versions. A planned run needs no more than that to continue.
+the log, what the state's arrays are, a checksum of them, and versions. A planned run needs no more
+than that to continue.
 
-The state is copied to the host first: the next update may take its buffers at once, and Orbax
-writes NumPy arrays in half the time of JAX's. It does not notice a byte that has changed on the
-disk, so the state's checksum is compared after it was read. The newest checkpoint that is whole is
-taken; damaged ones are put aside, never deleted or written over.
+The state is copied to the host first, as one run of bytes: the next update may take its buffers at
+once, and Orbax needs a third of the time for a few arrays of what it needs for a network's. It does
+not notice a byte that has changed on the disk, so the checksum is compared after it was read. The
+newest checkpoint that is whole is taken; damaged ones are put aside, never deleted or written over.
 """
 
 import functools
@@ -22,17 +23,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from bigbatch import distributed
+from bigbatch import distributed, packing
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
 from bigbatch.step import State
 
 # Counts up when an older version could not read what this one writes, or the other way round.
-FORMAT = 2
+FORMAT = 3
+# The state is written in pieces of so many bytes, some at a time.
+_PIECE_BYTES = 2**25
 _PACKAGES = ("bigbatch", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 _DAMAGED = "damaged-checkpoints"
 # What reading a damaged file raises; Orbax has no one error for it.
@@ -78,6 +80,8 @@ class Checkpoints:
         # Else what writes the state waits 5 minutes for a directory that could not be made, and the
         # process, told of the error at once, cannot end before.
         context.asynchronous.create_directories_asynchronously = False
+        # It takes two thirds of the time, on the cores of the input, and saves 8 % of the bytes.
+        context.array.saving.use_compression = False
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
@@ -132,10 +136,9 @@ class Checkpoints:
             if record is not None and whose is not None and record["run"] != whose:
                 allowed = "checkpoints of the run in this workdir; this one is of another"
                 raise UserError(Problem("workdir", str(self.directory / str(updates)), allowed))
-            state = None if record is None else self._load(updates, like)
+            state = None if record is None else self._load(updates, record, like)
             # What one process cannot read, none uses.
-            whole = state is not None and checksum(state) == record["checksum"]  # type: ignore[index]
-            if all(distributed.gather(b"1" if whole else b"")):
+            if all(distributed.gather(b"" if state is None else b"1")):
                 assert state is not None
                 assert record is not None
                 if damaged:
@@ -163,13 +166,13 @@ class Checkpoints:
         Raises:
           RunError: this one or the one before cannot be written.
         """
-        copy = jax.tree.map(np.array, jax.device_get(state))
+        packed = packing.pack(state)
         record = {**record, "project": "bigbatch", "format": FORMAT, "versions": _versions()}
-        record["checksum"] = checksum(copy)
+        record |= {"arrays": packing.described(state), "checksum": zlib.crc32(packed.data)}
         record["digest"] = _digest(record)
         try:
             self._checkpointer.save_async(
-                update, copy._asdict(), force=True, custom_metadata=record
+                update, _pieces(packed), force=True, custom_metadata=record
             )
         except (OSError, ValueError, RuntimeError) as error:
             # No fault of the file system's: another process has gone, or a device.
@@ -219,16 +222,20 @@ class Checkpoints:
                 raise UserError(Problem("workdir", path, allowed))
             yield checkpoint.step, record if record.pop("digest") == _digest(record) else None
 
-    def _load(self, updates: int, like: State) -> State | None:
-        """The state of a checkpoint; None where it cannot be read, or is of another shape."""
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    def _load(self, updates: int, record: Mapping[str, Any], like: State) -> State | None:
+        """The state of a checkpoint; None where it cannot be read, has changed, or is another."""
+        if record["arrays"] != packing.described(like):
+            return None
+        target = _pieces(np.empty(packing.num_bytes(like), np.uint8))
         # Orbax logs pages about a damaged file; `restore` says it in a line.
         logging.disable(logging.CRITICAL)
         try:
-            state = State(**self._checkpointer.load(updates, target._asdict()))
-            chex.assert_trees_all_equal_shapes_and_dtypes(state, target)
-            return state
-        except (*_UNREADABLE, AssertionError):
+            pieces = self._checkpointer.load(updates, target)
+            packed = np.concatenate([pieces[name] for name in target])
+            if zlib.crc32(packed.data) != record["checksum"]:
+                return None
+            return packing.unpack(packed, like)
+        except _UNREADABLE:
             return None
         finally:
             logging.disable(logging.NOTSET)
@@ -301,15 +308,10 @@ class _Keep:
         return [i >= first_kept or self._always(c.step) for i, c in enumerate(checkpoints)]
 
 
-def checksum(state: State) -> int:
-    """CRC-32 of all the bytes of a state, its arrays one after the other.
-
-    Args:
-      state: NumPy arrays.
-    """
-    return functools.reduce(
-        lambda crc, leaf: zlib.crc32(leaf.tobytes(), crc), jax.tree.leaves(state), 0
-    )
+def _pieces(packed: np.ndarray) -> dict[str, np.ndarray]:
+    """Bytes as the arrays that are written, in the order of their names; they share its memory."""
+    begins = range(0, len(packed), _PIECE_BYTES)
+    return {f"{number:06}": packed[b : b + _PIECE_BYTES] for number, b in enumerate(begins)}
 
 
 def params_sha256(params: Any) -> str:
