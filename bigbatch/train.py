@@ -46,7 +46,7 @@ from bigbatch.watch import STALL_S, Watchdog
 
 # How long the sums of a finished update may wait for those of the next ones: to read and log many
 # short updates in one go takes a third of the time.
-_UNREAD_S = 0.05
+_UNREAD_S = 0.1
 
 
 def train(

@@ -3,13 +3,15 @@
 What is logged, evaluated and saved in between is `bigbatch.train`'s.
 """
 
+import functools
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from bigbatch import memory, microbatches, step
+from bigbatch import distributed, memory, microbatches, step
 from bigbatch.course import Course
 from bigbatch.data.prefetch import Prefetch
 from bigbatch.microbatches import MICROBATCHES_IN_FLIGHT
@@ -89,9 +91,6 @@ def _updates(
     Returns:
       Where a microbatch did not fit, the state before its update and that update's number.
     """
-    # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
-    # than it has threads; there each update is waited for.
-    one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
     precision = jax.tree.leaves(state.params)[0].dtype
     accumulator = run.programs.empty_accumulator()
     update, known = first_update, course.known_updates
@@ -108,8 +107,9 @@ def _updates(
                 total = _accumulate(run, row, state, accumulator, source, untried, watchdog, asked)
                 if total is None:
                     return state, update
-                # Host scalars: the call brings them to the devices faster than a put of their own.
-                hyper = {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
+                hyper = {
+                    name: _scalar(row.hyper[name], precision, run.mesh) for name in run.hyper_names
+                }
                 with memory.noticed(*_UPDATE):
                     state, accumulator, sums = run.programs.apply_update(state, total, hyper)
                 if run.programs.reproducible_unit_examples is None or bool(sums[step.IS_EXACT]):
@@ -117,9 +117,6 @@ def _updates(
                 # A bound of the sums had failed and was raised; nothing else has changed.
                 source = _made(run, row)
             update += 1
-            if one_at_a_time:
-                with watchdog.phase(waits_for()):
-                    jax.block_until_ready(state)
             reported: dict[str, Any] = {**sums, "input_wait_s": parts.waited_s - waited_s}
             yield row, state, reported
             # The next update may just have become known: its microbatches are made while this one
@@ -143,9 +140,10 @@ def _accumulate(
 
     `untried` are the sizes that have not been computed yet; those that are here leave it.
     """
-    # XLA's CPU client: see `_updates`.
+    # XLA's CPU client deadlocks when programs with collectives are in flight over more devices
+    # than it has threads; there each is waited for before the next one is sent.
     holds_collective = run.layout.devices < run.mesh.size
-    is_cpu = run.mesh.devices.flat[0].platform == "cpu"
+    one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
     addends = run.programs.addends(row.batch_size)
     is_first_of_any, failure = False, None
     for _ in run.layout.microbatches(row.batch_size):
@@ -155,6 +153,10 @@ def _accumulate(
             continue
         with watchdog.phase("input"):
             size, examples = next(source)
+        if one_at_a_time:
+            # The update before; all that the host had to do is done by now.
+            with watchdog.phase(waits_for()):
+                jax.block_until_ready(state)
         is_first = size in untried
         is_first_of_any |= is_first
         untried.discard(size)
@@ -163,7 +165,7 @@ def _accumulate(
                 accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
                 # The first of its size is waited for: if it does not fit that shows here, while the
                 # state before the update still stands.
-                if is_first or (is_cpu and holds_collective):
+                if is_first or (one_at_a_time and holds_collective):
                     with watchdog.phase(waits_for()):
                         jax.block_until_ready(accumulator)
         except memory.OutOfMemoryError as error:
@@ -176,6 +178,19 @@ def _accumulate(
             if memory.agreed(failure):
                 return None
     return accumulator
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar(value: float, dtype: np.dtype, mesh: Mesh) -> np.ndarray | jax.Array:
+    """A hyperparameter for `apply_update`.
+
+    To a single device the call brings it faster than a put of its own; to several it does not, and
+    one update's values are mostly those of the one before.
+    """
+    scalar = np.asarray(value, dtype)
+    return (
+        scalar if mesh.size == 1 else distributed.put(scalar, NamedSharding(mesh, step.REPLICATED))
+    )
 
 
 def _made(run: Updates, row: Row) -> Iterator[tuple[int, Any]]:

@@ -60,7 +60,8 @@ def get_config(experiment: str) -> ConfigDict:
             "evaluation_batch_examples": 360,
             "log_every_updates": 1,
             "evaluate_every_epochs": 1,
-            "checkpoint_every_epochs": 15,
+            # A run takes seconds: it is saved at its end, and where it is told to stop.
+            "checkpoint_every_epochs": 30,
         }
     )
 

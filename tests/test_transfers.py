@@ -6,20 +6,25 @@ import types
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 
 from bigbatch import microbatches, step, train
 from tests import trained
 
 
-def test_the_updates_move_only_their_examples_and_their_hyperparameters():
-    run = trained.prepared(trained.config(noise_small_batch_examples=32), devices=2)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_the_updates_move_only_their_examples_and_their_hyperparameters(devices):
+    run = trained.prepared(trained.config(noise_small_batch_examples=32), devices=devices)
     hypers = []
+    sharding = NamedSharding(run.mesh, step.SHARDED)
 
     def microbatch(request):
         # A guard holds for one thread; puts that are written down are allowed.
         with jax.transfer_guard("disallow"):
-            return run.microbatch(request)
+            size, examples = run.microbatch(request)
+        # To a single device they go by the call itself.
+        return size, jax.device_put(examples, sharding)
 
     def apply_update(state, accumulator, hyper):
         hypers.append(hyper)
@@ -32,10 +37,12 @@ def test_the_updates_move_only_their_examples_and_their_hyperparameters():
     with jax.transfer_guard("disallow"):
         done = sum(1 for _ in train.updates(guarded, state, 0))
     assert done == run.plan.num_updates == len(hypers)
-    # These scalars alone go to the devices by the call itself.
-    for hyper in hypers:
-        assert {type(value) for value in hyper.values()} == {np.ndarray}
-        assert sum(value.nbytes for value in hyper.values()) == 8
+    for name, column in run.plan.hypers.items():
+        assert [float(hyper[name]) for hyper in hypers] == column.astype(np.float32).tolist()
+        assert {hyper[name].nbytes for hyper in hypers} == {4}
+        # To a single device they go by the call itself; to several, each value once.
+        assert {isinstance(hyper[name], np.ndarray) for hyper in hypers} == {devices == 1}
+        assert len({id(hyper[name]) for hyper in hypers}) == len(set(column.tolist()))
 
 
 def test_the_sums_of_an_update_are_asked_for_before_the_first_is_waited_for(tmp_path, monkeypatch):

@@ -23,7 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-# Name -> (config file, overrides, virtual devices, updates in a stretch, rounds).
+# Name -> (config file, overrides, virtual devices, updates in a stretch, rounds). A stretch of the
+# digits is a whole run of theirs, 30 epochs, with its checkpoint.
 _DIGITS = {"microbatch_examples_per_device": 32}
 _WRN = {
     "ghost_batch_examples": 64,
@@ -31,20 +32,20 @@ _WRN = {
     "policy.batch_size": 64,
 }
 WORKS = {
-    "digits": ("configs/digits.py:decay", _DIGITS, 1, 675, 15),
+    "digits": ("configs/digits.py:decay", _DIGITS, 1, 1350, 15),
     "digits-noise": (
         "configs/digits.py:decay",
         {"policy.batch_size": 64, "noise_small_batch_examples": 32},
         1,
-        340,
+        675,
         15,
     ),
     "digits-8-devices": (
         "configs/digits.py:decay",
         {"policy.batch_size": 256, "microbatch_examples_per_device": 32},
         8,
-        85,
-        7,
+        170,
+        11,
     ),
     "wrn16-4": ("configs/cifar10.py:decay", _WRN, 1, 6, 5),
     "wrn16-4-8-devices": (
