@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from bigbatch import distributed, memory, microbatches
@@ -88,7 +89,7 @@ def source_sums(
         if stop is not None:
             stop.check()
         present = min(size, num_examples - first)
-        with memory.noticed("the evaluation", "set evaluation_batch_examples lower"):
+        try:
             part = run.programs.evaluate(
                 state, microbatches.place(source, first, present, size, None, run.mesh)
             )
@@ -97,6 +98,9 @@ def source_sums(
                 total = totals.setdefault(name, np.zeros(run.mesh.size))
                 for shard in per_device.addressable_shards:
                     total[shard.index] += np.asarray(shard.data, np.float64)
+        except jax.errors.JaxRuntimeError as error:
+            advice = "set evaluation_batch_examples lower"
+            raise memory.exhausted(error, "the evaluation", advice) from error
     names = sorted(totals)
     own = np.stack([totals[name] for name in names])
     everyone = [np.frombuffer(text) for text in distributed.gather(own.tobytes())]

@@ -5,9 +5,8 @@ of a run, only the order of sums. What is chosen is kept in the working director
 on the same devices cuts its updates as before, and ends with the same bits.
 """
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +27,24 @@ class OutOfMemoryError(RunError):
     """A device's memory has run out; what it was asked to compute was not begun."""
 
 
-@contextlib.contextmanager
-def noticed(what: str, advice: str) -> Iterator[None]:
-    """Turns the runtime's report that memory has run out into an `OutOfMemoryError`.
+def exhausted(error: jax.errors.JaxRuntimeError, what: str, advice: str) -> OutOfMemoryError:
+    """What to raise from the runtime's report that memory has run out.
 
     Args:
+      error: of the runtime.
       what: does not fit, in words.
       advice: what to try.
+
+    Raises:
+      JaxRuntimeError: the same error, where it reports something else.
     """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        first_line = str(error).strip().splitlines()[0]
-        raise OutOfMemoryError(
-            f"{what} does not fit into a device's memory ({first_line}): {advice}. The same "
-            "command continues from the newest checkpoint"
-        ) from error
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    first_line = str(error).strip().splitlines()[0]
+    return OutOfMemoryError(
+        f"{what} does not fit into a device's memory ({first_line}): {advice}. The same "
+        "command continues from the newest checkpoint"
+    )
 
 
 def agreed(failure: OutOfMemoryError | None) -> bool:

@@ -110,8 +110,10 @@ def _updates(
                 hyper = {
                     name: _scalar(row.hyper[name], precision, run.mesh) for name in run.hyper_names
                 }
-                with memory.noticed(*_UPDATE):
+                try:
                     state, accumulator, sums = run.programs.apply_update(state, total, hyper)
+                except jax.errors.JaxRuntimeError as error:
+                    raise memory.exhausted(error, *_UPDATE) from error
                 if run.programs.reproducible_unit_examples is None or bool(sums[step.IS_EXACT]):
                     break
                 # A bound of the sums had failed and was raised; nothing else has changed.
@@ -161,18 +163,17 @@ def _accumulate(
         is_first_of_any |= is_first
         untried.discard(size)
         try:
-            with memory.noticed(*_MICROBATCH):
-                accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
-                # The first of its size is waited for: if it does not fit that shows here, while the
-                # state before the update still stands.
-                if is_first or (one_at_a_time and holds_collective):
-                    with watchdog.phase(waits_for()):
-                        jax.block_until_ready(accumulator)
-        except memory.OutOfMemoryError as error:
+            accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
+            # The first of its size is waited for: if it does not fit that shows here, while the
+            # state before the update still stands.
+            if is_first or (one_at_a_time and holds_collective):
+                with watchdog.phase(waits_for()):
+                    jax.block_until_ready(accumulator)
+        except jax.errors.JaxRuntimeError as error:
+            failure = memory.exhausted(error, *_MICROBATCH)
             # The other processes would not ask whether all went well here, or wait for this one.
             if jax.process_count() > 1 and (holds_collective or not is_first):
-                raise
-            failure = error
+                raise failure from error
     if failure is not None or is_first_of_any:
         with watchdog.phase(waits_for()):
             if memory.agreed(failure):

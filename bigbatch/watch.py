@@ -4,10 +4,9 @@ The loop tells in which phase it is; a thread looks on. It says and does not end
 disk may come back, and a host that is gone is found by JAX's heartbeats.
 """
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Self
 
 STALL_S = 60.0
@@ -38,16 +37,9 @@ class Watchdog:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
 
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> "_Phase":
         """While the caller waits for one of `PHASES`; phases may lie within each other."""
-        outer = self._phase
-        self._phase = (name, time.monotonic())
-        try:
-            yield
-        finally:
-            # Something has moved: the outer phase counts anew.
-            self._phase = None if outer is None else (outer[0], time.monotonic())
+        return _Phase(self, name)
 
     def moved(self, where: str) -> None:
         """Notes where the loop is, in words."""
@@ -77,3 +69,21 @@ class Watchdog:
                     f"nothing has moved for {waited_s:.0f} s, {self._where}; waiting for "
                     f"{PHASES[phase[0]]}"
                 )
+
+
+class _Phase:
+    """A context manager. The loop enters several an update, and one of a generator costs more."""
+
+    __slots__ = ("_name", "_outer", "_watchdog")
+
+    def __init__(self, watchdog: Watchdog, name: str):
+        self._watchdog, self._name = watchdog, name
+
+    def __enter__(self) -> None:
+        self._outer = self._watchdog._phase
+        self._watchdog._phase = (self._name, time.monotonic())
+
+    def __exit__(self, *exception: object) -> None:
+        # Something has moved: the outer phase counts anew.
+        outer = self._outer
+        self._watchdog._phase = None if outer is None else (outer[0], time.monotonic())

@@ -141,8 +141,18 @@ def test_what_does_not_fit_at_all_ends_the_run_with_words():
 
 
 def test_another_error_of_the_runtime_is_left_alone():
-    with pytest.raises(jax.errors.JaxRuntimeError), memory.noticed("it", "smaller"):
-        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError) as raised:
+        memory.exhausted(other, "it", "smaller")
+    assert raised.value is other
+    run = trained.prepared(trained.config())
+
+    def fails(*arguments):
+        raise other
+
+    programs = dataclasses.replace(run.programs, apply_update=fails)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        fit(dataclasses.replace(run, programs=programs))
 
 
 def test_auto_takes_what_fits_and_a_second_start_the_same(tmp_path, monkeypatch):
