@@ -1,7 +1,7 @@
 """The log of a run: one JSON object a line, ordered by update.
 
-Values leave the device one update late. By then the next update has been sent, so reading them
-never makes the device wait.
+Values leave the device one update late or, where updates are short, a tenth of a second. By then
+the next update has been sent, so reading them never makes the device wait.
 """
 
 import json

@@ -148,14 +148,14 @@ def _accumulate(
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
     addends = run.programs.addends(row.batch_size)
     is_first_of_any, failure = False, None
-    for _ in run.layout.microbatches(row.batch_size):
+    for part in run.layout.microbatches(row.batch_size):
         # After a failure too: the processes ask equally often, so that all stop at one place.
         stop.check()
         if failure is not None:
             continue
         with watchdog.phase("input"):
             size, examples = next(source)
-        if one_at_a_time:
+        if one_at_a_time and part.offset_examples == 0:
             # The update before; all that the host had to do is done by now.
             with watchdog.phase(waits_for()):
                 jax.block_until_ready(state)
