@@ -1,6 +1,6 @@
 """Training with batch sizes that grow.
 
-The arithmetic, which needs no device, is here; training is in `bigbatch.train`.
+The arithmetic, which needs no device, is here; training is in `bigbatch.training.loop`.
 
 >>> import bigbatch
 >>> recipe = bigbatch.step_decay(0.1, 128, 0.9, boundaries_epochs=[60, 120, 160], factor=0.2)
@@ -10,9 +10,9 @@ The arithmetic, which needs no device, is here; training is in `bigbatch.train`.
 29142
 """
 
-from bigbatch.layout import Layout, make_layout
-from bigbatch.plan import Plan, make_plan
-from bigbatch.policy import (
+from bigbatch.layout.layout import Layout, make_layout
+from bigbatch.schedule.plan import Plan, make_plan
+from bigbatch.schedule.policy import (
     POLICIES,
     Policy,
     batch_ramp,
@@ -27,7 +27,7 @@ from bigbatch.policy import (
     warmup,
     warmup_stable_decay,
 )
-from bigbatch.transform import (
+from bigbatch.schedule.transform import (
     TRANSFORMATIONS,
     adam,
     doubling_only,

@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigbatch.data_verbs import add_data
+from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
 
 if TYPE_CHECKING:
-    from bigbatch.report import Report
+    from bigbatch.commands.report import Report
 
 _OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
@@ -165,13 +165,13 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _config(options: argparse.Namespace) -> Any:
-    from bigbatch.config_file import load_config
+    from bigbatch.config.file import load_config
 
     return load_config(options.config, options.overrides)
 
 
 def _workdir(text: str) -> Any:
-    from bigbatch.workdir import Workdir
+    from bigbatch.workdir.files import Workdir
 
     if not text:
         raise UserError(Problem("workdir", text, "the path of a directory"))
@@ -185,7 +185,8 @@ def _no_overrides(options: argparse.Namespace, instead: str) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from bigbatch import ladder_table, plan_table
+    from bigbatch.commands import plan as plan_table
+    from bigbatch.commands import plan_adaptive as ladder_table
 
     config = _config(options)
     if options.devices < 1:
@@ -199,7 +200,7 @@ def _plan(options: argparse.Namespace) -> None:
         summary["adaptive"] = ladder_table.summary(config.controller)
     lines = [] if options.json else [text(config, devices=options.devices)]
     if speeds is not None:
-        from bigbatch import time_table
+        from bigbatch.commands import plan_time as time_table
 
         times = time_table.times(config, options.devices, speeds)
         summary["time"] = time_table.summary(times, speeds)
@@ -211,7 +212,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _speeds(options: argparse.Namespace) -> Any:
     """What is known of the hardware; None where no time was asked for."""
-    from bigbatch.time_model import Speeds, read_bench
+    from bigbatch.layout.time_model import Speeds, read_bench
 
     names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
     typed = {name: v for name in names if (v := getattr(options, name)) is not None}
@@ -236,13 +237,13 @@ def _speeds(options: argparse.Namespace) -> Any:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from bigbatch.bench import bench, table
+    from bigbatch.commands.bench import bench, table
 
     config = _config(options)
     if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
         raise UserError(Problem("out", options.out, "a file in a directory that is there"))
     result = bench(config)
-    from bigbatch.workdir import write_json
+    from bigbatch.workdir.files import write_json
 
     write_json(Path(options.out), result)
     print(table(result))
@@ -250,7 +251,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _plot(config: Any, path: str) -> None:
-    from bigbatch.plan_figure import draw_plan
+    from bigbatch.commands.plan_figure import draw_plan
 
     try:
         draw_plan(path, config.plan, config.source_plan)
@@ -260,16 +261,17 @@ def _plot(config: Any, path: str) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from bigbatch import compilation_cache, distributed
+    from bigbatch import distributed
+    from bigbatch.training import compilation_cache
 
     compilation_cache.use(options.compilation_cache)
     processes = options.coordinator, options.num_processes, options.process
     with distributed.joined(*processes, tell=_tell):
-        from bigbatch.network_file import identified
-        from bigbatch.resume import open_run
-        from bigbatch.run import prepare
-        from bigbatch.sources import load_data
-        from bigbatch.train import train
+        from bigbatch.config.assemble import load_data
+        from bigbatch.training.loop import train
+        from bigbatch.training.run import prepare
+        from bigbatch.workdir.network_file import identified
+        from bigbatch.workdir.resume import open_run
 
         config, files = distributed.together(lambda: (_config(options), _workdir(options.workdir)))
         # Before the directory is claimed: a run without data leaves nothing behind.
@@ -295,10 +297,10 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     files = _workdir(options.workdir)
     files.expect_run()
-    from bigbatch.resume import check_same, evaluate_run
+    from bigbatch.workdir.resume import check_same, evaluate_run
 
     if options.config:
-        from bigbatch.network_file import identified
+        from bigbatch.workdir.network_file import identified
 
         check_same(files, identified(_config(options), files))
     else:
@@ -312,14 +314,14 @@ def _export(options: argparse.Namespace) -> None:
     files.expect_run()
     if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
         raise UserError(Problem("out", options.out, "a file in a directory that is there"))
-    from bigbatch.resume import export_run
+    from bigbatch.workdir.resume import export_run
 
     print(json.dumps(export_run(files, Path(options.out))))
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from bigbatch import compilation_cache
-    from bigbatch.compare import compare
+    from bigbatch.commands.compare import compare
+    from bigbatch.training import compilation_cache
 
     compilation_cache.use(options.compilation_cache)
     names = options.experiments.split(",") if options.experiments else None
@@ -337,20 +339,20 @@ def _compare(options: argparse.Namespace) -> None:
 def _critical(options: argparse.Namespace) -> None:
     files = _workdir(options.workdir)
     files.expect_run()
-    from bigbatch import compilation_cache
-    from bigbatch.resume import check_same, read_run_config
+    from bigbatch.training import compilation_cache
+    from bigbatch.workdir.resume import check_same, read_run_config
 
     compilation_cache.use(options.compilation_cache)
     if options.config:
-        from bigbatch.network_file import identified
+        from bigbatch.workdir.network_file import identified
 
         config = identified(_config(options), files)
         check_same(files, config)
     else:
         _no_overrides(options, "nothing without --config: the workdir's own config is used")
         config = read_run_config(files)
-    from bigbatch.critical import Asked, measure
-    from bigbatch.critical_table import write
+    from bigbatch.commands.critical.measure import Asked, measure
+    from bigbatch.commands.critical.table import write
 
     names = ("sizes", "branches", "loss_share", "most_epochs", "lr_factors")
     asked = Asked(**{name: getattr(options, name) for name in names})
@@ -367,7 +369,7 @@ def _say(text: str) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     _no_overrides(options, "nothing: a report only reads")
-    from bigbatch.report import write_report
+    from bigbatch.commands.report import write_report
 
     _show(write_report(options.run_dirs, options.out))
 

@@ -40,14 +40,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bigbatch.config_file import load_config
-from bigbatch.critical import Asked, measure
-from bigbatch.critical_table import section
-from bigbatch.report import read_run
-from bigbatch.resume import open_run
-from bigbatch.run import prepare
-from bigbatch.train import train
-from bigbatch.workdir import Workdir
+from bigbatch.commands.critical.measure import Asked, measure
+from bigbatch.commands.critical.table import section
+from bigbatch.commands.report import read_run
+from bigbatch.config.file import load_config
+from bigbatch.training.loop import train
+from bigbatch.training.run import prepare
+from bigbatch.workdir.files import Workdir
+from bigbatch.workdir.resume import open_run
 
 # The tests run this notebook for a few updates.
 FAST = "BIGBATCH_FAST" in os.environ

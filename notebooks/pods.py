@@ -37,9 +37,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bigbatch import plan_table, time_table
-from bigbatch.config_file import load_config
-from bigbatch.time_model import Speeds, most_worthwhile
+from bigbatch.commands import plan as plan_table
+from bigbatch.commands import plan_time as time_table
+from bigbatch.config.file import load_config
+from bigbatch.layout.time_model import Speeds, most_worthwhile
 
 ROOT = next(path for path in (Path.cwd().parent, Path.cwd()) if (path / "configs").exists())
 CONFIG = ROOT / "configs" / "imagenet_inception_resnet_v2.py"

@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 import optax
 
 import bigbatch
-from bigbatch.diagnostics import diagnose
+from bigbatch.schedule.diagnostics import diagnose
 
 # %% [markdown]
 # ## The recipe that you have

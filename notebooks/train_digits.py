@@ -39,7 +39,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bigbatch.compare import compare
+from bigbatch.commands.compare import compare
 
 # The tests run this notebook with one short experiment.
 FAST = "BIGBATCH_FAST" in os.environ

@@ -19,13 +19,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from bigbatch import resume, run, train
-from bigbatch.checkpoint import Checkpoints
-from bigbatch.config import Config
+from bigbatch.config.config import Config
 from bigbatch.errors import StoppedError
 from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.models.pool import mean_over_positions
-from bigbatch.workdir import Workdir
+from bigbatch.training import loop as train
+from bigbatch.training import run
+from bigbatch.workdir import resume
+from bigbatch.workdir.checkpoint import Checkpoints
+from bigbatch.workdir.files import Workdir
 from tests import trained
 
 RUNS = ("float32", "float64")

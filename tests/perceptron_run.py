@@ -14,7 +14,9 @@ from typing import Any
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bigbatch import cli, distributed, layout, microbatches, models, run
+from bigbatch import cli, distributed, models
+from bigbatch.layout import layout
+from bigbatch.training import microbatches, run
 from tests import trained
 
 WAIT_S = "PERCEPTRON_WAIT_S"

@@ -11,8 +11,11 @@ import sys
 import jax
 import numpy as np
 
-from bigbatch import distributed, evaluate, run, step, train
-from bigbatch.checkpoint import params_sha256
+from bigbatch import distributed
+from bigbatch.engine import functions as step
+from bigbatch.training import evaluate, run
+from bigbatch.training import loop as train
+from bigbatch.workdir.checkpoint import params_sha256
 from tests import trained
 from tests.hlo import collectives
 from tests.test_reproducible import small_run

@@ -6,7 +6,7 @@ import math
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from bigbatch.policy import (
+from bigbatch.schedule.policy import (
     Policy,
     constant,
     cosine,
@@ -16,7 +16,7 @@ from bigbatch.policy import (
     step_decay,
     warmup,
 )
-from bigbatch.transform import doubling_only, grow_batch, raise_momentum, scale, with_rule
+from bigbatch.schedule.transform import doubling_only, grow_batch, raise_momentum, scale, with_rule
 
 EPOCHS = 6.0
 

@@ -10,10 +10,12 @@ import json
 import jax
 import numpy as np
 
-from bigbatch import distributed, run, train
-from bigbatch.checkpoint import params_sha256
-from bigbatch.config import read_config
-from bigbatch.config_file import load_config
+from bigbatch import distributed
+from bigbatch.config.config import read_config
+from bigbatch.config.file import load_config
+from bigbatch.training import loop as train
+from bigbatch.training import run
+from bigbatch.workdir.checkpoint import params_sha256
 from tests import trained
 
 # The network of the paper on 8x8 images: 50 updates, 20 of 16 examples, 20 of 32 and 10 of 64.

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from bigbatch import train
 from bigbatch.errors import UserError
-from bigbatch.plan import Plan
-from bigbatch.resume import open_run
-from bigbatch.workdir import Workdir
+from bigbatch.schedule.plan import Plan
+from bigbatch.training import loop as train
+from bigbatch.workdir.files import Workdir
+from bigbatch.workdir.resume import open_run
 from tests import trained
 
 # The multiple is large, so that a few updates are enough for several levels.

@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
-from bigbatch.data import record_set, tfds_metadata
-from bigbatch.data.records import BadRecordError, parse
+from bigbatch.data.records import record_set
+from bigbatch.data.records.reader import BadRecordError, parse
+from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import RunError, UserError
 from tests.imagenet_files import FORMATS, TEST_IMAGES
 from tests.test_records import N, open_set

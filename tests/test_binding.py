@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch import binding
-from bigbatch.binding import Mismatch, bind, convert
 from bigbatch.checks import Checks
+from bigbatch.config import binding
+from bigbatch.config.binding import Mismatch, bind, convert
+from bigbatch.engine.optimizer import OPTIMIZERS
 from bigbatch.errors import Problem, UserError
 from bigbatch.models import MODELS
-from bigbatch.optimizer import OPTIMIZERS
-from bigbatch.policy import POLICIES
-from bigbatch.transform import TRANSFORMATIONS
+from bigbatch.schedule.policy import POLICIES
+from bigbatch.schedule.transform import TRANSFORMATIONS
 
 HUGE = 10**400
 

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigbatch import checkpoint
-from bigbatch.checkpoint import FORMAT, Checkpoints
+from bigbatch.engine.functions import State
 from bigbatch.errors import RunError, UserError
-from bigbatch.step import State
+from bigbatch.workdir import checkpoint
+from bigbatch.workdir.checkpoint import FORMAT, Checkpoints
 
 
 def state_of(seed: int) -> State:

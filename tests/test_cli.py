@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bigbatch import cli
-from bigbatch.report import runs as report_runs
+from bigbatch.commands.report import runs as report_runs
 
 DIGITS = "configs/digits.py"
 CIFAR = "configs/cifar10.py"

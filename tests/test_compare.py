@@ -2,8 +2,8 @@
 
 import pytest
 
-from bigbatch.compare import families
-from bigbatch.config_file import compared_names
+from bigbatch.commands.compare import families
+from bigbatch.config.file import compared_names
 
 
 @pytest.mark.parametrize(

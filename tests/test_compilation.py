@@ -5,7 +5,8 @@ import collections
 import jax
 import pytest
 
-from bigbatch import layout, train
+from bigbatch.layout import layout
+from bigbatch.training import loop as train
 from tests import trained
 from tests.test_adaptive import ADAPTIVE, FIELDS
 

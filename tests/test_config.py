@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from bigbatch.config import Config, read_config
-from bigbatch.config_fields import Every
-from bigbatch.config_file import experiment_names, load_config, override, plain
+from bigbatch.config.config import Config, read_config
+from bigbatch.config.fields import Every
+from bigbatch.config.file import experiment_names, load_config, override, plain
 from bigbatch.errors import Problem, UserError
 
 
@@ -363,7 +363,7 @@ def test_what_is_wrong_with_a_file_is_said(written, text, said):
 
 
 def test_a_mistake_that_a_file_reports_itself_is_passed_on(written):
-    text = "from bigbatch.policy import constant\ndef get_config(experiment): constant(0.1, 0)"
+    text = "from bigbatch.schedule.policy import constant\ndef get_config(experiment): constant(0.1, 0)"
     with pytest.raises(UserError, match="batch_size: given 0"):
         load_config(written(text))
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.config_file import compared_names, experiment_names, load_config
+from bigbatch.config.file import compared_names, experiment_names, load_config
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))

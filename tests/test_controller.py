@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch.controller import DELAY_UPDATES, Controller, State
-from bigbatch.course import Course
 from bigbatch.errors import UserError
-from bigbatch.gradient_noise import Measurement
-from bigbatch.plan import Plan
+from bigbatch.schedule.adaptive.controller import DELAY_UPDATES, Controller, State
+from bigbatch.schedule.adaptive.course import Course
+from bigbatch.schedule.adaptive.gradient_noise import Measurement
+from bigbatch.schedule.plan import Plan
 
 
 def controller(**changes):

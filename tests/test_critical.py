@@ -7,12 +7,14 @@ import shutil
 import numpy as np
 import pytest
 
-from bigbatch import cli, critical, critical_branches
-from bigbatch.critical_batch import Fit, Intervals, spread_sizes
-from bigbatch.critical_table import Noise, Point, SizeResult, section
-from bigbatch.resume import open_run, read_run_config
-from bigbatch.train import train
-from bigbatch.workdir import Workdir
+from bigbatch import cli
+from bigbatch.commands.critical import branches as critical_branches
+from bigbatch.commands.critical import measure as critical
+from bigbatch.commands.critical.fit import Fit, Intervals, spread_sizes
+from bigbatch.commands.critical.table import Noise, Point, SizeResult, section
+from bigbatch.training.loop import train
+from bigbatch.workdir.files import Workdir
+from bigbatch.workdir.resume import open_run, read_run_config
 from tests import trained
 
 # The first epoch, with a checkpoint in its middle.

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from bigbatch.critical_batch import (
+from bigbatch.commands.critical.fit import (
     WINDOW_SHARE,
     fit,
     intervals,

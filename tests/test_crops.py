@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch.data import crops, random
+from bigbatch.data import random
+from bigbatch.data.records import crops
 
 WORD = st.integers(0, 2**32 - 1)
 WORDS = st.lists(st.tuples(WORD, WORD), min_size=11, max_size=11)

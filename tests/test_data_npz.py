@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.config import read_config
+from bigbatch.config.config import read_config
 from bigbatch.data import own_arrays, sets
 from bigbatch.errors import UserError
 from tests import trained

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from bigbatch import microbatches, step
 from bigbatch.data import augment, on_device, sets, stream
 from bigbatch.data.augment import Augment
-from bigbatch.layout import Layout
+from bigbatch.engine import functions as step
+from bigbatch.layout.layout import Layout
+from bigbatch.training import microbatches
 from tests import trained
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from bigbatch.data import sets, stream
 from bigbatch.data.augment import Augment
-from bigbatch.layout import Layout
-from bigbatch.microbatches import Request
+from bigbatch.layout.layout import Layout
+from bigbatch.training.microbatches import Request
 
 CHANGE = Augment(flip=True, pad_pixels=2)
 GHOST = 4

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from bigbatch.data import prefetch
-from bigbatch.data.prefetch import Prefetch
 from bigbatch.errors import UserError
+from bigbatch.training import prefetch
+from bigbatch.training.prefetch import Prefetch
 
 
 def threads() -> list[str]:

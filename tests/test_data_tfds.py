@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.data import idx_files, prepare, sets, tfds_files, tfds_metadata
+from bigbatch.data import sets
+from bigbatch.data.tfds import files as tfds_files
+from bigbatch.data.tfds import idx_files, prepare
+from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import UserError
 
 

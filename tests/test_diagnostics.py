@@ -5,12 +5,12 @@ import types
 import numpy as np
 import pytest
 
-from bigbatch.diagnostics import diagnose, linear_scaling, momentum_lags_epochs
-from bigbatch.gradient_noise import best_learning_rate
-from bigbatch.layout import make_layout
-from bigbatch.plan import make_plan
-from bigbatch.policy import constant, cosine, step_decay, warmup
-from bigbatch.transform import grow_batch, raise_momentum, scale, with_rule
+from bigbatch.layout.layout import make_layout
+from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
+from bigbatch.schedule.diagnostics import diagnose, linear_scaling, momentum_lags_epochs
+from bigbatch.schedule.plan import make_plan
+from bigbatch.schedule.policy import constant, cosine, step_decay, warmup
+from bigbatch.schedule.transform import grow_batch, raise_momentum, scale, with_rule
 
 PAPER = step_decay(0.1, 128, 0.9, boundaries_epochs=[60, 120, 160], factor=0.2)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from bigbatch import errors
-from bigbatch.durations import first_example_from
-from bigbatch.policy import (
+from bigbatch.schedule.durations import first_example_from
+from bigbatch.schedule.policy import (
     constant,
     cosine,
     exponential,
@@ -17,7 +17,7 @@ from bigbatch.policy import (
     warmup,
     warmup_stable_decay,
 )
-from bigbatch.transform import grow_batch
+from bigbatch.schedule.transform import grow_batch
 
 N = 1437
 POSITIONS = np.arange(0, 30 * N, 17)

@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 
-from bigbatch import event_files
-from bigbatch.event_files import EventFiles
-from bigbatch.metrics import MetricsLog, truncate
-from bigbatch.train import train
+from bigbatch.training.loop import train
+from bigbatch.workdir import event_files
+from bigbatch.workdir.event_files import EventFiles
+from bigbatch.workdir.metrics import MetricsLog, truncate
 from tests.trained import config, prepared
 
 with warnings.catch_warnings():

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch import exact_sums
-from bigbatch.exact_sums import Bins
+from bigbatch.engine import exact_sums
+from bigbatch.engine.exact_sums import Bins
 
 ELEMENTS = 6
 

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from bigbatch import cli, resume, train
-from bigbatch.checkpoint import params_sha256
-from bigbatch.run import prepare
-from bigbatch.workdir import Workdir
+from bigbatch import cli
+from bigbatch.training import loop as train
+from bigbatch.training.run import prepare
+from bigbatch.workdir import resume
+from bigbatch.workdir.checkpoint import params_sha256
+from bigbatch.workdir.files import Workdir
 from tests import trained
 
 

@@ -5,14 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigbatch.engine.functions import DATA_AXIS, REPLICATED, SHARDED, data_mesh
 from bigbatch.errors import UserError
-from bigbatch.models.ghost_norm import (
-    GHOST_STATISTICS,
-    RUNNING_STATISTICS,
-    GhostNorm,
-)
-from bigbatch.sharing import devices_per_ghost_batch
-from bigbatch.step import DATA_AXIS, REPLICATED, SHARDED, data_mesh
+from bigbatch.layout.sharing import devices_per_ghost_batch
+from bigbatch.models.ghost_norm import GHOST_STATISTICS, RUNNING_STATISTICS, GhostNorm
 
 GHOST = 8
 SHAPE = (3, 2, 5)

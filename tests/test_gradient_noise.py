@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bigbatch.errors import UserError
-from bigbatch.gradient_noise import (
+from bigbatch.schedule.adaptive.gradient_noise import (
     Estimate,
     Measurement,
     Smoothed,

@@ -8,15 +8,17 @@ import jax
 import numpy as np
 import pytest
 
-from bigbatch import cli, models, network_file, resume, train
-from bigbatch.checkpoint import Checkpoints, params_sha256
-from bigbatch.config import Config, read_config
+from bigbatch import cli, models
+from bigbatch.config.config import Config, read_config
+from bigbatch.engine.functions import State, data_mesh
+from bigbatch.engine.transformations import evaluation_params
 from bigbatch.errors import UserError
-from bigbatch.evaluate import evaluate
-from bigbatch.run import Run, prepare
-from bigbatch.step import State, data_mesh
-from bigbatch.update_rules import evaluation_params
-from bigbatch.workdir import Workdir
+from bigbatch.training import loop as train
+from bigbatch.training.evaluate import evaluate
+from bigbatch.training.run import Run, prepare
+from bigbatch.workdir import network_file, resume
+from bigbatch.workdir.checkpoint import Checkpoints, params_sha256
+from bigbatch.workdir.files import Workdir
 from tests import elastic, perceptron_run, trained
 from tests.test_distributed import ended, free_port, start
 from tests.test_lost_processes import flags_of

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bigbatch.data import jpeg
-from bigbatch.data.crops import Window, evaluation_window
-from bigbatch.data.records import BadRecordError
+from bigbatch.data.records import jpeg
+from bigbatch.data.records.crops import Window, evaluation_window
+from bigbatch.data.records.reader import BadRecordError
 from tests.imagenet_files import encode, photo
 
 FAST, SMOOTH = jpeg.DECODINGS["fast"], jpeg.DECODINGS["smooth"]

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch import errors, layout
-from bigbatch.layout import Layout, make_layout
+from bigbatch import errors
+from bigbatch.layout import layout
+from bigbatch.layout.layout import Layout, make_layout
 
 
 def dealt_out(cut: Layout, batch_size: int) -> list[int]:

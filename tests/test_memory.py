@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch import memory, step, train
-from bigbatch.config import read_config
+from bigbatch.config.config import read_config
+from bigbatch.engine import functions as step
 from bigbatch.errors import RunError, UserError
-from bigbatch.own_task import fit
-from bigbatch.run import prepare
+from bigbatch.layout import memory
+from bigbatch.training import loop as train
+from bigbatch.training.prepare import fit
+from bigbatch.training.run import prepare
 from tests import trained
 from tests.test_reproducible import small_run
 from tests.test_sharded_optimizer import OPTIMIZERS, prepared

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bigbatch import train
-from bigbatch.config import read_config
-from bigbatch.evaluate import evaluate
+from bigbatch.config.config import read_config
 from bigbatch.models import InceptionResNetV2Config, ResNetConfig, WideResNetConfig
+from bigbatch.training import loop as train
+from bigbatch.training.evaluate import evaluate
 from tests import trained
 
 POLICY = {

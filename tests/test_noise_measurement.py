@@ -11,15 +11,17 @@ import pytest
 from jax.sharding import NamedSharding
 
 import bigbatch
-from bigbatch import gradient_noise, step, train
 from bigbatch.data import stream
+from bigbatch.engine import functions as step
+from bigbatch.engine.optimizer import Sgd
+from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
-from bigbatch.layout import make_layout
-from bigbatch.microbatches import Request
-from bigbatch.optimizer import Sgd
-from bigbatch.own_task import prepare_task
-from bigbatch.task import Task
-from bigbatch.training_log import Progress
+from bigbatch.layout.layout import make_layout
+from bigbatch.schedule.adaptive import gradient_noise
+from bigbatch.training import loop as train
+from bigbatch.training.microbatches import Request
+from bigbatch.training.prepare import prepare_task
+from bigbatch.training.progress import Progress
 from tests import trained
 from tests.test_step import collectives
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.noise_scale import (
+from bigbatch.schedule.noise_scale import (
     LINEAR,
     RULE_NAMES,
     SEESAW,

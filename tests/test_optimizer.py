@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from bigbatch import optimizer, step, update_rules
-from bigbatch.checkpoint import Checkpoints
-from bigbatch.task import Task
+from bigbatch.engine import functions as step
+from bigbatch.engine import optimizer
+from bigbatch.engine import transformations as update_rules
+from bigbatch.engine.task import Task
+from bigbatch.workdir.checkpoint import Checkpoints
 
 UPDATES = 50
 EXAMPLES = 6

@@ -2,8 +2,8 @@
 
 import pytest
 
-from bigbatch import optimizer
-from bigbatch.config import read_config
+from bigbatch.config.config import read_config
+from bigbatch.engine import optimizer
 from bigbatch.errors import UserError
 
 

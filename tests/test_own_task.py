@@ -9,14 +9,14 @@ import pytest
 from flax import linen as nn
 
 import bigbatch
-from bigbatch import step
 from bigbatch.data import stream
+from bigbatch.engine import functions as step
+from bigbatch.engine.optimizer import Adam, Momentum
+from bigbatch.engine.task import Task, image_classification
 from bigbatch.errors import UserError
-from bigbatch.evaluate import sums
 from bigbatch.models.ghost_norm import GhostNorm
-from bigbatch.optimizer import Adam, Momentum
-from bigbatch.own_task import fit, prepare_task
-from bigbatch.task import Task, image_classification
+from bigbatch.training.evaluate import sums
+from bigbatch.training.prepare import fit, prepare_task
 
 EXAMPLES = 200
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 
-from bigbatch import packing
+from bigbatch.workdir import packing
 
 DTYPES = st.sampled_from([np.float32, np.float64, np.int32, np.uint8, np.bool_, jnp.bfloat16])
 SHAPES = numpy_strategies.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch import errors
-from bigbatch.plan import Plan, make_plan
-from bigbatch.policy import (
+from bigbatch.schedule.plan import Plan, make_plan
+from bigbatch.schedule.policy import (
     Policy,
     Settings,
     constant,
@@ -24,7 +24,7 @@ from bigbatch.policy import (
     step_decay,
     warmup,
 )
-from bigbatch.transform import adam, grow_batch, raise_momentum, scale, with_rule
+from bigbatch.schedule.transform import adam, grow_batch, raise_momentum, scale, with_rule
 from tests.recipes import EPOCHS, recipes
 
 PAPER = step_decay(0.1, 128, 0.9, boundaries_epochs=[60, 120, 160], factor=0.2)

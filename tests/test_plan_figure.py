@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bigbatch.plan import make_plan
-from bigbatch.plan_figure import draw_plan
-from bigbatch.policy import cosine, step_decay
-from bigbatch.transform import grow_batch
+from bigbatch.commands.plan_figure import draw_plan
+from bigbatch.schedule.plan import make_plan
+from bigbatch.schedule.policy import cosine, step_decay
+from bigbatch.schedule.transform import grow_batch
 
 STEPS = step_decay(0.1, 10, 0.9, boundaries_epochs=[2, 4], factor=0.2)
 SMOOTH = cosine(0.1, 10, 0.9, until_epoch=6)

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from bigbatch import errors, policy
-from bigbatch.plan import make_plan
-from bigbatch.policy import (
+from bigbatch import errors
+from bigbatch.schedule import policy
+from bigbatch.schedule.plan import make_plan
+from bigbatch.schedule.policy import (
     POLICIES,
     batch_ramp,
     batch_stages,

@@ -6,9 +6,10 @@ import signal
 
 import pytest
 
-from bigbatch import evaluate, microbatches, train
 from bigbatch.errors import StoppedError
-from bigbatch.preemption import StopNoticeError, StopRequest
+from bigbatch.training import evaluate, microbatches
+from bigbatch.training import loop as train
+from bigbatch.training.preemption import StopNoticeError, StopRequest
 from tests import trained
 from tests.storm import records
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch import cli, data_verbs
+from bigbatch import cli
+from bigbatch.commands import data as data_verbs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +77,7 @@ def test_commands_parse(command, monkeypatch):
     (options,) = called
     for reference in [getattr(options, "config", None)]:
         if reference:
-            from bigbatch.config_file import load_config
+            from bigbatch.config.file import load_config
 
             load_config(reference, options.overrides)
 

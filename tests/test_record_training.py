@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.config_fields import DataConfig
-from bigbatch.data import tfds_metadata
+from bigbatch.config.assemble import evaluation_source, load_data
+from bigbatch.config.fields import DataConfig
+from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import UserError
-from bigbatch.sources import evaluation_source, load_data
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
 
 N = TRAIN_CLASSES * IMAGES_PER_CLASS

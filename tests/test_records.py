@@ -9,9 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from bigbatch import cli, tfrecord
-from bigbatch.data import crops, jpeg, random, record_set, tfds_metadata, tfrecord_index
-from bigbatch.data.records import Records, parse
+from bigbatch import cli
+from bigbatch.data import random
+from bigbatch.data.records import crops, jpeg, record_set, tfrecord, tfrecord_index
+from bigbatch.data.records.reader import Records, parse
+from bigbatch.data.tfds import metadata as tfds_metadata
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
 
 N = TRAIN_CLASSES * IMAGES_PER_CLASS

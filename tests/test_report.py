@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from bigbatch.commands.report import read_run, summarise, write_report
+from bigbatch.commands.report.summary import Estimate, difference
+from bigbatch.commands.report.table import claims
 from bigbatch.errors import UserError
-from bigbatch.report import read_run, summarise, write_report
-from bigbatch.report.summary import Estimate, difference
-from bigbatch.report.table import claims
 from tests.report_runs import DECAY, falling_loss, write_run
 
 MISSING, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -345,7 +345,7 @@ def test_no_usable_run_is_a_users_mistake(run_dir, tmp_path):
 
 def test_a_report_needs_no_jax_and_no_display(run_dir, tmp_path):
     code = (
-        "import sys; from bigbatch.report import write_report; "
+        "import sys; from bigbatch.commands.report import write_report; "
         "assert 'matplotlib' not in sys.modules; write_report(sys.argv[1:2], sys.argv[2]); "
         "assert not {'jax', 'matplotlib.pyplot', 'tkinter'} & set(sys.modules)"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.report.curves import bin_means, curve_gap
+from bigbatch.commands.report.curves import bin_means, curve_gap
 
 
 def training(sizes, losses, lost=()):

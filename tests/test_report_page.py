@@ -11,8 +11,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from bigbatch.report import linear_scaling, read_run, write_report
-from bigbatch.report.timing import equal_budgets, seconds_at, stage_speeds
+from bigbatch.commands.report import linear_scaling, read_run, write_report
+from bigbatch.commands.report.timing import equal_budgets, seconds_at, stage_speeds
 from tests.report_runs import DECAY, falling_loss, write_run
 
 INCREASE = [(2, 20, 0.1), (2, 100, 0.1)]

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from bigbatch import policy
+from bigbatch.commands.report import read_run
 from bigbatch.errors import UserError
-from bigbatch.plan import make_plan
-from bigbatch.report import read_run
+from bigbatch.schedule import policy
+from bigbatch.schedule.plan import make_plan
 from tests.report_runs import DECAY, falling_loss, write_run
 
 

@@ -14,13 +14,16 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 
 import bigbatch
-from bigbatch import layout, step, train, update_loop
-from bigbatch.checkpoint import params_sha256
+from bigbatch.engine import functions as step
+from bigbatch.engine.optimizer import Momentum
+from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
-from bigbatch.optimizer import Momentum
-from bigbatch.own_task import prepare_task
-from bigbatch.run import Updates
-from bigbatch.task import Task
+from bigbatch.layout import layout
+from bigbatch.training import loop as train
+from bigbatch.training import updates as update_loop
+from bigbatch.training.prepare import prepare_task
+from bigbatch.training.run import Updates
+from bigbatch.workdir.checkpoint import params_sha256
 from tests import trained
 from tests.test_distributed import free_port
 from tests.test_noise_measurement import log_of

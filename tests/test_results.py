@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from bigbatch.report import read_run, summarise
-from bigbatch.report.table import markdown
+from bigbatch.commands.report import read_run, summarise
+from bigbatch.commands.report.table import markdown
 from tests.benchmarks import __main__ as benchmarks
 
 RESULTS = Path(__file__).parent.parent / "notebooks" / "results"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import bigbatch
-from bigbatch import step
-from bigbatch.optimizer import OPTIMIZERS
-from bigbatch.own_task import prepare_task
-from bigbatch.task import Task
-from bigbatch.train import updates
+from bigbatch.engine import functions as step
+from bigbatch.engine.optimizer import OPTIMIZERS
+from bigbatch.engine.task import Task
+from bigbatch.training.loop import updates
+from bigbatch.training.prepare import prepare_task
 
 COLLECTIVE = re.compile(r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\(")
 DEVICES = 8

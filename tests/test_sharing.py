@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from bigbatch import step, train
-from bigbatch.config import read_config
+from bigbatch.config.config import read_config
 from bigbatch.data import stream
 from bigbatch.data.keys import example_keys
+from bigbatch.engine import functions as step
+from bigbatch.engine.task import cross_entropy_sums
 from bigbatch.errors import UserError
+from bigbatch.layout.sharing import layout_over
 from bigbatch.models import WideResNetConfig
 from bigbatch.models.dropout import dropout
 from bigbatch.models.ghost_norm import GHOST_STATISTICS, RUNNING_STATISTICS
-from bigbatch.reestimate import reestimate
-from bigbatch.run import Run
-from bigbatch.sharing import layout_over
-from bigbatch.task import cross_entropy_sums
+from bigbatch.training import loop as train
+from bigbatch.training.reestimate import reestimate
+from bigbatch.training.run import Run
 from tests import trained
 
 MODEL = {

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from bigbatch import layout, step, train
 from bigbatch.data import stream
-from bigbatch.microbatches import place
+from bigbatch.engine import functions as step
+from bigbatch.layout import layout
+from bigbatch.training import loop as train
+from bigbatch.training.microbatches import place
 from tests import trained
 from tests.hlo import collectives
 from tests.trained import FLOAT64_MODEL

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from bigbatch import train
-from bigbatch.checkpoint import Checkpoints, params_sha256
 from bigbatch.errors import RunError
-from bigbatch.metrics import truncate
-from bigbatch.workdir import Workdir
+from bigbatch.training import loop as train
+from bigbatch.workdir.checkpoint import Checkpoints, params_sha256
+from bigbatch.workdir.files import Workdir
+from bigbatch.workdir.metrics import truncate
 from tests import storm, trained
 from tests.storm import records
 

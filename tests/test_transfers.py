@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from bigbatch import microbatches, step, train
+from bigbatch.engine import functions as step
+from bigbatch.training import loop as train
+from bigbatch.training import microbatches
 from tests import trained
 
 

@@ -9,10 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch import errors
-from bigbatch.noise_scale import exact_noise_scale, noise_scale
-from bigbatch.plan import make_plan
-from bigbatch.policy import Policy, constant, cosine, polynomial, stages, step_decay, warmup
-from bigbatch.transform import (
+from bigbatch.schedule.noise_scale import exact_noise_scale, noise_scale
+from bigbatch.schedule.plan import make_plan
+from bigbatch.schedule.policy import (
+    Policy,
+    constant,
+    cosine,
+    polynomial,
+    stages,
+    step_decay,
+    warmup,
+)
+from bigbatch.schedule.transform import (
     TRANSFORMATIONS,
     adam,
     doubling_only,

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from bigbatch import workdir
 from bigbatch.errors import RunError
-from bigbatch.metrics import MetricsLog
+from bigbatch.workdir import files as workdir
+from bigbatch.workdir.metrics import MetricsLog
 from tests.test_distributed import ROOT
 
 # Permissions do not bind root, unless it gives the right to pass them by away.

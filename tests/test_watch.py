@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from bigbatch import divergence, train
 from bigbatch.errors import RunError
-from bigbatch.watch import PHASES, Watchdog
+from bigbatch.schedule import divergence
+from bigbatch.training import loop as train
+from bigbatch.training.watch import PHASES, Watchdog
 from tests import trained
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 
-from bigbatch import run, step
-from bigbatch.config import Config, read_config
-from bigbatch.config_fields import UNITS
+from bigbatch.config.config import Config, read_config
+from bigbatch.config.fields import UNITS
+from bigbatch.engine import functions as step
+from bigbatch.training import run
 
 DECAY = {
     "name": "step_decay",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bigbatch.data import own_arrays, tfds_metadata
+from bigbatch.data import own_arrays
 from bigbatch.data.dataset import (
     Arrays,
     DataSet,
@@ -17,6 +17,7 @@ from bigbatch.data.dataset import (
     pixel_statistics,
 )
 from bigbatch.data.own_arrays import from_arrays
+from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import Problem, UserError, nearest_name
 
 __all__ = [
@@ -154,7 +155,7 @@ def load(
     if name == "digits":
         train, test = _digits()
     else:
-        from bigbatch.data import tfds_files
+        from bigbatch.data.tfds import files as tfds_files
 
         prepared = tfds_metadata.find(name, data_dir)
         if prepared is None:
@@ -182,7 +183,7 @@ def _find(name: str, data_dir: str | Path | None) -> tfds_metadata.Prepared:
     prepared = tfds_metadata.find(str(name), data_dir)
     if prepared is not None:
         return prepared
-    from bigbatch.data import tfds_files
+    from bigbatch.data.tfds import files as tfds_files
 
     known = [*_INFOS, own_arrays.NAME]
     allowed = "one of " + ", ".join(known) + ", or a data set for image classification prepared in "
@@ -193,7 +194,7 @@ def _find(name: str, data_dir: str | Path | None) -> tfds_metadata.Prepared:
 
 def _prepared_info(prepared: tfds_metadata.Prepared) -> Info:
     """The facts of a prepared data set, but for its mean and std."""
-    from bigbatch.data import tfds_files
+    from bigbatch.data.tfds import files as tfds_files
 
     tfds_files.check(prepared)
     assert prepared.image_shape is not None

@@ -46,7 +46,7 @@ VARIANTS = {
 
 def config(changes: dict, devices: int):
     """The config of a variant."""
-    from bigbatch.config import read_config
+    from bigbatch.config.config import read_config
     from tests import trained
 
     constant = {"name": "constant", "learning_rate": 0.01, "batch_size": EXAMPLES, "momentum": 0.9}
@@ -61,7 +61,7 @@ class Variant:
     def __init__(self, changes: dict, devices: int) -> None:
         import jax
 
-        from bigbatch.microbatches import Request
+        from bigbatch.training.microbatches import Request
         from tests import trained
 
         self.run = trained.prepared(config(changes, devices), devices)
@@ -109,8 +109,8 @@ def measure(devices: int, rounds: int) -> list[str]:
 
 def beside(plain_variant: Variant, plain: np.ndarray, rounds: int) -> list[str]:
     """Rows of what the host does beside the programs: an event record, a checkpoint."""
-    from bigbatch.checkpoint import Checkpoints
-    from bigbatch.event_files import EventFiles
+    from bigbatch.workdir.checkpoint import Checkpoints
+    from bigbatch.workdir.event_files import EventFiles
 
     record = {
         "update": 1,

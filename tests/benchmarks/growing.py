@@ -69,7 +69,7 @@ def tree(epochs: float = 30.0, devices: int = 1) -> dict:
 
 def write_setting(directory: Path, epochs: float, devices: int) -> None:
     """What all peers read."""
-    from bigbatch.config import read_config
+    from bigbatch.config.config import read_config
     from bigbatch.data import sets
 
     settings = tree(epochs, devices)

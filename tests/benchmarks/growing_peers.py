@@ -21,10 +21,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from bigbatch import step  # noqa: E402
-from bigbatch.config import read_config  # noqa: E402
-from bigbatch.plan import Plan  # noqa: E402
-from bigbatch.task import image_classification  # noqa: E402
+from bigbatch.config.config import read_config
+from bigbatch.engine import functions as step
+from bigbatch.engine.task import image_classification
+from bigbatch.schedule.plan import Plan
 
 RUNNING_DECAY = 0.9
 WEIGHT_DECAY, MOMENTUM = 5e-4, 0.9
@@ -283,10 +283,10 @@ def ours(setting: Setting) -> float:
     """`bigbatch train`: with its log, event files, checkpoints and result file too."""
     import tempfile
 
-    from bigbatch.resume import open_run
-    from bigbatch.run import prepare
-    from bigbatch.train import train
-    from bigbatch.workdir import Workdir
+    from bigbatch.training.loop import train
+    from bigbatch.training.run import prepare
+    from bigbatch.workdir.files import Workdir
+    from bigbatch.workdir.resume import open_run
 
     with tempfile.TemporaryDirectory() as directory:
         files = Workdir(Path(directory) / "run")
@@ -296,9 +296,9 @@ def ours(setting: Setting) -> float:
 
 def ours_as_library(setting: Setting) -> float:
     """The updates of bigbatch in a loop of one's own, which does what the peers' loops do."""
-    from bigbatch.evaluate import evaluate
-    from bigbatch.run import prepare
-    from bigbatch.train import updates
+    from bigbatch.training.evaluate import evaluate
+    from bigbatch.training.loop import updates
+    from bigbatch.training.run import prepare
 
     run = prepare(setting.config, setting.plan)
     losses, accuracy = [], 0.0

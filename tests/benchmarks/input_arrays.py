@@ -28,11 +28,12 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 import bigbatch
-from bigbatch import microbatches, step
 from bigbatch.data import on_device, sets, stream
 from bigbatch.data.augment import Augment
-from bigbatch.data.prefetch import Prefetch
-from bigbatch.layout import Layout
+from bigbatch.engine import functions as step
+from bigbatch.layout.layout import Layout
+from bigbatch.training import microbatches
+from bigbatch.training.prefetch import Prefetch
 
 Result = TypeVar("Result")
 

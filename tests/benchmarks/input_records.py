@@ -21,10 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigbatch.data import jpeg, record_set, stream, tfds_metadata
-from bigbatch.data.crops import training_window
-from bigbatch.data.prefetch import Prefetch
-from bigbatch.data.records import Records, parse
+from bigbatch.data import stream
+from bigbatch.data.records import jpeg, record_set
+from bigbatch.data.records.crops import training_window
+from bigbatch.data.records.reader import Records, parse
+from bigbatch.data.tfds import metadata as tfds_metadata
+from bigbatch.training.prefetch import Prefetch
 
 SIZE, IMAGES, MICROBATCH, ROUNDS, TAKEN = 224, 1000, 64, 5, 960
 IMAGENET_EXAMPLES = 1_281_167
@@ -222,8 +224,9 @@ def differences(directory: Path) -> None:
 
 def rebatching(directory: Path) -> None:
     """The same microbatches, for updates of 128 and of 65,536 examples."""
-    from bigbatch import make_plan, microbatches, step_decay
-    from bigbatch.sharing import layout_over
+    from bigbatch import make_plan, step_decay
+    from bigbatch.layout.sharing import layout_over
+    from bigbatch.training import microbatches
 
     source = ours(directory, "tfrecord", "fast")
     rates: dict[int, list[float]] = {MICROBATCH: [], 65_536: []}

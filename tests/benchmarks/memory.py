@@ -38,7 +38,7 @@ def task_and_arrays():
     import jax.numpy as jnp
     import numpy as np
 
-    from bigbatch.task import image_classification
+    from bigbatch.engine.task import image_classification
     from tests.elastic import Network
 
     module = Network(CLASSES, GHOST, axis_name="data", dtype=jnp.dtype("float32"))
@@ -54,9 +54,10 @@ def ours(batch_size: int) -> dict[str, int]:
     import jax
 
     import bigbatch
-    from bigbatch import step, train
-    from bigbatch.optimizer import Momentum
-    from bigbatch.own_task import prepare_task
+    from bigbatch.engine import functions as step
+    from bigbatch.engine.optimizer import Momentum
+    from bigbatch.training import loop as train
+    from bigbatch.training.prepare import prepare_task
 
     task, arrays = task_and_arrays()
     examples = max(LEAST_EXAMPLES, batch_size)
@@ -92,7 +93,7 @@ def plain(batch_size: int, *, runs: bool) -> dict[str, int]:
     import numpy as np
     import optax
 
-    from bigbatch import memory
+    from bigbatch.layout import memory
 
     task, arrays = task_and_arrays()
     optimizer = optax.sgd(0.01, momentum=0.9)

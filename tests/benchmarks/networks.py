@@ -15,10 +15,10 @@ import time
 import jax
 import numpy as np
 
-from bigbatch import step
+from bigbatch.engine import functions as step
+from bigbatch.engine.optimizer import Momentum
+from bigbatch.engine.task import image_classification
 from bigbatch.models import InceptionResNetV2Config, ResNetConfig, WideResNetConfig
-from bigbatch.optimizer import Momentum
-from bigbatch.task import image_classification
 
 # Name -> (config, image side in pixels, classes, ghost batch of the paper).
 NETWORKS = {

@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from bigbatch import run, step
-from bigbatch.config import read_config
-from bigbatch.microbatches import Request
+from bigbatch.config.config import read_config
+from bigbatch.engine import functions as step
+from bigbatch.training import run
+from bigbatch.training.microbatches import Request
 from tests import trained
 
 UPDATE = 256

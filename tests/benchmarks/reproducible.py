@@ -13,9 +13,9 @@ import platform
 import jax
 import numpy as np
 
-from bigbatch import exact_sums
 from bigbatch.data import stream
-from bigbatch.task import image_classification
+from bigbatch.engine import exact_sums
+from bigbatch.engine.task import image_classification
 from tests import trained
 
 GHOST, GHOSTS = 32, 64

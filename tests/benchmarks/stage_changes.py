@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from bigbatch import train
-from bigbatch.config import read_config
-from bigbatch.config_file import load_config
+from bigbatch.config.config import read_config
+from bigbatch.config.file import load_config
+from bigbatch.training import loop as train
 from tests import trained
 
 FIRST = 10

@@ -12,8 +12,8 @@ import platform
 
 import jax
 
-from bigbatch import bench
-from bigbatch.config_file import load_config
+from bigbatch.commands import bench
+from bigbatch.config.file import load_config
 
 RUNS = 25
 COUNTS = (1, 2, 3, 6, 12, 24)

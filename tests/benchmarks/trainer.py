@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.trainer [WORK ...] > tests/benchmarks/results/trainer.md
 
-*Loop* is `bigbatch.train.train`: input, logging of every update (JSON lines and event files), the
+*Loop* is `bigbatch.training.loop.train`: input, logging of every update (JSON lines and event files), the
 watchdog, checkpoints at the config's interval. *Bare* calls the same compiled accumulate and
 apply_update on one microbatch that lies on the devices, with hyperparameters that do too. Both run
 in one process, a stretch of the one and a stretch of the other by turns, inside one run of the
@@ -63,12 +63,13 @@ def measure(name: str) -> dict:
     """One work, in this process."""
     import jax
 
-    from bigbatch import step, train
-    from bigbatch.bench import _random_images
-    from bigbatch.config_file import load_config
-    from bigbatch.layout import Microbatch
-    from bigbatch.microbatches import Request
-    from bigbatch.run import prepare
+    from bigbatch.commands.bench import _random_images
+    from bigbatch.config.file import load_config
+    from bigbatch.engine import functions as step
+    from bigbatch.layout.layout import Microbatch
+    from bigbatch.training import loop as train
+    from bigbatch.training.microbatches import Request
+    from bigbatch.training.run import prepare
 
     reference, changes, devices, stretch, rounds = WORKS[name]
     jax.config.update("jax_num_cpu_devices", devices)

@@ -1,0 +1,177 @@
+"""Measures the speeds of one device, for `bigbatch plan --bench` on many.
+
+Updates of 1 and of 3 microbatches are timed by turns, on random images that lie on the device: the
+slope over the microbatches is the time of one, the rest is the fixed cost of an update. Two sizes
+of microbatch give the fixed cost of a call and the time of an example.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bigbatch.config.config import Config
+from bigbatch.data import sets
+from bigbatch.engine import functions as step
+from bigbatch.errors import Problem, UserError
+from bigbatch.layout.layout import Microbatch
+from bigbatch.schedule.plan import Plan
+from bigbatch.training.microbatches import Request
+from bigbatch.training.run import Run, prepare
+
+RUNS = 7
+_MICROBATCHES = (1, 3)
+# So many updates of each size make both shapes worth compiling.
+_UPDATES = 100_000
+
+
+def bench(config: Config) -> dict[str, Any]:
+    """Times a config's compiled functions on the first device.
+
+    Args:
+      config: a validated config; of its data set only the shapes are used.
+
+    Returns:
+      Plain values: `examples_per_s`, `call_s` and `update_s` as in `time_model.Speeds`, the
+      measured `microbatches` and `updates` behind them, and what they were measured on.
+
+    Raises:
+      UserError: the layout cannot be formed on one device.
+    """
+    run = prepared(config)
+    taken = update_seconds(run, run.layout.shapes, _MICROBATCHES)
+    seconds = {key: statistics.median(values) for key, values in taken.items()}
+    fit = fitted(seconds, run.layout.shapes)
+    device = run.mesh.devices.flat[0]
+    return {
+        **fit._asdict(),
+        "microbatches": [
+            {"examples": size, "seconds": s}
+            for size, s in sorted(microbatch_seconds(seconds, run.layout.shapes).items())
+        ],
+        "updates": [
+            {"examples": size, "microbatches": count, "seconds": s}
+            for (size, count), s in sorted(seconds.items())
+        ],
+        "runs": RUNS,
+        "device": f"{device.platform} {device.device_kind}",
+        "jax": jax.__version__,
+        "experiment": config.experiment,
+        "model": dict(config.tree["model"]),
+    }
+
+
+class Fit(NamedTuple):
+    """The terms of `time_model.Speeds` that one device decides."""
+
+    examples_per_s: float
+    call_s: float
+    update_s: float
+
+
+def microbatch_seconds(
+    seconds: Mapping[tuple[int, int], float], sizes: Sequence[int]
+) -> dict[int, float]:
+    """Seconds of one microbatch of each size: the slope between updates of few and of many."""
+    few, many = _MICROBATCHES
+    return {size: (seconds[size, many] - seconds[size, few]) / (many - few) for size in sizes}
+
+
+def fitted(seconds: Mapping[tuple[int, int], float], sizes: Sequence[int]) -> Fit:
+    """The terms from the seconds of updates.
+
+    Args:
+      seconds: of an update with 1 and with 3 microbatches, of each size.
+      sizes: one or two sizes of microbatch.
+    """
+    microbatches = microbatch_seconds(seconds, sizes)
+    few = _MICROBATCHES[0]
+    fixed_s = statistics.mean(seconds[size, few] - few * microbatches[size] for size in sizes)
+    large, small = max(sizes), min(sizes)
+    example_s, call_s = microbatches[large] / large, 0.0
+    if small < large:
+        slope = (microbatches[large] - microbatches[small]) / (large - small)
+        # Where an example costs more in a larger microbatch, there is nothing fixed to be seen.
+        if 0 < slope < example_s:
+            example_s, call_s = slope, microbatches[large] - slope * large
+    # The clock cannot resolve what is less than its noise: no cost is below 0.
+    return Fit(1 / example_s, call_s, max(0.0, fixed_s))
+
+
+def prepared(config: Config) -> Run:
+    """A run of the config on one device, with microbatches of the config's size and of half."""
+    limit, ghost = config.microbatch_examples_per_device, config.ghost_batch_examples
+    if limit < ghost:
+        allowed = f"for one device at least the {ghost} examples of a ghost batch"
+        raise UserError(Problem("microbatch_examples_per_device", limit, allowed, ghost))
+    unit = config.noise_small_batch_examples or ghost
+    half = max(unit, limit // 2 // unit * unit)
+    sizes = np.repeat(np.array([limit, half]), _UPDATES)
+    hypers = {name: np.full(len(sizes), c[0]) for name, c in config.plan.hypers.items()}
+    plan = Plan(limit, config.plan.epochs, config.plan.rule, sizes, hypers)
+    mesh = step.data_mesh(jax.devices()[:1])
+    return prepare(config, plan, mesh, data=_random_images(config.data.info, limit))
+
+
+def _random_images(info: sets.Info, examples: int) -> sets.DataSet:
+    """A data set of noise with the facts of a real one."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (examples, *info.image_shape), np.uint8)
+    labels = rng.integers(0, info.num_classes, examples)
+    return sets.from_arrays(
+        images, labels, images[:1], labels[:1], name=info.name, num_classes=info.num_classes
+    )
+
+
+def update_seconds(
+    run: Run, sizes: tuple[int, ...], counts: tuple[int, ...], runs: int = RUNS
+) -> dict[tuple[int, int], list[float]]:
+    """Seconds of one update, so often measured, by the size of its microbatches and their number.
+
+    Args:
+      run: from `prepared`.
+      sizes: examples in a microbatch, each one of the layout's shapes.
+      counts: how many microbatches.
+      runs: each is timed so often, by turns, after one that is not counted.
+    """
+    state, accumulator = run.init_state(), run.programs.empty_accumulator()
+    made = {size: run.microbatch(Request(0, Microbatch(0, size, size)))[1] for size in sizes}
+    examples = jax.device_put(made, jax.sharding.NamedSharding(run.mesh, step.SHARDED))
+    row = run.plan.row(0)
+    precision = jax.tree.leaves(state.params)[0].dtype
+    hyper = jax.device_put(
+        {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
+    )
+    taken: dict[tuple[int, int], list[float]] = {}
+    for number in range(runs + 1):
+        for size in sizes:
+            for count in counts:
+                jax.block_until_ready((state, accumulator))
+                addends = run.programs.addends(count * size)
+                accumulate = run.programs.accumulate[size]
+                start_s = time.perf_counter()
+                for _ in range(count):
+                    accumulator = accumulate(state, accumulator, examples[size], *addends)
+                state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
+                jax.block_until_ready((state, accumulator, sums))
+                if number:
+                    taken.setdefault((size, count), []).append(time.perf_counter() - start_s)
+    return taken
+
+
+def table(result: dict[str, Any]) -> str:
+    """The measured speeds in a few lines."""
+    lines = [f"{result['device']}, jax {result['jax']}, medians of {result['runs']}:"]
+    lines += [
+        f"  microbatch of {row['examples']:,} examples: {1000 * row['seconds']:.4g} ms, "
+        f"{row['examples'] / row['seconds']:,.5g} examples/s"
+        for row in result["microbatches"]
+    ]
+    lines.append(
+        f"  {result['examples_per_s']:,.5g} examples/s and {1000 * result['call_s']:.4g} ms a "
+        f"microbatch; {1000 * result['update_s']:.4g} ms an update"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""Several experiments of one config file, each with several seeds, and reports on them.
+
+Experiments named SCHEDULE-VARIANT, as in "increase-adam", are compared with "decay-VARIANT" where
+that is among them: one report a variant, beside the report on the names without one.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigbatch.commands.report import Report, write_report
+from bigbatch.commands.report.summary import REFERENCE_NAME
+from bigbatch.config.config import Config
+from bigbatch.config.file import compared_names, load_config
+from bigbatch.errors import Problem, UserError
+from bigbatch.workdir.files import Workdir
+from bigbatch.workdir.network_file import identified
+from bigbatch.workdir.resume import open_run
+
+
+def compare(
+    reference: str,
+    directory: Path,
+    *,
+    experiments: Sequence[str] | None,
+    seeds: int,
+    overrides: Sequence[tuple[str, str]] = (),
+) -> list[Report]:
+    """Trains and reports. Run again it continues; finished runs are not repeated.
+
+    Args:
+      reference: the config file.
+      directory: gets EXPERIMENT/seed_S for each run, `report`, and a `report-VARIANT` for each
+        variant.
+      experiments: names; None for those that the file would have compared.
+      seeds: how many, from 0 on.
+      overrides: fields to change in every experiment.
+
+    Returns:
+      The reports, one for each directory written.
+
+    Raises:
+      UserError: with the mistakes of all the experiments, before anything is trained.
+    """
+    if seeds < 1:
+        raise UserError(Problem("seeds", seeds, "a whole number >= 1", 1))
+    path, _, experiment = reference.partition(":")
+    if experiment and experiments is None:
+        experiments = [experiment]
+    names = list(experiments or compared_names(path))
+    problems: dict[Problem, None] = {}
+    configs: dict[tuple[str, int], Config] = {}
+    for seed in range(seeds):
+        for name in names:
+            try:
+                fields = [*overrides, ("seed", str(seed))]
+                config = load_config(f"{path}:{name}", fields)
+                configs[name, seed] = identified(config, _files(directory, name, seed))
+            except UserError as error:
+                # Most mistakes are common to all; each is said once.
+                problems |= dict.fromkeys(error.problems)
+    if problems:
+        raise UserError(problems)
+
+    from bigbatch.training.loop import train
+    from bigbatch.training.run import prepare
+
+    for number, ((name, seed), config) in enumerate(configs.items(), 1):
+        files = _files(directory, name, seed)
+        plan = open_run(config, files)
+        print(
+            f"[{number}/{len(configs)}] {name}, seed {seed}: ", end="", file=sys.stderr, flush=True
+        )
+        if files.result.exists():
+            print("finished before", file=sys.stderr)
+            continue
+        result = train(prepare(config, plan), files.path)
+        print(
+            f"{result['updates']} updates, test accuracy {100 * result['test_accuracy']:.2f} %, "
+            f"{result['seconds']:.1f} s",
+            file=sys.stderr,
+        )
+    return [
+        write_report(
+            [_files(directory, name, seed).path for seed in range(seeds) for name in family],
+            directory / (f"report-{variant}" if variant else "report"),
+        )
+        for variant, family in families(names).items()
+    ]
+
+
+def _files(directory: Path, name: str, seed: int) -> Workdir:
+    return Workdir(directory / name / f"seed_{seed}")
+
+
+def families(names: Sequence[str]) -> dict[str, list[str]]:
+    """The experiments that are compared with one another: those with a reference of their own.
+
+    Args:
+      names: the experiments.
+
+    Returns:
+      Each variant and its experiments, in their order; "" is the variant of all others.
+    """
+    found: dict[str, list[str]] = {}
+    for name in names:
+        variant = name.partition("-")[2]
+        own = variant and f"{REFERENCE_NAME}-{variant}" in names
+        found.setdefault(variant if own else "", []).append(name)
+    return found

@@ -1,0 +1,150 @@
+"""The short runs of `bigbatch critical`: the noise at a checkpoint, and branches from it."""
+
+import contextlib
+import dataclasses
+import math
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bigbatch.commands.critical.fit import reached_after
+from bigbatch.commands.critical.table import Noise
+from bigbatch.engine.functions import State
+from bigbatch.schedule.adaptive import gradient_noise
+from bigbatch.schedule.plan import Plan, Row
+from bigbatch.training.run import Run, training_input
+from bigbatch.training.updates import updates
+
+# The noise at a checkpoint: small batches to an update on each device, epochs at most, and the
+# relative error that is enough.
+_NOISE_SMALL_BATCHES = 16
+_NOISE_EPOCHS = 8
+_NOISE_ERROR = 0.1
+_NOISE_UPDATES = 10
+# A branch is looked at when it has become longer by this share.
+_LOOK_SHARE = 0.05
+_MAX_WORD = 2**32
+
+
+class Branch(NamedTuple):
+    """A branch that is done.
+
+    Attributes:
+      losses: of each update, before it.
+      gradient_squares: estimates of |G|^2 of each update; empty where an update has none.
+      variances: likewise, of tr(S).
+    """
+
+    losses: list[float]
+    gradient_squares: list[float]
+    variances: list[float]
+
+
+def noise_batch_size(small_batch_examples: int, devices: int, train_examples: int) -> int:
+    """The batch size at which `noise_at` measures, in examples: at most half of an epoch's."""
+    most = train_examples // (2 * small_batch_examples)
+    return small_batch_examples * max(2, min(_NOISE_SMALL_BATCHES * devices, most))
+
+
+def noise_at(run: Run, state: State, row: Row) -> Noise:
+    """The training loss and the noise scale at a state, from updates of learning rate 0.
+
+    Args:
+      run: measures noise; its layout has `noise_batch_size`.
+      state: is copied.
+      row: an update of the run's plan, for the other hyperparameters.
+    """
+    total = run.plan.train_examples
+    size = noise_batch_size(run.config.microbatch_unit_examples, run.mesh.size, total)
+    plan = constant_plan(run.plan, row, size, 0.0, _NOISE_EPOCHS)
+    smoothed, loss, count = gradient_noise.Smoothed(), 0.0, 0.0
+    with contextlib.closing(_updates(run, state, plan, seed=run.config.seed)) as parts:
+        for _, _, sums in parts:
+            measured = gradient_noise.measurement_of(sums)
+            assert measured is not None, "the run was prepared to measure"
+            smoothed = gradient_noise.smooth(
+                smoothed,
+                gradient_noise.estimate(measured),
+                measured,
+                # The parameters stay: nothing grows old.
+                memory_examples=1e6 * total,
+            )
+            loss, count = loss + float(sums["loss"]), count + float(sums["count"])
+            scale, error = smoothed.noise_scale, smoothed.standard_error
+            known = scale is not None and error is not None and error < _NOISE_ERROR * scale
+            if known and smoothed.effective_updates > _NOISE_UPDATES and count >= total:
+                break
+    return Noise(loss / count, smoothed.noise_scale, smoothed.standard_error, smoothed.status)
+
+
+def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) -> Branch:
+    """Trains a plan of one batch size until its smoothed loss is at a target, or to its end.
+
+    Args:
+      run: its layout has the plan's batch size.
+      state: at which the plan begins; is copied.
+      plan: from `constant_plan`.
+      seed: of the order of the examples.
+      target_loss: of training.
+    """
+    size = int(plan.batch_sizes[0])
+    done = Branch([], [], [])
+    unread: list[Any] = []
+    look = 1
+    with contextlib.closing(_updates(run, state, plan, seed)) as parts:
+        for row, _, sums in parts:
+            # Not read at once: the device need not wait for the host.
+            unread.append(sums)
+            if row.update + 1 < min(look, plan.num_updates):
+                continue
+            for read in unread:
+                _read(done, read)
+            unread, look = [], row.update + 2 + int(_LOOK_SHARE * row.update)
+            finite = math.isfinite(done.losses[-1])
+            if not finite or reached_after(done.losses, size, target_loss) is not None:
+                break
+    return done
+
+
+def _read(done: Branch, sums: Any) -> None:
+    """Adds an update's numbers to a branch."""
+    done.losses.append(float(sums["loss"]) / float(sums["count"]))
+    measured = gradient_noise.measurement_of(sums)
+    estimate = None if measured is None else gradient_noise.estimate(measured)
+    if estimate is not None:
+        done.gradient_squares.append(estimate.gradient_square)
+        done.variances.append(estimate.variance)
+
+
+def constant_plan(
+    plan: Plan, row: Row, batch_size: int, learning_rate: float, epochs: float
+) -> Plan:
+    """Updates of one batch size and learning rate, all else as in a row of a plan."""
+    count = math.ceil(epochs * plan.train_examples / batch_size)
+    hypers = {**row.hyper, "learning_rate": learning_rate}
+    return dataclasses.replace(
+        plan,
+        epochs=epochs,
+        batch_sizes=np.full(count, batch_size, np.int64),
+        hypers={name: np.full(count, float(value)) for name, value in hypers.items()},
+    )
+
+
+def _updates(run: Run, state: State, plan: Plan, seed: int) -> Any:
+    """The updates of a plan from a copy of a state on, on examples in the order of a seed."""
+    # The first update is given its state's buffers.
+    return updates(_with_seed(run, plan, seed), jax.tree.map(jnp.copy, state), 0)
+
+
+def _with_seed(run: Run, plan: Plan, seed: int) -> Run:
+    """The run with another plan, and its examples in another order."""
+    config = dataclasses.replace(run.config, seed=seed % _MAX_WORD)
+    return dataclasses.replace(
+        run,
+        plan=plan,
+        controller=None,
+        microbatch=training_input(config, run.data, run.layout, run.mesh),
+        smaller=lambda: _with_seed(cast(Run, run.smaller()), plan, seed),
+    )

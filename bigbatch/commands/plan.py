@@ -1,0 +1,94 @@
+"""The plan as a table of text, for `bigbatch plan`."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from bigbatch.config.config import Config
+from bigbatch.layout.layout import Layout
+from bigbatch.schedule.diagnostics import diagnose
+from bigbatch.schedule.plan import Stage
+
+_HEADER = (
+    "first update",
+    "updates",
+    "first example",
+    "epoch",
+    "batch size",
+    "learning rate",
+    "momentum",
+    "noise scale",
+    "microbatches",
+)
+# A plan whose every update differs has thousands of stages.
+_MAX_ROWS = 40
+
+
+def text(config: Config, *, devices: int) -> str:
+    """The stage table, the totals, the layout's idle share, and what is worth a warning.
+
+    Args:
+      config: a validated config.
+      devices: how many to lay the plan out for; none is looked for.
+
+    Raises:
+      UserError: the layout cannot be formed.
+    """
+    plan = config.plan
+    layout = config.layout(plan, devices)
+    shares = (f"{layout.devices * shape // devices}" for shape in layout.shapes)
+    rows = [_row(stage, layout) for stage in plan.stages]
+    source = config.source_plan
+    lines = [
+        f"{config.experiment or 'plan'}: {plan.train_examples:,} training examples, "
+        f"{plan.epochs:g} epochs",
+        "",
+        *aligned([_HEADER, *abridged(rows, len(_HEADER))]),
+        "",
+        f"{plan.num_updates:,} updates, {plan.num_examples:,} examples; "
+        f"{source.num_updates / plan.num_updates:.2f} times fewer updates than the "
+        f"{source.num_updates:,} of the policy without transformations",
+        f"planned for {devices} device{'s' * (devices > 1)} (--devices; none was looked for): "
+        f"microbatches of {' or '.join(shares)} examples a device, "
+        f"{100 * layout.masked_share(plan):.1f} % of the computed examples masked (idle)",
+        f"fingerprint {plan.fingerprint}",
+        "",
+    ]
+    diagnostics = diagnose(plan, source, layout)
+    lines += [diagnostic.text for diagnostic in diagnostics]
+    lines += [f"warning: {found.warning}" for found in diagnostics if found.warning]
+    return "\n".join(lines)
+
+
+def _row(stage: Stage, layout: Layout) -> tuple[str, ...]:
+    rates = f"{stage.learning_rate:.4g}"
+    if stage.last_learning_rate != stage.learning_rate:
+        rates += f" .. {stage.last_learning_rate:.4g}"
+    shapes = Counter(part.examples_per_device for part in layout.microbatches(stage.batch_size))
+    cut = " + ".join(f"{count} x {layout.devices * shape:,}" for shape, count in shapes.items())
+    return (
+        f"{stage.first_update:,}",
+        f"{stage.num_updates:,}",
+        f"{stage.first_example:,}",
+        f"{stage.epoch:.4g}",
+        f"{stage.batch_size:,}",
+        rates,
+        f"{stage.momentum:.4g}",
+        f"{stage.noise_scale:.4g}",
+        cut,
+    )
+
+
+def abridged(rows: Sequence[Sequence[str]], columns: int) -> list[Sequence[str]]:
+    """The first and the last rows of a long table, with a line that says how many are left out."""
+    if len(rows) <= _MAX_ROWS:
+        return list(rows)
+    half = _MAX_ROWS // 2
+    left_out = (f"... {len(rows) - 2 * half} stages ...", *[""] * (columns - 1))
+    return [*rows[:half], left_out, *rows[-half:]]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]

@@ -1,0 +1,199 @@
+"""Time and cost of a config on devices that are not there: text and JSON for `bigbatch plan`.
+
+The original recipe stands beside the growing one, on as many devices as could be of use to either.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from bigbatch.commands.plan import abridged, aligned
+from bigbatch.config.config import Config
+from bigbatch.layout import time_model
+from bigbatch.layout.time_model import Scaling, Speeds, StageTime
+
+_STAGE_HEAD = (
+    "first update",
+    "updates",
+    "batch size",
+    "s an update",
+    "computing",
+    "all-reduce",
+    "update",
+    "hours",
+)
+
+
+class Times(NamedTuple):
+    """What the time model says of a config.
+
+    Attributes:
+      devices: how many the stages are timed on.
+      gradient_bytes: what each all-reduce sums.
+      stages: of the config's plan.
+      original: the policy without transformations, by devices; empty where nothing is known of
+        several devices.
+      growing: the config's plan, likewise.
+    """
+
+    devices: int
+    gradient_bytes: int
+    stages: list[StageTime]
+    original: list[Scaling]
+    growing: list[Scaling]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return sum(stage.seconds for stage in self.stages)
+
+
+def times(config: Config, devices: int, speeds: Speeds) -> Times:
+    """Applies the time model to a config.
+
+    Args:
+      config: a validated config.
+      devices: how many to time the stages on.
+      speeds: of the hardware.
+
+    Raises:
+      UserError: the layout cannot be formed, or there are several devices and no bandwidth.
+    """
+    data, plan, source = config.data.info, config.plan, config.source_plan
+    parameters = config.model.num_parameters(
+        image_channels=data.image_shape[2], num_classes=data.num_classes
+    )
+    gradient_bytes = parameters * (8 if config.model.dtype == "float64" else 4)
+    layout = config.layout(plan, devices)
+    stages = time_model.stage_times(plan, layout, devices, gradient_bytes, speeds)
+    original, growing = [], []
+    if speeds.allreduce_gbps is not None:
+        ghost = config.ghost_batch_examples
+        counts = time_model.device_counts(plan, ghost, devices)
+        original, growing = (
+            time_model.scaling(each, config.layout, counts, gradient_bytes, speeds)
+            for each in (source, plan)
+        )
+    return Times(devices, gradient_bytes, stages, original, growing)
+
+
+def text(found: Times, speeds: Speeds) -> str:
+    """The stages' times, the totals, and the table over numbers of devices."""
+    priced = speeds.cost_per_device_hour is not None
+    head = [*_STAGE_HEAD, *["cost"] * priced]
+    rows = abridged([_stage_row(stage, found.devices, speeds) for stage in found.stages], len(head))
+    hours = found.seconds / 3600
+    total = f"{hours:,.4g} hours, {hours * found.devices:,.4g} device-hours"
+    if priced:
+        total += f", cost {_cost(hours * found.devices, speeds)}"
+    network = ""
+    if found.devices > 1:
+        network = f", all-reduces of {found.gradient_bytes / 1e6:,.4g} MB at "
+        network += f"{speeds.allreduce_gbps:g} Gbit/s"
+    many = "s" * (found.devices > 1)
+    lines = [
+        f"time on {found.devices:,} device{many} of {speeds.examples_per_s:,.5g} "
+        f"examples/s each{network} (a model; without input, evaluation and compilation):",
+        "",
+        *aligned([head, *rows]),
+        "",
+        total,
+    ]
+    if found.growing:
+        lines += ["", *_scaling_lines(found, speeds)]
+    return "\n".join(lines)
+
+
+def _stage_row(time: StageTime, devices: int, speeds: Speeds) -> tuple[str, ...]:
+    stage, update = time.stage, time.update
+    hours = time.seconds / 3600
+    cells = [f"{stage.first_update:,}", f"{stage.num_updates:,}", f"{stage.batch_size:,}"]
+    cells += [f"{seconds:.4g}" for seconds in (update.total_s, *update)]
+    cells.append(f"{hours:.4g}")
+    if speeds.cost_per_device_hour is not None:
+        cells.append(_cost(hours * devices, speeds))
+    return tuple(cells)
+
+
+def _cost(device_hours: float, speeds: Speeds) -> str:
+    return f"{device_hours * (speeds.cost_per_device_hour or 0.0):,.2f}"
+
+
+def _scaling_lines(found: Times, speeds: Speeds) -> list[str]:
+    """The two recipes side by side; device-hours stand for the cost where there is no price."""
+    measure = "device-hours" if speeds.cost_per_device_hour is None else "cost"
+    head = ["devices", "original: hours", measure, "growing: hours", measure, "times faster"]
+    original = {row.devices: row for row in found.original}
+    growing = {row.devices: row for row in found.growing}
+    rows = []
+    for devices in sorted(original.keys() | growing.keys()):
+        pair = original.get(devices), growing.get(devices)
+        cells = [f"{devices:,}"]
+        for row in pair:
+            if row is None:
+                cells += ["-", "-"]
+            else:
+                priced = speeds.cost_per_device_hour is not None
+                hours = row.device_hours
+                cells += [f"{row.seconds / 3600:.4g}"]
+                cells += [_cost(hours, speeds) if priced else f"{hours:,.4g}"]
+        known = pair[0] is not None and pair[1] is not None
+        cells.append(f"{pair[0].seconds / pair[1].seconds:.2f}" if known else "-")  # type: ignore[union-attr]
+        rows.append(cells)
+    lines = aligned([head, *rows])
+    lines.append("")
+    for name, scalings in (("original", found.original), ("growing", found.growing)):
+        if scalings:
+            best = time_model.most_worthwhile(scalings)
+            lines.append(
+                f"{name}: more than {best:,} device{'s' * (best > 1)} stop helping (twice as many "
+                f"are less than {time_model.WORTHWHILE_SPEEDUP:g} times as fast)"
+            )
+    return lines
+
+
+def summary(found: Times, speeds: Speeds) -> dict[str, Any]:
+    """The same as plain values, for `--json`."""
+    return {
+        "devices": found.devices,
+        "speeds": dataclasses.asdict(speeds),
+        "gradient_bytes": found.gradient_bytes,
+        "seconds": found.seconds,
+        "device_hours": found.seconds * found.devices / 3600,
+        "cost": _cost_value(found.seconds * found.devices / 3600, speeds),
+        "stages": [
+            {
+                "first_update": stage.first_update,
+                "num_updates": stage.num_updates,
+                "batch_size": stage.batch_size,
+                **update._asdict(),
+                "seconds": seconds,
+                "cost": _cost_value(seconds * found.devices / 3600, speeds),
+            }
+            for stage, update, seconds in found.stages
+        ],
+        "original": _scaling_summary(found.original, speeds),
+        "growing": _scaling_summary(found.growing, speeds),
+    }
+
+
+def _cost_value(device_hours: float, speeds: Speeds) -> float | None:
+    price = speeds.cost_per_device_hour
+    return None if price is None else device_hours * price
+
+
+def _scaling_summary(rows: Sequence[Scaling], speeds: Speeds) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    return {
+        "most_worthwhile_devices": time_model.most_worthwhile(rows),
+        "by_devices": [
+            {
+                "devices": row.devices,
+                "seconds": row.seconds,
+                "device_hours": row.device_hours,
+                "cost": _cost_value(row.device_hours, speeds),
+            }
+            for row in rows
+        ],
+    }

@@ -1,0 +1,277 @@
+"""The figures: panels drawn on Matplotlib axes, put together as PNG and SVG for a paper.
+
+Matplotlib is imported when the first figure is drawn, and used without its global state.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bigbatch.commands.report.runs import Columns
+from bigbatch.commands.report.summary import Experiment, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito (2008): told apart with every common colour blindness; the last is a dark red in
+# place of their yellow, which is faint on white. The reference is grey.
+REFERENCE_COLOUR = "#8a8a8a"
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#000000",
+    "#7b1e3a",
+)
+_MAX_POINTS = 2000
+_RC: dict[Any, Any] = {
+    "font.size": 12.5,
+    "axes.titlesize": 13.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#333333",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "xtick.color": "#555555",
+    "ytick.color": "#555555",
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "bigbatch",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How an experiment looks in every figure and legend."""
+
+    colour: str
+    dashed: bool
+    width: float
+
+
+def styles(summary: Summary) -> dict[str, Style]:
+    """The style of each experiment, by name.
+
+    The reference is a broad grey line under the others, and each line is narrower than the one
+    it is drawn on, so that curves that coincide all show. Experiments with another noise scale
+    than the reference's are dashed.
+    """
+    look = {summary.reference.name: Style(REFERENCE_COLOUR, dashed=False, width=6.0)}
+    others = summary.experiments[1:]
+    widths = np.linspace(3.4, 1.6, len(others)) if len(others) > 1 else [2.4]
+    for i, experiment in enumerate(others):
+        look[experiment.name] = Style(
+            COLOURS[i % len(COLOURS)], not experiment.equal_noise, float(widths[i])
+        )
+    return look
+
+
+Panel = Callable[["Axes", Summary], None]
+
+
+def loss_by_epochs(axes: "Axes", summary: Summary) -> None:
+    """Training loss against epochs."""
+    _loss(axes, summary, "epochs")
+    axes.set(title="Training loss, by epochs", xlabel="epochs")
+
+
+def loss_by_updates(axes: "Axes", summary: Summary) -> None:
+    """Training loss against updates."""
+    _loss(axes, summary, "updates")
+    axes.set(title="Training loss, by updates", xlabel="updates")
+    _count_updates(axes)
+
+
+def accuracy_by_epochs(axes: "Axes", summary: Summary) -> None:
+    """Test accuracy against epochs."""
+    _accuracy(axes, summary, "epochs")
+    axes.set(title="Test accuracy (%), by epochs", xlabel="epochs")
+
+
+def accuracy_by_updates(axes: "Axes", summary: Summary) -> None:
+    """Test accuracy against updates."""
+    _accuracy(axes, summary, "updates")
+    axes.set(title="Test accuracy (%), by updates", xlabel="updates")
+    _count_updates(axes)
+
+
+def batch_size(axes: "Axes", summary: Summary) -> None:
+    """Batch size against epochs, of each experiment's first run."""
+    _schedule(axes, summary, "batch_size")
+    axes.set(title="Batch size (examples)", xlabel="epochs")
+
+
+def learning_rate(axes: "Axes", summary: Summary) -> None:
+    """Learning rate against epochs, of each experiment's first run."""
+    _schedule(axes, summary, "learning_rate")
+    axes.set(title="Learning rate", xlabel="epochs")
+
+
+def curve_gap(axes: "Axes", summary: Summary) -> None:
+    """The curve gap d/s in each epoch, with the band that it keeps to without a difference."""
+    compared = [e for e in summary.experiments if e.gap is not None]
+    for experiment, style in _styled(summary):
+        if experiment.gap is not None:
+            axes.plot(experiment.gap.epochs + 0.5, experiment.gap.gaps, **_line(style))
+    bands = {round(e.gap.expected_rms, 6) for e in compared if e.gap is not None}
+    for band in bands:
+        axes.axhspan(-2 * band, 2 * band, color=REFERENCE_COLOUR, alpha=0.18, linewidth=0)
+    axes.axhline(0, color=REFERENCE_COLOUR, linewidth=2, zorder=1)
+    axes.set_yscale("symlog", linthresh=4, linscale=2)
+    ticks = [1, 2, 4, 10, 20, 50, 100, 200, 500, 1000]
+    highest = max((abs(e.gap.max) for e in compared if e.gap is not None), default=0.0)
+    shown = [tick for tick in ticks if tick <= max(4.0, 1.3 * highest)]
+    axes.set_yticks([*(-t for t in reversed(shown)), 0, *shown])
+    axes.set_yticklabels([f"{t:g}".replace("-", "\N{MINUS SIGN}") for t in axes.get_yticks()])
+    axes.minorticks_off()
+    title = f"Loss difference from {summary.reference.name}, in seed spreads"
+    axes.set(title=title, xlabel="epochs")
+
+
+def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
+    """Writes panels side by side with a legend below them, sharp at 800 pixels and at twice that.
+
+    Args:
+      panels: what to draw, left to right.
+      summary: the experiments.
+      path: the PNG file to write, 1,600 pixels wide; the SVG file beside it has the same name.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context(_RC):
+        from matplotlib.lines import Line2D
+
+        names = [_legend_text(experiment) for experiment in summary.experiments]
+        columns = _legend_columns(names)
+        figure = _figure((10.0, 4.3 + 0.3 * math.ceil(len(names) / columns)))
+        grid = figure.subplots(1, len(panels), squeeze=False)
+        for axes, panel in zip(grid[0], panels, strict=True):
+            panel(axes, summary)
+        handles = [Line2D([], [], **_line(style)) for _, style in _styled(summary)]
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=12)
+        figure.savefig(path, dpi=160, metadata={"Software": "bigbatch"})
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": "bigbatch"})
+
+
+def _figure(size: tuple[float, float]) -> "Figure":
+    # A bare Figure needs no pyplot, hence no display and no choice of backend.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def _legend_text(experiment: Experiment) -> str:
+    return f"{experiment.name} ({experiment.updates.mean:,.0f} updates)"
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    """As many columns as fit side by side in a figure of some 112 characters."""
+    longest = max(map(len, names)) + 6
+    fitting = max(min(len(names), 112 // longest), 1)
+    return math.ceil(len(names) / math.ceil(len(names) / fitting))
+
+
+def _styled(summary: Summary) -> list[tuple[Experiment, Style]]:
+    look = styles(summary)
+    return [(experiment, look[experiment.name]) for experiment in summary.experiments]
+
+
+def _line(style: Style) -> dict[str, Any]:
+    dashes = (0, (4, 2)) if style.dashed else "solid"
+    return {"color": style.colour, "linewidth": style.width, "linestyle": dashes}
+
+
+def _loss(axes: "Axes", summary: Summary, against: str) -> None:
+    for experiment, style in _styled(summary):
+        curves = experiment.curves
+        x = getattr(curves, against)
+        if len(experiment.runs) > 1:
+            axes.fill_between(
+                x, curves.low, curves.high, color=style.colour, alpha=0.2, linewidth=0
+            )
+        axes.plot(x, curves.loss, **_line(style))
+        _end(axes, x, curves.loss, style, against)
+    axes.set_yscale("log")
+
+
+def _accuracy(axes: "Axes", summary: Summary, against: str) -> None:
+    shown = []
+    for experiment, style in _styled(summary):
+        curve = experiment.accuracies
+        x = getattr(curve, against)
+        if len(experiment.runs) > 1:
+            low, high = curve.mean - curve.sd, curve.mean + curve.sd
+            axes.fill_between(x, low, high, color=style.colour, alpha=0.12, linewidth=0)
+        axes.plot(x, curve.mean, **_line(style))
+        _end(axes, x, curve.mean, style, against)
+        shown.append(curve.mean)
+    values = np.concatenate(shown)
+    values = values[np.isfinite(values)]
+    if values.size:
+        # The first evaluations lie far below, and would flatten what the figure is for.
+        low = min(np.quantile(values, 0.2), min(v[-1] for v in shown if v.size))
+        high = values.max()
+        margin = max(high - low, 0.5) * 0.15
+        axes.set_ylim(low - margin, min(high + margin, 100.0 + margin / 3))
+
+
+def _end(axes: "Axes", x: np.ndarray, y: np.ndarray, style: Style, against: str) -> None:
+    """Marks where a run ends; by epochs all end alike."""
+    if against == "updates" and x.size:
+        axes.plot(x[-1:], y[-1:], "o", color=style.colour, markersize=style.width + 4)
+
+
+def _count_updates(axes: "Axes") -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlim(left=0)
+
+
+def _schedule(axes: "Axes", summary: Summary, field: str) -> None:
+    for experiment, style in _styled(summary):
+        run = experiment.runs[0]
+        positions, values = _thinned(run.training, field)
+        # A record's value held since the record before.
+        x = np.append(0.0, positions / run.train_examples)
+        axes.plot(x, np.append(values[:1], values), drawstyle="steps-pre", **_line(style))
+    axes.set_yscale("log")
+    if field == "batch_size":
+        axes.minorticks_off()
+        ticks = _apart([run.training[field] for run in (e.runs[0] for e in summary.experiments)])
+        axes.set_yticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+
+
+def _apart(values: Sequence[np.ndarray]) -> list[float]:
+    """The values that occur, without those too close to be labelled on a log axis."""
+    present = np.unique(np.concatenate(values))
+    present = present[present > 0]
+    ticks: list[float] = []
+    for value in present:
+        if not ticks or value >= ticks[-1] * (present[-1] / present[0]) ** 0.07:
+            ticks.append(float(value))
+    return ticks
+
+
+def _thinned(training: Columns, field: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and values of a quantity, at most a few thousand, with both ends of each change."""
+    positions, values = training["examples"], training[field]
+    changes = np.flatnonzero(np.diff(values) != 0)
+    if changes.size > _MAX_POINTS:
+        changes = changes[:: math.ceil(changes.size / _MAX_POINTS)]
+    keep = np.unique(np.concatenate([[0], changes, changes + 1, [values.size - 1]]))
+    return positions[keep], values[keep]

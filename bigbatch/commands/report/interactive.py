@@ -1,0 +1,209 @@
+"""What the page's figures are drawn from: plain values, small enough to lie within the page.
+
+A *grid* is a row of points with their place on every x axis; a *series* is a row of values on a
+grid; a *chart* is a list of series. `page.js` draws them.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from bigbatch.commands.report import timing
+from bigbatch.commands.report.figures import styles
+from bigbatch.commands.report.runs import Run
+from bigbatch.commands.report.summary import Experiment, Summary
+
+AXES = ("epochs", "updates", "examples", "seconds")
+_MAX_POINTS = 400
+_DIGITS = 5
+
+
+def page_data(summary: Summary) -> dict[str, Any]:
+    """Everything that the page's script needs.
+
+    Args:
+      summary: the experiments.
+
+    Returns:
+      `axes`; `experiments`, each with name, colour, dashed and width; `charts`, each with id,
+      title, scale ("log" or "linear"), steps, percent, series, and for some bands and limits. A
+      value that is not known is null.
+    """
+    look = styles(summary)
+    experiments = [
+        {
+            "name": experiment.name,
+            "colour": look[experiment.name].colour,
+            "dashed": look[experiment.name].dashed,
+            "width": round(min(look[experiment.name].width, 4.5), 2),
+        }
+        for experiment in summary.experiments
+    ]
+    charts = [
+        _loss(summary),
+        _gap(summary),
+        _accuracy(summary),
+        *_schedules(summary),
+        _gradient_noise(summary),
+        _throughput(summary),
+    ]
+    return {
+        "axes": list(AXES),
+        "experiments": experiments,
+        "charts": [chart for chart in charts if chart["series"]],
+    }
+
+
+def _chart(name: str, title: str, series: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    defaults = {"scale": "linear", "steps": False}
+    return {"id": name, "title": title, **defaults, **fields, "series": series}
+
+
+def _grid(runs: tuple[Run, ...], examples: np.ndarray, updates: np.ndarray) -> dict[str, Any]:
+    """The points' places on every axis that is known."""
+    columns = {
+        "epochs": examples / runs[0].train_examples,
+        "updates": updates,
+        "examples": examples,
+        "seconds": timing.mean_seconds_at(runs, examples),
+    }
+    return {name: _plain(v) for name, v in columns.items() if np.isfinite(v).any()}
+
+
+def _series(
+    number: int, grid: dict[str, Any], values: np.ndarray, low: Any = None, high: Any = None
+) -> dict[str, Any]:
+    series = {"experiment": number, "x": grid, "y": _plain(values)}
+    if low is not None:
+        series |= {"low": _plain(low), "high": _plain(high)}
+    return series
+
+
+def _plain(values: np.ndarray) -> list[float | int | None]:
+    """Rounded to five digits, whole numbers written as such; None for what is not finite."""
+    return [_rounded(value) for value in np.asarray(values, np.float64).tolist()]
+
+
+def _rounded(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    if value == int(value) and abs(value) < 1e15:
+        return int(value)
+    short = float(f"{value:.{_DIGITS}g}")
+    return int(short) if short == int(short) else short
+
+
+def _loss(summary: Summary) -> dict[str, Any]:
+    series = []
+    for number, experiment in enumerate(summary.experiments):
+        curves = experiment.curves
+        band = (curves.low, curves.high) if len(experiment.runs) > 1 else (None, None)
+        series.append(_series(number, _curve_grid(experiment), curves.loss, *band))
+    return _chart("loss", "Training loss", series, scale="log")
+
+
+def _curve_grid(experiment: Experiment) -> dict[str, Any]:
+    curves = experiment.curves
+    examples = curves.epochs * experiment.runs[0].train_examples
+    return _grid(experiment.runs, examples, curves.updates)
+
+
+def _gap(summary: Summary) -> dict[str, Any]:
+    compared = [(i, e.gap) for i, e in enumerate(summary.experiments) if e.gap is not None]
+    series = [_series(i, {"epochs": _plain(gap.epochs + 0.5)}, gap.gaps) for i, gap in compared]
+    bands = sorted({round(2 * gap.expected_rms, 4) for _, gap in compared})
+    name = summary.reference.name
+    title = f"Loss difference from {name}, in standard deviations between seeds"
+    return _chart("gap", title, series, bands=[[-b, b] for b in bands])
+
+
+def _accuracy(summary: Summary) -> dict[str, Any]:
+    series, shown = [], []
+    for number, experiment in enumerate(summary.experiments):
+        curve = experiment.accuracies
+        if not curve.mean.size:
+            continue
+        examples = curve.epochs * experiment.runs[0].train_examples
+        band = (
+            (curve.mean - curve.sd, curve.mean + curve.sd)
+            if len(experiment.runs) > 1
+            else (None, None)
+        )
+        grid = _grid(experiment.runs, examples, curve.updates)
+        series.append(_series(number, grid, curve.mean, *band))
+        shown.append(curve.mean[np.isfinite(curve.mean)])
+    fields: dict[str, Any] = {}
+    values = np.concatenate(shown) if shown else np.empty(0)
+    if values.size:
+        # The first evaluations lie far below, and would flatten what the figure is for.
+        low = min(np.quantile(values, 0.2), min(v[-1] for v in shown if v.size))
+        margin = 0.15 * max(values.max() - low, 0.5)
+        limits = np.array([low - margin, min(values.max() + margin, 100 + margin / 3)])
+        fields["limits"] = _plain(limits)
+    return _chart("accuracy", "Test accuracy, %", series, **fields)
+
+
+def _schedules(summary: Summary) -> list[dict[str, Any]]:
+    """What was set, of each experiment's first run."""
+    charts = {
+        "batch_size": _chart("batch_size", "Batch size, examples", [], scale="log", steps=True),
+        "learning_rate": _chart("learning_rate", "Learning rate", [], scale="log", steps=True),
+        "noise_scale": _chart("noise_scale", "Noise scale, planned", [], scale="log", steps=True),
+    }
+    for number, experiment in enumerate(summary.experiments):
+        run = experiment.runs[0]
+        kept = _schedule_points(run)
+        examples, updates = run.training["examples"][kept], run.training["update"][kept]
+        # A record's value held since the record before.
+        grid = _grid((run,), np.append(0.0, examples), np.append(0.0, updates))
+        for field, chart in charts.items():
+            values = run.training[field][kept]
+            if np.isfinite(values).any():
+                series = _series(number, grid, np.append(values[:1], values))
+                chart["series"].append(series)
+    return list(charts.values())
+
+
+def _schedule_points(run: Run) -> np.ndarray:
+    """Indices of some hundreds of records, with both ends of each change of the batch size."""
+    sizes = run.training["batch_size"]
+    changes = np.flatnonzero(np.diff(sizes) != 0)
+    changes = changes[:: math.ceil(changes.size / _MAX_POINTS) or 1]
+    even = np.linspace(0, sizes.size - 1, min(_MAX_POINTS, sizes.size)).astype(int)
+    ends = np.concatenate([even, changes, changes + 1])
+    return np.unique(ends)
+
+
+def _gradient_noise(summary: Summary) -> dict[str, Any]:
+    """The measured noise scale with its standard error, beside the batch size."""
+    series = []
+    for number, experiment in enumerate(summary.experiments):
+        run = experiment.runs[0]
+        known = np.flatnonzero(run.training["gradient_noise_scale"] > 0)
+        if not known.size:
+            continue
+        kept = known[np.linspace(0, known.size - 1, min(_MAX_POINTS, known.size)).astype(int)]
+        at = {name: column[kept] for name, column in run.training.items()}
+        grid = _grid((run,), at["examples"], at["update"])
+        measured, error = at["gradient_noise_scale"], at["gradient_noise_scale_error"]
+        series.append(_series(number, grid, measured, measured - error, measured + error))
+        beside = _series(number, grid, at["batch_size"])
+        series.append(beside | {"thin": True, "label": "batch size"})
+    title = "Gradient noise scale, measured (thin: the batch size), examples"
+    return _chart("gradient_noise", title, series, scale="log")
+
+
+def _throughput(summary: Summary) -> dict[str, Any]:
+    series = []
+    for number, experiment in enumerate(summary.experiments):
+        curves, size = experiment.curves, experiment.runs[0].train_examples
+        centres = curves.epochs * size
+        half = centres[0]
+        edges = np.append(centres - half, centres[-1] + half)
+        seconds = np.diff(timing.mean_seconds_at(experiment.runs, edges))
+        known = seconds > 0
+        rates = np.divide(np.diff(edges), seconds, out=np.full(len(seconds), np.nan), where=known)
+        if known.any():
+            series.append(_series(number, _curve_grid(experiment), rates))
+    return _chart("throughput", "Examples a second", series)

@@ -1,0 +1,304 @@
+"""The report as one HTML page: no network, its own small script, readable on a phone and a desk."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bigbatch.commands.report import figures, linear_scaling, table
+from bigbatch.commands.report.figures import Panel
+from bigbatch.commands.report.interactive import AXES, page_data
+from bigbatch.commands.report.runs import Run
+from bigbatch.commands.report.summary import Summary
+from bigbatch.commands.report.timing import StageSpeed, equal_budgets, input_wait_s, stage_speeds
+
+# Name of the PNG and SVG files -> their panels.
+FIGURES: dict[str, tuple[Panel, ...]] = {
+    "growing_batch": (figures.loss_by_epochs, figures.loss_by_updates),
+    "curve_gap": (figures.curve_gap,),
+    "schedules": (figures.batch_size, figures.learning_rate),
+    "test_accuracy": (figures.accuracy_by_epochs, figures.accuracy_by_updates),
+}
+_CAPTIONS = {
+    "loss": "Mean over the seeds of the log training loss; the band is one standard deviation of a "
+    "run. Losses are averages over whole epochs, in which every run has seen every example once. A "
+    "dashed experiment has another noise scale than the reference.",
+    "gap": "Difference of the mean log losses divided by the standard deviation of one run between "
+    "seeds, epoch by epoch. The grey band is twice what chance gives, up and down: an experiment "
+    "that does not differ seldom leaves it.",
+    "accuracy": "Mean over the seeds; the band is one standard deviation of a run. The lowest of "
+    "the early evaluations lie below the figure.",
+    "batch_size": "As logged by the first run of each experiment.",
+    "learning_rate": "Likewise.",
+    "noise_scale": "What the plan keeps where the learning rate falls or the batch grows.",
+    "gradient_noise": "The batch size at which the noise of the gradient is as large as the "
+    "gradient, from the gradients of the first run; the band is one standard error.",
+    "throughput": "Evaluations and checkpoints included; mean over the seeds.",
+}
+_FILES = Path(__file__).parent
+
+_STAGE_HEAD = (
+    "stage",
+    "first update",
+    "updates",
+    "first example",
+    "epoch",
+    "batch size",
+    "learning rate",
+    "momentum",
+    "noise scale",
+    "seconds",
+    "examples/s",
+)
+
+
+def page(summary: Summary) -> str:
+    """The whole page as HTML text.
+
+    Args:
+      summary: the experiments.
+
+    Returns:
+      A document with its script, style and data inside.
+    """
+    data = page_data(summary)
+    title = _title(summary)
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<link rel="icon" href="data:,">',
+        f"<title>{escape(title)}</title><style>{_file('page.css')}</style></head><body>",
+        f"<h1>{escape(title)}</h1>",
+        f'<p class="lead">{escape(_lead(summary))}</p>',
+        *_claims(summary),
+        *_warnings(summary),
+        *_figures(summary, data),
+        "<h2>Numbers</h2>",
+        _html_table(table.COLUMNS, table.table(summary)),
+        f'<p class="small">{escape(table.notes(summary))}</p>',
+        f'<p class="small">{escape(table.explanation(summary))}</p>',
+        *_budgets(summary),
+        *_times(summary),
+        *_linear_scaling(summary),
+        *_config_differences(summary),
+        *_plans(summary),
+        *_runs(summary),
+        f'<script type="application/json" id="data">{_json(data)}</script>',
+        f"<script>{_file('page.js')}</script>",
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _title(summary: Summary) -> str:
+    names = [experiment.name for experiment in summary.experiments]
+    if len(names) == 1:
+        return f"{names[0]}: training runs"
+    others = ", ".join(names[1:]) if len(names) <= 4 else f"{len(names) - 1} experiments"
+    return f"{others} against {names[0]}"
+
+
+def _lead(summary: Summary) -> str:
+    run = summary.reference.runs[0]
+    num_runs = sum(len(experiment.runs) for experiment in summary.experiments)
+    sizes = {e.runs[0].train_examples for e in summary.experiments}
+    examples = f"{run.train_examples:,}" if len(sizes) == 1 else "different numbers of"
+    runs, experiments = _count(num_runs, "run"), _count(len(summary.experiments), "experiment")
+    return f"{runs} of {experiments}, on {examples} training examples."
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _claims(summary: Summary) -> Iterator[str]:
+    found = table.claims(summary)
+    if found:
+        yield "<ul>"
+        for name, text in found:
+            yield f"<li><strong>{escape(name)}</strong>: {escape(text)}</li>"
+        yield "</ul>"
+
+
+def _warnings(summary: Summary) -> Iterator[str]:
+    if summary.warnings:
+        yield '<section class="warnings"><h2>Missing or not comparable</h2><ul class="small">'
+        yield from (f"<li>{escape(warning)}</li>" for warning in summary.warnings)
+        yield "</ul></section>"
+
+
+def _figures(summary: Summary, data: Mapping[str, Any]) -> Iterator[str]:
+    """The tools, and an empty box for every chart; the script fills them."""
+    yield '<div class="tools"><fieldset aria-label="x axis">'
+    for name in AXES:
+        checked = " checked" if name == AXES[0] else ""
+        yield f'<label><input type="radio" name="axis" value="{name}"{checked}>{name}</label>'
+    yield '</fieldset><fieldset aria-label="experiments, shown or hidden">'
+    for number, (experiment, style) in enumerate(figures.styles(summary).items()):
+        dash = ' stroke-dasharray="6 3"' if style.dashed else ""
+        yield (
+            f'<button type="button" data-experiment="{number}" aria-pressed="true">'
+            '<svg width="22" height="8" aria-hidden="true"><line x1="0" x2="22" y1="4" y2="4" '
+            f'stroke="{style.colour}" stroke-width="{style.width}"{dash}/></svg>'
+            f"{escape(experiment)}</button>"
+        )
+    yield "</fieldset></div>"
+    yield "<noscript><p>These figures need JavaScript; those beside this page do not.</p>"
+    yield "</noscript>"
+    yield '<div class="charts">'
+    for chart in data["charts"]:
+        yield f"<figure><h2>{escape(chart['title'])}</h2>"
+        yield f'<div class="chart" id="chart-{chart["id"]}"><div class="tip" hidden></div></div>'
+        yield f"<figcaption>{escape(_CAPTIONS[chart['id']])}</figcaption></figure>"
+    yield "</div>"
+
+
+def _file(name: str) -> str:
+    return (_FILES / name).read_text(encoding="utf-8")
+
+
+def _json(data: Mapping[str, Any]) -> str:
+    """JSON that cannot end the element it stands in."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def has_gap(summary: Summary) -> bool:
+    """Whether there is a curve gap to draw."""
+    return any(experiment.gap is not None for experiment in summary.experiments)
+
+
+def _budgets(summary: Summary) -> Iterator[str]:
+    """Test accuracy at equal updates, examples and seconds."""
+    groups = [experiment.runs for experiment in summary.experiments]
+    budgets = equal_budgets(groups) if len(groups) > 1 else []
+    if budgets:
+        yield "<h2>Test accuracy at equal cost, %</h2>"
+        head = ["experiment", *(f"at {_amount(b.amount)} {b.unit}" for b in budgets)]
+        rows = [
+            (experiment.name, *(table.percent(b.accuracies[i].tolist()) for b in budgets))
+            for i, experiment in enumerate(summary.experiments)
+        ]
+        yield _html_table(head, rows)
+        yield (
+            '<p class="small">At as much as the experiment that ended first has spent: the last '
+            "evaluation until then, mean and standard deviation over the runs.</p>"
+        )
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _times(summary: Summary) -> Iterator[str]:
+    """Seconds of a run, and how many of them it waited for input."""
+    waits = [[input_wait_s(run) for run in e.runs] for e in summary.experiments]
+    if not np.isfinite(np.concatenate(waits)).any():
+        return
+    rows = []
+    for experiment, waited in zip(summary.experiments, waits, strict=True):
+        wait_s, seconds = float(np.mean(waited)), experiment.seconds.mean
+        share = 100 * wait_s / seconds if seconds > 0 else np.nan
+        cells = (
+            _known(v, form) for v, form in ((seconds, ",.1f"), (wait_s, ",.2f"), (share, ".1f"))
+        )
+        rows.append((experiment.name, *cells))
+    yield "<h2>Where the time went</h2>"
+    yield _html_table(("experiment", "seconds", "of them waiting for input", "%"), rows)
+
+
+def _known(value: float, form: str) -> str:
+    return format(value, form) if np.isfinite(value) else table.MISSING
+
+
+def _linear_scaling(summary: Summary) -> Iterator[str]:
+    """Where the noise was measured: how far the linear rule for the learning rate goes."""
+    rows = linear_scaling.rows(summary)
+    if rows:
+        yield "<h2>Where linear scaling ends</h2>"
+        yield _html_table(linear_scaling.COLUMNS, rows)
+        yield f'<p class="small">{escape(linear_scaling.NOTE)}</p>'
+
+
+def _config_differences(summary: Summary) -> Iterator[str]:
+    if len(summary.experiments) > 1:
+        yield "<h2>What the experiments set differently</h2>"
+        names = ["config field", *(experiment.name for experiment in summary.experiments)]
+        rows = [(field, *values) for field, values in summary.config_differences.items()]
+        yield _html_table(names, rows, kind="wide") if rows else "<p>Nothing in their configs.</p>"
+
+
+def _plans(summary: Summary) -> Iterator[str]:
+    plans = [
+        (experiment.name, runs, plan)
+        for experiment in summary.experiments
+        for runs in _of_one_plan(experiment.runs)
+        if (plan := next((run.plan for run in runs if run.plan is not None), None))
+    ]
+    if plans:
+        yield "<h2>Plans</h2>"
+    for name, runs, plan in plans:
+        which = f"{name}, seed {runs[0].seed}" if runs[0].decides else name
+        total = f"{which}: {plan['num_updates']:,} updates, {plan['epochs']:g} epochs"
+        yield f"<h3>{escape(total)}</h3>"
+        stages = zip(plan["stages"], stage_speeds(runs), strict=True)
+        yield _html_table(_STAGE_HEAD, [_stage_row(i, *pair) for i, pair in enumerate(stages, 1)])
+
+
+def _of_one_plan(runs: Sequence[Run]) -> Sequence[Sequence[Run]]:
+    return [[run] for run in runs] if runs[0].decides else [runs]
+
+
+def _stage_row(number: int, stage: Mapping[str, Any], speed: StageSpeed) -> tuple[str, ...]:
+    first, last = (_number(stage[name], ".4g") for name in ("learning_rate", "last_learning_rate"))
+    return (
+        str(number),
+        _number(stage["first_update"], ","),
+        _number(stage["num_updates"], ","),
+        _number(stage["first_example"], ","),
+        _number(stage["epoch"], ".4g"),
+        _number(stage["batch_size"], ","),
+        first if first == last else f"{first} to {last}",
+        _number(stage["momentum"], ".6g"),
+        _number(stage["noise_scale"], ".4g"),
+        _known(speed.seconds, ",.1f"),
+        _known(speed.examples_per_s, ",.0f"),
+    )
+
+
+def _number(value: object, form: str) -> str:
+    """The value as text; a plan may lack some, as Adam's has no momentum."""
+    return format(value, form) if isinstance(value, int | float) else table.MISSING
+
+
+def _runs(summary: Summary) -> Iterator[str]:
+    yield "<h2>Runs</h2>"
+    rows = []
+    for experiment in summary.experiments:
+        for run in experiment.runs:
+            accuracy = (run.result or {}).get("test_accuracy")
+            rows.append(
+                (
+                    str(run.path),
+                    experiment.name,
+                    table.MISSING if run.seed is None else str(run.seed),
+                    "finished" if run.finished else f"at epoch {run.epochs:.1f}",
+                    f"{100 * accuracy:.2f}" if isinstance(accuracy, float) else table.MISSING,
+                )
+            )
+    yield _html_table(("directory", "experiment", "seed", "state", "test accuracy, %"), rows)
+
+
+def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    # Wide tables scroll in a box of their own, so that the page never does.
+    lines = [f'<div class="scroll"><table class="{kind}"><thead><tr>']
+    lines += [f'<th scope="col">{escape(cell)}</th>' for cell in head]
+    lines.append("</tr></thead><tbody>")
+    for row in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        lines.append(f'<tr><th scope="row">{escape(row[0])}</th>{cells}</tr>')
+    lines.append("</tbody></table></div>")
+    return "".join(lines)

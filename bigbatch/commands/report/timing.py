@@ -1,0 +1,133 @@
+"""When things happened: seconds of a run at any example, of each stage, of waiting for input."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bigbatch.commands.report.runs import Columns, Run
+
+
+def seconds_at(run: Run, examples: np.ndarray) -> np.ndarray:
+    """Seconds since the start at which a run had seen so many examples.
+
+    A record's examples per second are those of the time since the record before it, evaluations
+    and checkpoints included, so their times add up. Where a record lacks them, the run's own mean
+    stands in.
+
+    Args:
+      run: a run with training records.
+      examples: float64[n], positions.
+
+    Returns:
+      float64[n]; NaN past the last record, and everywhere if no record has a speed.
+    """
+    ends = run.training["examples"]
+    durations = _durations_s(run.training)
+    if durations is None:
+        return np.full(len(examples), np.nan)
+    cumulative = np.append(0.0, np.cumsum(durations))
+    return np.interp(examples, np.append(0.0, ends), cumulative, right=np.nan)
+
+
+def _durations_s(training: Columns) -> np.ndarray | None:
+    """Seconds of each training record's range."""
+    rates = training["examples_per_s"]
+    sizes = np.diff(training["examples"], prepend=0.0)
+    timed = rates > 0
+    if not timed.any():
+        return None
+    durations = np.divide(sizes, rates, out=np.full(len(sizes), np.nan), where=timed)
+    mean = sizes[timed].sum() / durations[timed].sum()
+    return np.where(timed, durations, sizes / mean)
+
+
+def mean_seconds_at(runs: Sequence[Run], examples: np.ndarray) -> np.ndarray:
+    """`seconds_at`, averaged over the runs that know it; NaN where none does."""
+    return _mean_of_known(np.array([seconds_at(run, examples) for run in runs]))
+
+
+def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    total = np.where(known, values, 0.0).sum(axis=0)
+    return np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0)
+
+
+class StageSpeed(NamedTuple):
+    """What the runs took for one stage, on average; NaN where it is not known."""
+
+    seconds: float
+    examples_per_s: float
+
+
+def stage_speeds(runs: Sequence[Run]) -> list[StageSpeed]:
+    """The time of each stage of the runs' common plan, as far as the runs have come."""
+    plan = next((run.plan for run in runs if run.plan is not None), None)
+    if plan is None:
+        return []
+    starts = [float(stage["first_example"]) for stage in plan["stages"]]
+    last = plan["stages"][-1]
+    edges = np.array([*starts, starts[-1] + last["num_updates"] * last["batch_size"]])
+    seconds = np.diff(mean_seconds_at(runs, edges))
+    return [
+        StageSpeed(float(s), float(n / s) if s > 0 else np.nan)
+        for s, n in zip(seconds, np.diff(edges), strict=True)
+    ]
+
+
+def input_wait_s(run: Run) -> float:
+    """Seconds that the loop waited for its examples; NaN if the log does not say."""
+    waited = run.training["input_wait_s"]
+    known = np.isfinite(waited)
+    return float(waited[known].sum()) if known.any() else np.nan
+
+
+class Budget(NamedTuple):
+    """As much of something as every experiment has spent.
+
+    Attributes:
+      unit: "updates", "examples" or "seconds".
+      amount: the smallest of the experiments' totals.
+      accuracies: for each experiment, each of its runs' test accuracy at the last evaluation within
+        the budget, in percent; NaN for a run without one.
+    """
+
+    unit: str
+    amount: float
+    accuracies: tuple[np.ndarray, ...]
+
+
+def equal_budgets(groups: Sequence[Sequence[Run]]) -> list[Budget]:
+    """Test accuracy at equal updates, equal examples and equal seconds.
+
+    Args:
+      groups: the runs of each experiment.
+    """
+
+    def seconds(run: Run, at: Columns) -> np.ndarray:
+        return seconds_at(run, at["examples"])
+
+    units: dict[str, Callable[[Run, Columns], np.ndarray]] = {
+        "updates": lambda run, at: at["update"],
+        "examples": lambda run, at: at["examples"],
+        "seconds": seconds,
+    }
+    budgets = []
+    for unit, spent in units.items():
+        totals = [np.mean([spent(run, run.training)[-1] for run in runs]) for runs in groups]
+        if not np.isfinite(totals).all():
+            continue
+        amount = float(min(totals))
+        found = tuple(
+            np.array([_accuracy_within(run, spent(run, run.evaluations), amount) for run in runs])
+            for runs in groups
+        )
+        budgets.append(Budget(unit, amount, found))
+    return budgets
+
+
+def _accuracy_within(run: Run, spent: np.ndarray, amount: float) -> float:
+    # Runs of one experiment take different seconds; half a percent more is the same budget.
+    within = np.flatnonzero(spent <= 1.005 * amount)
+    return 100 * float(run.evaluations["test_accuracy"][within[-1]]) if within.size else np.nan

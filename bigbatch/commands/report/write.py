@@ -1,0 +1,102 @@
+"""Reads run directories, compares them, and writes the report's files."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigbatch.commands.report import figures, table
+from bigbatch.commands.report.page import FIGURES, has_gap, page
+from bigbatch.commands.report.runs import Run, read_run
+from bigbatch.commands.report.summary import Summary, summarise
+from bigbatch.errors import Problem, UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """What `write_report` wrote.
+
+    Attributes:
+      page: the HTML page.
+      table: the Markdown table.
+      figures: the PNG files; each has an SVG file beside it.
+      summary: the numbers.
+    """
+
+    page: Path
+    table: Path
+    figures: tuple[Path, ...]
+    summary: Summary
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is missing, damaged or not comparable, one sentence each."""
+        return self.summary.warnings
+
+
+def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Report:
+    """Writes `report.html`, `report.md` and the figures as PNG and SVG files.
+
+    Args:
+      run_dirs: working directories of `bigbatch train`, finished or not. They are only read. One
+        named twice counts once, and what lies in `out` is left out: an earlier report is no run.
+      out: the directory to write to; made if it does not exist, files of an earlier report are
+        replaced.
+
+    Returns:
+      The paths, the numbers, and what is missing.
+
+    Raises:
+      UserError: a directory is no run, no run has a training record, or `out` cannot be written.
+    """
+    out_path = Path(out)
+    problems: list[Problem] = []
+    runs: list[Run] = []
+    for path in _distinct(run_dirs, out_path):
+        try:
+            runs.append(read_run(path))
+        except UserError as error:
+            problems += [dataclasses.replace(p, field="run_dirs") for p in error.problems]
+    if not problems and not any(run.usable for run in runs):
+        given = [str(path) for path in run_dirs]
+        allowed = "at least one run directory with a training record in its metrics.jsonl"
+        problems.append(Problem("run_dirs", given, allowed))
+    try:
+        out_path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problems.append(_cannot_write(out, error))
+    if problems:
+        raise UserError(problems)
+    summary = summarise(runs)
+    try:
+        return _write(summary, out_path)
+    except OSError as error:
+        raise UserError(_cannot_write(out, error)) from error
+
+
+def _distinct(run_dirs: Sequence[str | Path], out: Path) -> list[Path]:
+    own = out.resolve()
+    paths = {Path(path).resolve(): Path(path) for path in reversed(run_dirs)}
+    outside = [path for real, path in paths.items() if own not in (real, *real.parents)]
+    return outside[::-1]
+
+
+def _cannot_write(out: str | Path, error: OSError) -> Problem:
+    return Problem("out", str(out), f"a directory that can be written ({error.strerror})")
+
+
+def _write(summary: Summary, out: Path) -> Report:
+    # The page last: where it is, everything is.
+    written = []
+    for name, panels in FIGURES.items():
+        path = out / f"{name}.png"
+        if name == "curve_gap" and not has_gap(summary):
+            path.unlink(missing_ok=True)
+            path.with_suffix(".svg").unlink(missing_ok=True)
+            continue
+        figures.save(panels, summary, path)
+        written.append(path)
+    markdown = out / "report.md"
+    markdown.write_text(table.markdown(summary), encoding="utf-8")
+    html = out / "report.html"
+    html.write_text(page(summary), encoding="utf-8")
+    return Report(html, markdown, tuple(written), summary)

@@ -1,0 +1,163 @@
+"""Config files, and the fields that the command line changes.
+
+A config file is Python. It defines `get_config(experiment)`, which returns an `ml_collections`
+ConfigDict (any nested mapping will do), and `EXPERIMENTS`, the names that it takes.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bigbatch.config.config import Config, read_config
+from bigbatch.config.fields import UNITS
+from bigbatch.errors import Problem, UserError, nearest_name
+
+
+def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """Reads the config that the command line names.
+
+    Args:
+      reference: "FILE.py:EXPERIMENT"; without an experiment the file's first one.
+      overrides: dotted field names and values as typed, e.g. ("policy.batch_size", "64").
+
+    Returns:
+      The config.
+
+    Raises:
+      UserError: with every mistake that was found.
+    """
+    path, _, experiment = reference.partition(":")
+    module = _load_module(path)
+    names = list(getattr(module, "EXPERIMENTS", ()))
+    experiment = experiment or (names[0] if names else "")
+    if names and experiment not in names:
+        allowed = "one of " + ", ".join(names)
+        raise UserError(Problem("config", experiment, allowed, nearest_name(experiment, names)))
+    tree = _run(reference, lambda: plain(module.get_config(experiment)))
+    if not isinstance(tree, dict):
+        allowed = "a file whose get_config returns a ConfigDict"
+        raise UserError(Problem("config", path, allowed))
+    problems: list[Problem] = []
+    for name, text in overrides:
+        try:
+            override(tree, name, text)
+        except UserError as error:
+            problems += error.problems
+    try:
+        config = read_config(tree, experiment)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+def experiment_names(path: str) -> list[str]:
+    """The experiments that a config file names; one without a name if it has none.
+
+    Raises:
+      UserError: there is no such file, or it is no config file.
+    """
+    return list(getattr(_load_module(path), "EXPERIMENTS", [""]))
+
+
+def compared_names(path: str) -> list[str]:
+    """The experiments that are compared unless others are named: `COMPARED`, or else all.
+
+    Raises:
+      UserError: there is no such file, or it is no config file.
+    """
+    module = _load_module(path)
+    return list(getattr(module, "COMPARED", getattr(module, "EXPERIMENTS", [""])))
+
+
+def _load_module(path: str) -> ModuleType:
+    """Runs a config file."""
+    if not Path(path).is_file():
+        siblings = [str(p) for p in Path(path).parent.glob("*.py")]
+        allowed = "a Python file, optionally followed by a colon and an experiment"
+        raise UserError(Problem("config", path, allowed, nearest_name(path, siblings)))
+    spec = importlib.util.spec_from_file_location(f"bigbatch_config_{Path(path).stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(Problem("config", path, "a Python file, its name ending in .py"))
+    module = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    _run(path, lambda: loader.exec_module(module))
+    if not hasattr(module, "get_config"):
+        raise UserError(Problem("config", path, "a file that defines get_config(experiment)"))
+    return module
+
+
+def _run(reference: str, function: Callable[[], Any]) -> Any:
+    """Runs the user's code; whatever it raises is a mistake in the config file."""
+    try:
+        return function()
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"a Python file that runs ({type(error).__name__}: {error})"
+        raise UserError(Problem("config", reference, what)) from error
+
+
+def plain(tree: Any) -> Any:
+    """ConfigDicts and other mappings as dictionaries, tuples as lists: what JSON gives back."""
+    if hasattr(tree, "to_dict"):
+        tree = tree.to_dict()
+    if isinstance(tree, Mapping):
+        return {str(name): plain(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(value) for value in tree]
+    return tree
+
+
+def override(tree: dict[str, Any], name: str, text: str) -> None:
+    """Sets one field, in place.
+
+    A duration replaces the same duration in another unit: `log_every_updates` takes the place of
+    `log_every_epochs`. A group of a list is named by its field `name`:
+    `transformations.grow_batch.max_batch_size`.
+
+    Args:
+      tree: the config's values.
+      name: dotted name of the field.
+      text: a Python literal; anything else is taken as a text.
+
+    >>> tree = {"log_every_epochs": 1}
+    >>> override(tree, "log_every_updates", "10")
+    >>> tree
+    {'log_every_updates': 10}
+    """
+    *groups, last = name.split(".")
+    node: Any = tree
+    for group in groups:
+        node = _child(node, group, Problem(name, text, ""))
+    if not isinstance(node, dict):
+        raise UserError(Problem(name, text, "a field of one of the list's groups, by its name"))
+    stem, _, unit = last.rpartition("_")
+    for units in (UNITS, [unit.removesuffix("s") for unit in UNITS]):
+        if unit in units:
+            for other in units:
+                node.pop(f"{stem}_{other}", None)
+    try:
+        node[last] = plain(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        node[last] = text
+
+
+def _child(node: Any, group: str, problem: Problem) -> Any:
+    """The group of that name: a field of a group, or an entry of a list by its field `name`."""
+    if isinstance(node, dict):
+        child = node.setdefault(group, {})
+        allowed, nearest = f"a field of the config; {group} holds no fields", None
+    else:
+        named = {str(entry.get("name")): entry for entry in node if isinstance(entry, dict)}
+        child = named.get(group)
+        allowed = "one of " + ", ".join(named) if named else "nothing: the list holds no groups"
+        nearest = nearest_name(group, list(named))
+    if not isinstance(child, dict | list):
+        raise UserError(dataclasses.replace(problem, allowed=allowed, nearest=nearest))
+    return child

@@ -1,0 +1,173 @@
+"""From an encoded image to a window of it in the size that the network wants.
+
+JPEGs are decoded by libjpeg-turbo (simplejpeg), resized by OpenCV; both give up Python's lock. The
+window decides how much is decoded: where it is at least twice the wanted size, the inverse
+transform makes an image of half, a quarter or an eighth of the size, which is faster and has less
+aliasing. Leaving rows out as well was measured and is not done: the decoder can then no longer tell
+a damaged image from one that ends early.
+"""
+
+import functools
+import io
+import threading
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigbatch.data.records.crops import Window
+from bigbatch.data.records.reader import BadRecordError
+from bigbatch.data.records.record_libraries import libraries
+
+
+class Decoding(NamedTuple):
+    """How pixels are made; every setting uses the fast integer inverse transform, as TensorFlow.
+
+    Attributes:
+      smooth_chroma: interpolate the colour planes (TensorFlow's default) instead of repeating them.
+      bicubic: interpolation over 4x4 neighbours instead of 2x2.
+    """
+
+    smooth_chroma: bool
+    bicubic: bool
+
+
+DECODINGS = {
+    "fast": Decoding(smooth_chroma=False, bicubic=False),
+    "smooth": Decoding(smooth_chroma=True, bicubic=True),
+}
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+# libjpeg's remarks on files that are whole all the same; ImageNet has some.
+_HARMLESS = ("extraneous bytes before marker", "unknown JFIF revision", "Invalid SOS parameters")
+# Colour planes in a ratio that simplejpeg does not know.
+_UNUSUAL = "Could not determine subsampling"
+_memory = threading.local()
+
+
+def prepare_thread() -> None:
+    """Once in each thread that decodes: makes its pixels the same on every processor."""
+    # Intel's library inside of OpenCV does other arithmetic on other processors.
+    libraries().cv2.ipp.setUseIPP(False)
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """Height and width of a JPEG or PNG image, as stored.
+
+    Raises:
+      BadRecordError: it is none, or damaged.
+    """
+    if encoded.startswith(_JPEG):
+        try:
+            return libraries().simplejpeg.decode_jpeg_header(encoded, strict=False)[:2]
+        except (ValueError, KeyError):
+            return _open(encoded, "JPEG").size[::-1]
+    if encoded.startswith(_PNG):
+        return _open(encoded, "PNG").size[::-1]
+    raise BadRecordError("its image is neither JPEG nor PNG")
+
+
+def decode(
+    encoded: bytes,
+    size: tuple[int, int],
+    window: Window,
+    decoding: Decoding,
+    *,
+    flip: bool,
+    out: np.ndarray,
+) -> None:
+    """Decodes a window of an image, resizes it and mirrors it if asked for.
+
+    Grey images get three equal channels; CMYK is converted as TensorFlow does, up to rounding;
+    orientation marks are ignored, as there.
+
+    Call `prepare_thread` once before.
+
+    Args:
+      encoded: a JPEG or PNG image.
+      size: its height and width, from `image_size`.
+      window: of the image.
+      decoding: how.
+      flip: mirror left and right.
+      out: uint8[side, side, 3] that is written.
+
+    Raises:
+      BadRecordError: the image is damaged.
+    """
+    cv2 = libraries().cv2
+    side = out.shape[0]
+    if encoded.startswith(_JPEG):
+        pixels = _decode_jpeg(encoded, size, _divisor(window, side), decoding)
+    else:
+        pixels = _decode_by_pillow(encoded, "PNG")
+    height, width = pixels.shape[:2]
+    # The window's edges in the pixels that were decoded.
+    top, left = window.top * height // size[0], window.left * width // size[1]
+    bottom = max(top + 1, (window.top + window.height) * height // size[0])
+    right = max(left + 1, (window.left + window.width) * width // size[1])
+    interpolation = cv2.INTER_CUBIC if decoding.bicubic else cv2.INTER_LINEAR
+    shown = pixels[top:bottom, left:right]
+    if flip:
+        shown = cv2.resize(shown, (side, side), interpolation=interpolation)
+        cv2.flip(shown, 1, dst=out)
+    else:
+        cv2.resize(shown, (side, side), dst=out, interpolation=interpolation)
+
+
+def _divisor(window: Window, side: int) -> int:
+    """The largest of 1, 2, 4 and 8 by which the window can be made smaller and still be enough."""
+    room = min(window.height, window.width) // side
+    return next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
+
+
+def _decode_jpeg(
+    encoded: bytes, size: tuple[int, int], divisor: int, decoding: Decoding
+) -> np.ndarray:
+    """uint8[H, W, 3], in memory that this thread's next image takes over."""
+    height, width = (-(-side // divisor) for side in size)
+    needed = height * width * 3
+    if getattr(_memory, "pixels", np.empty(0)).size < needed:
+        # New memory for each image costs more than its colours.
+        _memory.pixels = np.empty(needed, np.uint8)
+    call = functools.partial(
+        libraries().simplejpeg.decode_jpeg,
+        encoded,
+        "RGB",
+        fastdct=True,
+        fastupsample=not decoding.smooth_chroma,
+        min_height=height,
+        min_width=width,
+        min_factor=divisor,
+        buffer=_memory.pixels,
+    )
+    try:
+        return call()
+    except ValueError as error:
+        if _UNUSUAL in str(error):
+            return _decode_by_pillow(encoded, "JPEG")
+        lines = [line for line in str(error).splitlines() if line]
+        if not all(any(words in line for words in _HARMLESS) for line in lines):
+            raise BadRecordError(f"its JPEG is damaged: {_line(error)}") from error
+    return call(strict=False)
+
+
+def _open(encoded: bytes, kind: str) -> Any:
+    """An image of that kind by Pillow, which knows all kinds and is slower."""
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=(kind,))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadRecordError(f"its {kind} header cannot be read: {_line(error)}") from error
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
+        raise BadRecordError(f"its {kind} has pixels of the kind {image.mode}, not of 8 bits")
+    return image
+
+
+def _decode_by_pillow(encoded: bytes, kind: str) -> np.ndarray:
+    try:
+        return np.asarray(_open(encoded, kind).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadRecordError(f"its {kind} is damaged: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,166 @@
+"""Where the records of TFRecord files lie, so that any of them can be read directly.
+
+A TFRecord file is a chain (see `bigbatch.data.records.tfrecord`). Only by walking along it can one find where
+record k begins, so that is done once, from length to length, and kept in a file beside the data, or
+in the user's cache directory where the data cannot be written to.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from bigbatch.data.records.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
+from bigbatch.errors import Problem, UserError
+
+# Finding a length is one small read, so the time goes into waiting: more threads than cores.
+_THREADS = 8
+
+
+class Index(NamedTuple):
+    """Where the records of a split lie.
+
+    Attributes:
+      sizes_bytes: int64[files], of each file when the index was made.
+      boundaries: for each file int64[records + 1], its records' first bytes and the file's end.
+        Record k with its length and checksums is bytes boundaries[k] to boundaries[k + 1].
+    """
+
+    sizes_bytes: np.ndarray
+    boundaries: tuple[np.ndarray, ...]
+
+
+def load_or_build(
+    files: Sequence[Path], shard_examples: Sequence[int], *, show_progress: bool = False
+) -> Index:
+    """The index of TFRecord files, from the file that keeps it, or made now and kept.
+
+    Args:
+      files: of a split, in order, in one directory; all there.
+      shard_examples: how many records each should hold.
+      show_progress: whether to show a progress bar on standard error while it is made.
+
+    Returns:
+      The index, which fits the files' present sizes.
+
+    Raises:
+      UserError: files that are cut short, damaged or of another number of records, all together.
+    """
+    sizes = np.array([file.stat().st_size for file in files], np.int64)
+    places = _places(files)
+    for place in places:
+        index = _load(place, sizes, shard_examples)
+        if index is not None:
+            return index
+    index = Index(sizes, _build(files, sizes, shard_examples, show_progress))
+    for place in places:
+        with contextlib.suppress(OSError):
+            _save(place, index)
+            break
+    return index
+
+
+def _places(files: Sequence[Path]) -> tuple[Path, Path]:
+    """The index's file: beside the data, and else in the user's cache directory."""
+    directory = files[0].parent
+    stem = files[0].name.partition("-00000")[0]
+    digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~") / ".cache").expanduser()
+    name = f"{stem}.bigbatch_index.npz"
+    return directory / name, cache / "bigbatch" / "record_index" / f"{digest}-{name}"
+
+
+def _load(place: Path, sizes: np.ndarray, shard_examples: Sequence[int]) -> Index | None:
+    """The index in a file, or None: it is not there, damaged, or of other files."""
+    try:
+        with np.load(place) as file:
+            kept_sizes, counts, flat = file["sizes_bytes"], file["counts"], file["boundaries"]
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    fits = np.array_equal(kept_sizes, sizes) and np.array_equal(counts, shard_examples)
+    if not fits or len(flat) != counts.sum() + len(counts):
+        return None
+    return Index(sizes, tuple(np.split(flat, np.cumsum(counts + 1)[:-1])))
+
+
+def _save(place: Path, index: Index) -> None:
+    """Writes the index whole or not at all."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npz", delete=False) as file:
+        try:
+            np.savez(
+                file,
+                sizes_bytes=index.sizes_bytes,
+                counts=np.array([len(part) - 1 for part in index.boundaries], np.int64),
+                boundaries=np.concatenate(index.boundaries),
+            )
+            file.flush()
+            # Temporary files are private; an index is for everyone who may read the data.
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, place)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def _build(
+    files: Sequence[Path], sizes: np.ndarray, shard_examples: Sequence[int], show_progress: bool
+) -> tuple[np.ndarray, ...]:
+    bar = tqdm(
+        total=int(sizes.sum()),
+        desc=f"index of {files[0].parent.name} {files[0].name.partition('.')[0]}, made once",
+        unit="B",
+        unit_scale=True,
+        disable=None if show_progress else True,
+    )
+    problems, boundaries = [], []
+    with bar, ThreadPoolExecutor(_THREADS) as pool:
+        walks = [
+            pool.submit(_walk, file, int(size)) for file, size in zip(files, sizes, strict=True)
+        ]
+        for file, size, expected, walk in zip(files, sizes, shard_examples, walks, strict=True):
+            found, fault = walk.result()
+            if fault is None and len(found) - 1 != expected:
+                fault = f"it holds {len(found) - 1:,} records, not {expected:,}"
+            if fault is not None:
+                problems.append(damaged(file, fault))
+            boundaries.append(found)
+            bar.update(int(size))
+    if problems:
+        raise UserError(problems)
+    return tuple(boundaries)
+
+
+def _walk(file: Path, size: int) -> tuple[np.ndarray, str | None]:
+    """The boundaries of a file's records, and what is wrong with the file, if anything."""
+    boundaries, fault = [0], None
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        while boundaries[-1] < size:
+            begin, record = boundaries[-1], len(boundaries) - 1
+            head = os.pread(descriptor, HEAD.size, begin)
+            if len(head) == HEAD.size:
+                length, checksum = HEAD.unpack(head)
+                if masked_crc32c(head[: LENGTH.size]) != checksum:
+                    fault = f"the length of record {record} is damaged, at byte {begin:,}"
+                    break
+                boundaries.append(begin + HEAD.size + length + TAIL.size)
+            if len(head) < HEAD.size or boundaries[-1] > size:
+                fault = f"it ends within record {record}, at byte {size:,}"
+                break
+    finally:
+        os.close(descriptor)
+    return np.array(boundaries, np.int64), fault
+
+
+def damaged(file: Path, fault: str) -> Problem:
+    """What to say of a file of records that cannot be used."""
+    allowed = f"a whole file of records ({fault}); copy or prepare it again"
+    return Problem("data_dir", str(file), allowed)

@@ -1,0 +1,355 @@
+"""The two compiled functions of a run: accumulate and apply_update.
+
+An update of any batch size is k calls of `accumulate`, one a microbatch, and one of
+`apply_update`. The number k is a loop on the host, so a batch size is never compiled. Gradients
+travel as sums and counts and are divided once, at the very end; there is no mean of means.
+
+Every device sums its own share: the leaves of the accumulator carry a leading axis of length
+`devices`, sharded over the mesh axis `data`. So `accumulate` needs no collective at all, and
+`apply_update` needs exactly one all-reduce. (With replicated parameters `shard_map` would put a
+reduction into the gradient itself; marking them as varying over `data` prevents that.)
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bigbatch.engine import exact_sums, units
+from bigbatch.engine.exact_sums import Bins
+from bigbatch.engine.task import Examples, PyTree, Sums, Task
+from bigbatch.engine.transformations import evaluation_params
+from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, SMALL_SQUARES
+
+DATA_AXIS = "data"
+IS_EXACT = "is_exact"
+GRADIENT_IS_FINITE = "gradient_is_finite"
+REPLICATED = PartitionSpec()
+SHARDED = PartitionSpec(DATA_AXIS)
+
+
+class State(NamedTuple):
+    """Everything that an update changes, replicated over the devices.
+
+    Attributes:
+      params: of the model.
+      running_statistics: likewise.
+      optimizer: its state, hyperparameters included.
+      bounds: where sums are reproducible, int32[leaves of the accumulator]: see `exact_sums`.
+    """
+
+    params: PyTree
+    running_statistics: PyTree
+    optimizer: optax.OptState
+    bounds: PyTree = ()
+
+
+class Accumulator(NamedTuple):
+    """Sums over the microbatches of one update so far; leaves are [devices, ...].
+
+    Where sums are reproducible it lies in `exact_sums.Bins`, its leaves [devices, bins, ...].
+
+    Attributes:
+      gradients: of the summed loss, like the parameters.
+      sums: what the loss returns, and what `units.small_batch_sums` adds to it.
+      ghost_statistics: summed over the ghost batches, like the running statistics.
+      ghost_batches: how many there were, as a float, so that one all-reduce carries everything.
+    """
+
+    gradients: PyTree
+    sums: Sums
+    ghost_statistics: PyTree
+    ghost_batches: jax.Array
+
+
+def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of the given devices, by default all there are, along the axis `data`.
+
+    The devices of one process are neighbours.
+    """
+    devices = sorted(
+        jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id)
+    )
+    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
+    """The state before the first update."""
+    params, running_statistics = task.init(key)
+    return State(params, running_statistics, optimizer.init(params))
+
+
+def empty_accumulator(
+    task: Task,
+    state: State,
+    examples: Examples,
+    mesh: Mesh,
+    *,
+    measures_noise: bool = False,
+    reproducible: bool = False,
+) -> Accumulator | Bins:
+    """An accumulator of zeros for microbatches that look like `examples` (shapes are enough)."""
+    shapes = _addend_shapes(task, state, examples, measures_noise)
+    accumulator = jax.eval_shape(exact_sums.zeros, shapes) if reproducible else shapes
+    sharding = NamedSharding(mesh, SHARDED)
+    return jax.tree.map(
+        lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=sharding), accumulator
+    )
+
+
+def first_bounds(task: Task, state: State, examples: Examples, measures_noise: bool) -> jax.Array:
+    """The bounds of reproducible sums before the first update."""
+    return exact_sums.first_exponents(_addend_shapes(task, state, examples, measures_noise))
+
+
+def _addend_shapes(
+    task: Task, state: State, examples: Examples, measures_noise: bool
+) -> Accumulator:
+    def sums_of(state: State, examples: Examples) -> Sums:
+        outputs, _ = task.apply(state.params, state.running_statistics, examples, True)
+        sums = dict(task.loss(outputs, examples))
+        if measures_noise:
+            sums |= units.small_batch_sums(state.params, sums["count"])
+        return sums
+
+    sums = jax.eval_shape(sums_of, state, examples)
+    return Accumulator(state.params, sums, state.running_statistics, sums["count"])
+
+
+def sums_so_far(accumulator: Accumulator | Bins) -> Accumulator:
+    """What an accumulator holds, summed over the devices."""
+    slices = accumulator.slices if isinstance(accumulator, Bins) else accumulator
+    total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), slices)
+    return exact_sums.total(total) if isinstance(accumulator, Bins) else total
+
+
+def mean_ghost_statistics(accumulator: Accumulator | Bins) -> PyTree:
+    """The mean of the ghost statistics that an accumulator holds, as running statistics."""
+    sums = sums_so_far(accumulator)
+    return jax.tree.map(lambda leaf: leaf / sums.ghost_batches, sums.ghost_statistics)
+
+
+def accumulate(
+    state: State,
+    accumulator: Accumulator | Bins,
+    microbatch: Examples,
+    addends: jax.Array | None = None,
+    *,
+    task: Task,
+    mesh: Mesh,
+    unit_examples: int | None = None,
+    measures_noise: bool = False,
+) -> Accumulator | Bins:
+    """Adds one microbatch's gradients, sums and ghost statistics to the accumulator.
+
+    Args:
+      state: the state at the start of the update; only read.
+      accumulator: the sums so far.
+      microbatch: arrays [examples, ...] sharded over `data`: whatever the task reads, among it
+        `"weight"`, 0 for a masked example; and `"ghost_mask"`, [ghost batches], 1 or 0. Only whole
+        ghost batches are masked, and a masked one adds exactly 0.
+      addends: makes the sums reproducible, `accumulator` and `state.bounds` being made for it: how
+        many units the update has, masked ones included or not. A traced whole number.
+      task: what is trained.
+      mesh: the devices, along `data`.
+      unit_examples: the gradient is computed for so many examples at a time, whole ghost batches; a
+        device's share holds whole units, where sums are reproducible one. None: of the whole share.
+      measures_noise: also sums |gradient|^2 / examples over the units.
+
+    Returns:
+      The sums with this microbatch added.
+    """
+
+    def on_device(
+        params: PyTree,
+        running: PyTree,
+        bounds: PyTree,
+        accumulator: Accumulator | Bins,
+        microbatch: Examples,
+        addends: jax.Array | None,
+    ) -> Accumulator | Bins:
+        params, running, bounds, addends = jax.lax.pcast(
+            (params, running, bounds, addends), DATA_AXIS, to="varying"
+        )
+        accumulator = jax.tree.map(lambda leaf: leaf[0], accumulator)
+
+        def summed_loss(params: PyTree, unit: Examples) -> tuple[jax.Array, tuple[Sums, PyTree]]:
+            outputs, ghost_statistics = task.apply(params, running, unit, True)
+            sums = task.loss(outputs, unit)
+            return sums["loss"], (sums, ghost_statistics)
+
+        def addend(unit: Examples) -> Accumulator:
+            gradients, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(params, unit)
+            if measures_noise:
+                sums = {**sums, **units.small_batch_sums(gradients, sums["count"])}
+            mask = unit["ghost_mask"]
+            ghost_statistics = jax.tree.map(
+                lambda leaf: jnp.tensordot(mask.astype(leaf.dtype), leaf, 1), ghost_statistics
+            )
+            return Accumulator(gradients, sums, ghost_statistics, jnp.sum(mask))
+
+        def plainly(accumulator: Accumulator, addend: Accumulator) -> Accumulator:
+            return jax.tree.map(
+                lambda total, leaf: total + leaf.astype(total.dtype), accumulator, addend
+            )
+
+        add: Callable[[Any, Accumulator], Any] = plainly
+        unit = None if unit_examples == len(microbatch["weight"]) else unit_examples
+        if isinstance(accumulator, Bins):
+            # The same program on every layout.
+            assert unit is None, "one unit a call"
+            assert addends is not None
+            shifters = exact_sums.shifters(bounds, addends, accumulator.largest.dtype)
+            add = functools.partial(exact_sums.add, shifters=shifters)
+        total = units.add_units(addend, add, accumulator, microbatch, unit)
+        return jax.tree.map(lambda leaf: leaf[None], total)
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED),
+        out_specs=SHARDED,
+    )(state.params, state.running_statistics, state.bounds, accumulator, microbatch, addends)
+
+
+def apply_update(
+    state: State,
+    accumulator: Accumulator | Bins,
+    hyper: Mapping[str, jax.Array],
+    *,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+) -> tuple[State, Accumulator | Bins, Sums]:
+    """Turns the sums of one update into the next state.
+
+    Args:
+      state: the state at the start of the update.
+      accumulator: the sums over all of its microbatches.
+      hyper: scalars by name (`learning_rate`, `momentum`, ...), traced: another value is no other
+        program.
+      task: what is trained.
+      optimizer: an Optax transformation whose state has `hyperparams`.
+      mesh: the devices, along `data`.
+
+    Returns:
+      The next state, the accumulator emptied, and the loss's sums over the whole update, with
+      `gradient_is_finite`, 1 or 0, of the mean gradient, and those of the noise measurement where
+      `accumulate` made it. With reproducible sums there is also `is_exact`: where it is 0 a bound
+      has failed, and the next state is the old one with bounds that hold; the same update is to be
+      computed again.
+    """
+
+    def on_device(
+        state: State, accumulator: Accumulator | Bins, hyper: Mapping[str, jax.Array]
+    ) -> tuple[State, Accumulator | Bins, Sums]:
+        own = jax.tree.map(lambda leaf: leaf[0], accumulator)
+        if not isinstance(own, Bins):
+            next_state, sums = updated(state, jax.lax.psum(own, DATA_AXIS), hyper)
+        else:
+            exact = jax.lax.psum(own.slices, DATA_AXIS), jax.lax.pmax(own.largest, DATA_AXIS)
+            # From here on the program is the same on any number of devices.
+            slices, largest = jax.lax.optimization_barrier(exact)
+            total = exact_sums.total(slices)
+            bounds, is_exact = exact_sums.next_bounds(total, largest, state.bounds)
+            new_state, sums = updated(state, total, hyper)
+            kept = state._replace(bounds=bounds)
+            next_state = jax.tree.map(
+                lambda new, old: jnp.where(is_exact, new, old),
+                new_state._replace(bounds=bounds),
+                kept,
+            )
+            sums = {**sums, IS_EXACT: is_exact.astype(largest.dtype)}
+        return next_state, jax.tree.map(jnp.zeros_like, accumulator), sums
+
+    def updated(
+        state: State, total: Accumulator, hyper: Mapping[str, jax.Array]
+    ) -> tuple[State, Sums]:
+        count = total.sums["count"]
+        gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
+        injected = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, **hyper})
+        changes, optimizer_state = optimizer.update(
+            gradients, injected, state.params, num_examples=count
+        )
+        running = advance_running_statistics(
+            state.running_statistics,
+            total.ghost_statistics,
+            total.ghost_batches,
+            decay=task.running_decay,
+        )
+        params = optax.apply_updates(state.params, changes)
+        next_state = State(params, running, optimizer_state, state.bounds)
+        sums = {**total.sums, GRADIENT_IS_FINITE: is_finite(gradients)}
+        if SMALL_SQUARES in sums:
+            sums |= {BIG_SQUARE: units.square(gradients)}
+        return next_state, sums
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(REPLICATED, SHARDED, REPLICATED),
+        out_specs=(REPLICATED, SHARDED, REPLICATED),
+    )(state, accumulator, hyper)
+
+
+def is_finite(tree: PyTree) -> jax.Array:
+    """float32 scalar: 1 where the sum of all numbers of a tree is finite, else 0.
+
+    One that is not finite makes the sum so. (To look at each takes much longer to compile.)
+    """
+    total = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(tree))
+    return jnp.isfinite(total).astype(jnp.float32)
+
+
+def advance_running_statistics(
+    running: PyTree, ghost_sums: PyTree, ghost_batches: jax.Array, *, decay: float
+) -> PyTree:
+    """Moves the running statistics by one update of K ghost batches, whatever their order.
+
+    r <- d^K r + (1 - d^K) * (mean over the K): as far as K single steps with decay d would go.
+
+    Args:
+      running: statistics before the update.
+      ghost_sums: the same, summed over the update's ghost batches.
+      ghost_batches: K, a float scalar.
+      decay: d, a number in (0, 1).
+
+    Returns:
+      The statistics after the update.
+    """
+    kept = decay**ghost_batches
+    return jax.tree.map(
+        lambda r, s: kept * r + (1 - kept) * (s / ghost_batches), running, ghost_sums
+    )
+
+
+def evaluate(state: State, microbatch: Examples, *, task: Task, mesh: Mesh) -> Sums:
+    """The loss's sums over one microbatch of test examples, with the running statistics.
+
+    Args:
+      state: its parameters, or their average where the optimizer keeps one, and its running
+        statistics are read.
+      microbatch: as in `accumulate`; single examples may be masked by their weight.
+      task: what is trained.
+      mesh: the devices, along `data`.
+
+    Returns:
+      What the loss returns, each leaf [devices]: every device's own sums.
+    """
+
+    def on_device(params: PyTree, running: PyTree, microbatch: Examples) -> Sums:
+        outputs, _ = task.apply(params, running, microbatch, False)
+        return jax.tree.map(lambda leaf: leaf[None], task.loss(outputs, microbatch))
+
+    params = evaluation_params(state.params, state.optimizer)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(REPLICATED, REPLICATED, SHARDED),
+        out_specs=SHARDED,
+    )(params, state.running_statistics, microbatch)

@@ -1,0 +1,82 @@
+"""The unit of work of a device: its whole share of a microbatch, or parts of it one by one."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bigbatch.engine.task import Examples, PyTree, Sums
+from bigbatch.schedule.adaptive.gradient_noise import SMALL_BATCHES, SMALL_SQUARES
+
+# More would take too long to compile.
+_WRITTEN_OUT = 4
+
+
+def add_units(
+    function: Callable[[Examples], PyTree],
+    add: Callable[[PyTree, PyTree], PyTree],
+    total: PyTree,
+    examples: Examples,
+    unit_examples: int | None,
+) -> PyTree:
+    """Adds what `function` makes of each unit of a device's share to a total, one after another.
+
+    A few units are written out: XLA's CPU client is slow at a loop's convolutions. More are a loop,
+    whose masked ones, at the end of a share, are not computed.
+
+    Args:
+      function: the examples of one unit -> an addend.
+      add: (total, addend) -> total.
+      total: the sums so far.
+      examples: a device's share, [examples, ...] by name, and `ghost_mask`, [ghost batches].
+      unit_examples: examples of a unit; None: the whole share is one.
+
+    Returns:
+      The total with all units added.
+    """
+    share = len(examples["weight"])
+    if unit_examples is None:
+        return add(total, function(examples))
+    count = share // unit_examples
+    units = {
+        name: array.reshape(count, len(array) // count, *array.shape[1:])
+        for name, array in examples.items()
+    }
+    if count <= _WRITTEN_OUT:
+        for index in range(count):
+            unit = {name: array[index] for name, array in units.items()}
+            total = add(total, function(unit))
+        return total
+    present = jnp.sum(jnp.max(units["ghost_mask"], axis=1) > 0, dtype=jnp.int32)
+
+    def body(index: jax.Array, total: PyTree) -> PyTree:
+        unit = {
+            name: jax.lax.dynamic_index_in_dim(array, index, keepdims=False)
+            for name, array in units.items()
+        }
+        return add(total, function(unit))
+
+    return jax.lax.fori_loop(jnp.zeros_like(present), present, body, total)
+
+
+def square(tree: PyTree) -> jax.Array:
+    """The sum of the squares of all elements, in their precision, float32 at least."""
+    leaves = [
+        leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)
+    ]
+    return sum((jnp.sum(leaf * leaf) for leaf in leaves), start=jnp.zeros((), leaves[0].dtype))
+
+
+def small_batch_sums(gradients: PyTree, count: jax.Array) -> Sums:
+    """What one small batch adds to the measurement of the noise; nothing if all is masked.
+
+    Args:
+      gradients: of its summed loss.
+      count: its examples, by their weights.
+    """
+    held = count > 0
+    squares = square(gradients)
+    return {
+        SMALL_SQUARES: jnp.where(held, squares / jnp.where(held, count, 1), 0),
+        SMALL_BATCHES: held.astype(squares.dtype),
+    }

@@ -1,0 +1,131 @@
+"""Ghost batches that are larger than a device's share, and batches that are one ghost batch.
+
+A layout deals in whole ghost batches. Where a device is too small for one, neighbouring devices
+share it: for the layout, such a group is a single device.
+
+>>> layout = layout_over([128, 640], ghost_batch_examples=128, devices=8,
+...                      microbatch_examples_per_device=32)
+>>> layout.devices, layout.shapes
+(2, (128,))
+"""
+
+from typing import Any
+
+import numpy as np
+
+from bigbatch.checks import Checks
+from bigbatch.errors import Problem, UserError
+from bigbatch.layout.layout import MAX_SHAPES, Layout, make_layout
+
+
+def devices_per_ghost_batch(
+    ghost_batch_examples: int, examples_per_device: int, devices: int
+) -> int:
+    """How many neighbouring devices share one ghost batch: 1 where each holds whole ones.
+
+    Args:
+      ghost_batch_examples: examples that share statistics.
+      examples_per_device: each device's share of a microbatch.
+      devices: how many there are.
+
+    Raises:
+      UserError: the share is neither a multiple of the ghost batch nor an equal part of it that
+        the devices can make up.
+
+    >>> devices_per_ghost_batch(128, 32, devices=8)
+    4
+    """
+    if examples_per_device > 0 and examples_per_device % ghost_batch_examples == 0:
+        return 1
+    parts = [n for n in range(1, devices + 1) if devices % n == 0 and ghost_batch_examples % n == 0]
+    shares = [ghost_batch_examples // n for n in parts]
+    if examples_per_device not in shares:
+        multiple = ghost_batch_examples * max(1, round(examples_per_device / ghost_batch_examples))
+        one_of = f"one of {', '.join(map(str, shares))}" if devices > 1 else str(shares[0])
+        allowed = (
+            f"a multiple of ghost_batch_examples = {ghost_batch_examples}, or with {devices} "
+            f"device{'s' * (devices > 1)} {one_of}"
+        )
+        nearest = min([*shares, multiple], key=lambda share: abs(share - examples_per_device))
+        raise UserError(
+            Problem("microbatch_examples_per_device", examples_per_device, allowed, nearest)
+        )
+    return ghost_batch_examples // examples_per_device
+
+
+def layout_over(
+    plan_or_batch_sizes: Any,
+    *,
+    ghost_batch_examples: int,
+    devices: int,
+    microbatch_examples_per_device: int,
+    full_batch_norm: bool = False,
+    noise_small_batch_examples: int | None = None,
+    reproducible: bool = False,
+) -> Layout:
+    """The layout of a run over its devices or, where they share ghost batches, over groups of them.
+
+    Args:
+      plan_or_batch_sizes: a plan, or the batch size in examples of each update.
+      ghost_batch_examples: examples that share batch-norm statistics.
+      devices: how many share the work.
+      microbatch_examples_per_device: the most that a device can compute in one call. Less than a
+        ghost batch lets neighbours share one.
+      full_batch_norm: whether the statistics are those of an update's whole batch.
+      noise_small_batch_examples: whole small batches of so many must lie on one device; then no
+        ghost batch is shared.
+      reproducible: whether every call computes one ghost batch (or small batch) a device: one
+        program, whatever the layout, and no ghost batch is shared.
+
+    Returns:
+      A layout whose `devices` are groups of `devices / layout.devices` neighbours.
+
+    Raises:
+      UserError: the layout cannot be formed.
+    """
+    if full_batch_norm:
+        return _full_batch_layout(plan_or_batch_sizes, devices, microbatch_examples_per_device)
+    small = noise_small_batch_examples
+    if reproducible:
+        small = small or ghost_batch_examples
+        microbatch_examples_per_device = min(microbatch_examples_per_device, small)
+    if small is not None:
+        return make_layout(
+            plan_or_batch_sizes,
+            ghost_batch_examples=ghost_batch_examples,
+            devices=devices,
+            microbatch_examples_per_device=microbatch_examples_per_device,
+            small_batch_examples=small,
+        )
+    sharing = 1
+    if microbatch_examples_per_device < ghost_batch_examples:
+        sharing = devices_per_ghost_batch(
+            ghost_batch_examples, microbatch_examples_per_device, devices
+        )
+    return make_layout(
+        plan_or_batch_sizes,
+        ghost_batch_examples=ghost_batch_examples,
+        devices=devices // sharing,
+        microbatch_examples_per_device=microbatch_examples_per_device * sharing,
+    )
+
+
+def _full_batch_layout(
+    plan_or_batch_sizes: Any, devices: int, microbatch_examples_per_device: int
+) -> Layout:
+    """One microbatch an update, nothing masked, over a single group of all the devices."""
+    batch_sizes = getattr(plan_or_batch_sizes, "batch_sizes", plan_or_batch_sizes)
+    sizes = sorted({int(size) for size in np.asarray(batch_sizes)}, reverse=True)
+    checks = Checks()
+    largest = microbatch_examples_per_device * devices
+    for size in sizes:
+        nearest = min(devices * max(1, round(size / devices)), largest)
+        allowed = (
+            f"with full_batch_norm, a multiple of the {devices} device{'s' * (devices > 1)}, at "
+            f"most {largest} in one microbatch"
+        )
+        checks.require(size == nearest, "batch_size", size, allowed, nearest)
+    allowed = f"with full_batch_norm, at most {MAX_SHAPES} batch sizes in a run"
+    checks.require(len(sizes) <= MAX_SHAPES, "batch_size", f"{len(sizes)} of them", allowed)
+    checks.done()
+    return Layout(ghost_batch_examples=1, devices=1, shapes=tuple(sizes))

@@ -1,0 +1,226 @@
+"""How long a plan takes, and what it costs, on devices that are not there.
+
+One update of one batch size takes
+
+    sum over its microbatches (call_s + examples_per_device / examples_per_s)
+    + allreduce_s + update_s
+
+where masked examples count as computed, and the gradients go around a ring of n devices:
+allreduce_s = 2 (n - 1) / n * gradient_bytes / bandwidth (Patarasu and Yuan 2009). Latency of the
+network, input, evaluation, checkpoints and compilation are not in it. The terms are compared with
+measured updates in `tests/benchmarks/time_model.py`.
+
+>>> speeds = Speeds(examples_per_s=1000.0, update_s=0.01, allreduce_gbps=8.0)
+>>> speeds.allreduce_s(4, gradient_bytes=10**9)
+1.5
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigbatch.checks import Checks
+from bigbatch.errors import Problem, UserError
+from bigbatch.layout.layout import Layout
+from bigbatch.schedule.plan import Plan, Stage
+
+# Twice the devices are worth it while they make the run at least so many times faster.
+WORTHWHILE_SPEEDUP = 1.5
+_BYTES_PER_S_PER_GBPS = 1e9 / 8
+_MEASURED = ("examples_per_s", "call_s", "update_s")
+
+
+@dataclasses.dataclass(frozen=True)
+class Speeds:
+    """What the hardware does, measured or believed.
+
+    Attributes:
+      examples_per_s: of one device, within a microbatch.
+      call_s: fixed cost of one microbatch.
+      update_s: fixed cost of one update (the optimizer), without the all-reduce.
+      allreduce_gbps: bandwidth of one device to its neighbour in the ring, 1e9 bits a second; None
+        if it is not known, which does for one device.
+      cost_per_device_hour: in the user's own money; None if it does not matter.
+    """
+
+    examples_per_s: float
+    call_s: float = 0.0
+    update_s: float = 0.0
+    allreduce_gbps: float | None = None
+    cost_per_device_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        checks = Checks()
+        rate = self.examples_per_s
+        checks.number("examples_per_s", rate, "examples a second of one device, above 0", above=0)
+        for name in ("call_s", "update_s"):
+            checks.number(name, getattr(self, name), "seconds, at least 0", at_least=0)
+        if self.allreduce_gbps is not None:
+            allowed = "1e9 bits a second of one device, above 0"
+            checks.number("allreduce_gbps", self.allreduce_gbps, allowed, above=0)
+        if self.cost_per_device_hour is not None:
+            cost = self.cost_per_device_hour
+            checks.number("cost_per_device_hour", cost, "a number, at least 0", at_least=0)
+        checks.done()
+
+    def allreduce_s(self, devices: int, gradient_bytes: int) -> float:
+        """Seconds of one ring all-reduce.
+
+        Raises:
+          UserError: there are several devices and the bandwidth is not known.
+        """
+        if devices == 1:
+            return 0.0
+        if self.allreduce_gbps is None:
+            allowed = "1e9 bits a second of one device: there are several devices"
+            raise UserError(Problem("allreduce_gbps", "nothing", allowed))
+        bytes_per_s = self.allreduce_gbps * _BYTES_PER_S_PER_GBPS
+        return 2 * (devices - 1) / devices * gradient_bytes / bytes_per_s
+
+
+class UpdateTime(NamedTuple):
+    """Seconds of one update, by what they are spent on."""
+
+    compute_s: float
+    allreduce_s: float
+    update_s: float
+
+    @property
+    def total_s(self) -> float:
+        """Their sum."""
+        return sum(self)
+
+
+class StageTime(NamedTuple):
+    """One stage of a plan, with the time of one of its updates and of all."""
+
+    stage: Stage
+    update: UpdateTime
+    seconds: float
+
+
+class Scaling(NamedTuple):
+    """A whole run on one number of devices."""
+
+    devices: int
+    seconds: float
+
+    @property
+    def device_hours(self) -> float:
+        """Devices times hours."""
+        return self.devices * self.seconds / 3600
+
+
+def update_time(
+    layout: Layout, batch_size: int, devices: int, gradient_bytes: int, speeds: Speeds
+) -> UpdateTime:
+    """Seconds of one update.
+
+    Args:
+      layout: how it is cut; its `devices` may be groups of neighbours that share ghost batches.
+      batch_size: its examples.
+      devices: how many there are.
+      gradient_bytes: what the all-reduce sums: 4 a parameter in float32.
+      speeds: of the hardware.
+    """
+    examples_per_device = layout.computed_examples(batch_size) / devices
+    calls = layout.num_microbatches(batch_size)
+    return UpdateTime(
+        calls * speeds.call_s + examples_per_device / speeds.examples_per_s,
+        speeds.allreduce_s(devices, gradient_bytes),
+        speeds.update_s,
+    )
+
+
+def stage_times(
+    plan: Plan, layout: Layout, devices: int, gradient_bytes: int, speeds: Speeds
+) -> list[StageTime]:
+    """The time of each of a plan's stages; arguments as of `update_time`."""
+    sizes = {stage.batch_size for stage in plan.stages}
+    times = {
+        size: update_time(layout, size, devices, gradient_bytes, speeds) for size in sorted(sizes)
+    }
+    return [
+        StageTime(
+            stage, times[stage.batch_size], stage.num_updates * times[stage.batch_size].total_s
+        )
+        for stage in plan.stages
+    ]
+
+
+def scaling(
+    plan: Plan,
+    layout_over: Callable[[Plan, int], Layout],
+    device_counts: Sequence[int],
+    gradient_bytes: int,
+    speeds: Speeds,
+) -> list[Scaling]:
+    """The whole run on several numbers of devices.
+
+    Args:
+      plan: the run.
+      layout_over: (plan, devices) -> layout.
+      device_counts: how many devices; a number for which there is no layout is left out.
+      gradient_bytes: as of `update_time`.
+      speeds: of the hardware.
+    """
+    found = []
+    for devices in device_counts:
+        try:
+            layout = layout_over(plan, devices)
+        except UserError:
+            continue
+        times = stage_times(plan, layout, devices, gradient_bytes, speeds)
+        found.append(Scaling(devices, sum(time.seconds for time in times)))
+    return found
+
+
+def device_counts(plan: Plan, ghost_batch_examples: int, devices: int) -> list[int]:
+    """Powers of two up to where every device holds one ghost batch of the largest batch, and more.
+
+    Args:
+      plan: the run with the largest batches.
+      ghost_batch_examples: of one ghost batch.
+      devices: a number that must be among them.
+    """
+    most = max(max(plan.batch_sizes.tolist()) // ghost_batch_examples, devices)
+    powers = [2**i for i in range(most.bit_length() + 1)]
+    return sorted({*powers, devices})
+
+
+def most_worthwhile(rows: Sequence[Scaling]) -> int:
+    """The number of devices past which twice as many no longer help.
+
+    Helping is making the run at least `WORTHWHILE_SPEEDUP` times faster.
+
+    Args:
+      rows: from `scaling`, at least one.
+
+    >>> most_worthwhile([Scaling(1, 100.0), Scaling(2, 52.0), Scaling(4, 40.0), Scaling(8, 20.0)])
+    2
+    """
+    seconds = {row.devices: row.seconds for row in rows}
+    best = rows[0].devices
+    while seconds.get(2 * best, best * float("inf")) * WORTHWHILE_SPEEDUP <= seconds[best]:
+        best *= 2
+    return best
+
+
+def read_bench(path: str) -> dict[str, float]:
+    """The speeds of `bigbatch bench`, from its file.
+
+    Raises:
+      UserError: it cannot be read, or lacks one of them.
+    """
+    allowed = "a JSON file written by `bigbatch bench`"
+    try:
+        values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(Problem("bench", path, f"{allowed} ({error})")) from error
+    if not isinstance(values, dict) or not all(
+        isinstance(values.get(name), int | float) for name in _MEASURED
+    ):
+        raise UserError(Problem("bench", path, f"{allowed}, with {', '.join(_MEASURED)}"))
+    return {name: float(values[name]) for name in _MEASURED}

@@ -1,0 +1,322 @@
+"""The training loop: a plan, a stream of examples and two compiled functions.
+
+It may be killed at any moment. Called again on the same working directory it continues from the
+newest checkpoint, and ends with the same parameters: bit for bit on the same devices. Told to stop,
+it drops the update that it is in and saves the state at its start.
+
+With many processes all of them run this loop and decide the same; process 0 alone writes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from bigbatch import distributed
+from bigbatch.data.records.record_set import RecordSet
+from bigbatch.engine import functions as step
+from bigbatch.engine.task import Sums
+from bigbatch.errors import StoppedError
+from bigbatch.schedule.adaptive import gradient_noise
+from bigbatch.schedule.adaptive.course import Course
+from bigbatch.schedule.plan import Row
+from bigbatch.training import progress as training_log
+from bigbatch.training.evaluate import evaluate
+from bigbatch.training.preemption import StopNoticeError, StopRequest
+from bigbatch.training.progress import Progress
+from bigbatch.training.run import Run
+from bigbatch.training.updates import updates, waits_for
+from bigbatch.training.watch import STALL_S, Watchdog
+from bigbatch.workdir import files as workdir
+from bigbatch.workdir import metrics
+from bigbatch.workdir.checkpoint import Checkpoints, params_sha256
+from bigbatch.workdir.event_files import EventFiles
+from bigbatch.workdir.network_file import read_initial
+from bigbatch.workdir.resume import whose
+
+# How long the sums of a finished update may wait for those of the next ones: to read and log many
+# short updates in one go takes a third of the time.
+_UNREAD_S = 0.1
+
+
+def train(
+    run: Run, directory: Path, *, show_progress: bool = False, stall_s: float = STALL_S
+) -> dict[str, Any]:
+    """Trains the run's plan to its end, from wherever the working directory stands.
+
+    Args:
+      run: from `run.prepare`.
+      directory: a working directory that was claimed for this run.
+      show_progress: whether to show a progress bar (on a terminal) and every evaluation, on
+        standard error.
+      stall_s: seconds without a movement after which a word is said on standard error.
+
+    Returns:
+      What was written to result.json.
+
+    Raises:
+      RunError: the loss is no longer finite, or a checkpoint cannot be written.
+      StoppedError: SIGTERM or the runtime asked for it; the state is saved.
+    """
+    files = workdir.Workdir(directory)
+    show_progress = show_progress and distributed.is_first()
+    kept = functools.partial(_kept, run)
+    with Checkpoints(files.checkpoints, run.config.keep_checkpoints, kept) as checkpoints:
+        state, progress = restore(run, checkpoints)
+        course = Course(run.plan, run.controller, progress.controller)
+        run = _as_known(run, course, files)
+        distributed.on_first(lambda: _truncate(files, progress))
+        with (
+            metrics.MetricsLog(
+                files.metrics if distributed.is_first() else None, _events(run, files, progress)
+            ) as log,
+            training_log.progress_bar(run, progress, show_progress) as bar,
+        ):
+            say = functools.partial(bar.write, file=sys.stderr)
+            if show_progress:
+                say(training_log.memory_line(run))
+            with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
+                loop = _Loop(
+                    run=run,
+                    state=state,
+                    progress=progress,
+                    checkpoints=checkpoints,
+                    log=log,
+                    bar=bar,
+                    say=say if show_progress else None,
+                    watchdog=watchdog,
+                    stop=stop,
+                    course=course,
+                    files=files,
+                )
+                loop.run_updates()
+    progress = loop.progress
+    run = loop.run
+    if run.controller is not None and distributed.is_first():
+        workdir.write_text(files.plan, course.to_json())
+    result = {
+        "updates": run.plan.num_updates,
+        "examples": run.plan.num_examples,
+        "test_accuracy": progress.test_accuracy,
+        "test_loss": progress.test_loss,
+        "train_loss": progress.train_loss,
+        "seconds": round(progress.seconds, 3),
+        "compilations": run.programs.compilations,
+        "params_sha256": params_sha256(loop.state.params),
+    }
+    if isinstance(run.data, RecordSet) and run.config.data.on_bad_record == "replace":
+        # Each process has read its own devices' part of them.
+        bad = distributed.gather(str(run.data.num_bad_records).encode())
+        result["bad_records"] = sum(map(int, bad))
+    distributed.on_first(lambda: workdir.write_json(files.result, result))
+    return result
+
+
+def _events(run: Run, files: workdir.Workdir, progress: Progress) -> EventFiles | None:
+    """The TensorBoard files of a run that goes on from there; process 0 writes them."""
+    if not distributed.is_first():
+        return None
+    done = progress.updates
+    examples = int(run.plan.batch_sizes[:done].sum())
+    with workdir.writing(files.tensorboard):
+        return EventFiles(
+            files.tensorboard, last_update=done, last_example=examples, config=run.config.tree
+        )
+
+
+def _truncate(files: workdir.Workdir, progress: Progress) -> None:
+    """Removes what the log says of the time after the checkpoint."""
+    metrics.truncate(
+        files.metrics, last_update=progress.updates, without_test=progress.evaluation_due
+    )
+
+
+def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
+    """The state and progress of the newest checkpoint that is whole, or of the start."""
+    programs, start = run.programs, run.init_state()
+    restored = checkpoints.restore(programs.unite(start), whose(run.config), _warn)
+    if restored is None:
+        network = distributed.together(lambda: read_initial(run.config))
+        return (start if network is None else run.state_from(*network)), Progress()
+    return run.on_devices(restored.state), Progress.read(restored.record["progress"])
+
+
+def _warn(text: str) -> None:
+    if distributed.is_first():
+        print(f"bigbatch: warning: {text}", file=sys.stderr)
+
+
+def _kept(run: Run, updates_done: int) -> bool:
+    """Whether the checkpoint after so many updates is kept for good."""
+    every = run.config.keep_every
+    if every is None or not 0 < updates_done <= run.plan.num_updates:
+        return False
+    return every.due(*_span(run, run.plan.row(updates_done - 1)))
+
+
+def _span(run: Run, row: Row) -> tuple[int, int, int, int]:
+    """What an interval asks of an update."""
+    return row.first_example, row.batch_size, row.update, run.plan.train_examples
+
+
+def _as_known(run: Run, course: Course, files: workdir.Workdir) -> Run:
+    """The run with all that is known of its plan, which an adaptive run also writes down."""
+    if run.plan is course.plan:
+        return run
+    if distributed.is_first():
+        workdir.write_text(files.plan, course.to_json())
+    return dataclasses.replace(run, plan=course.plan)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Loop:
+    """The updates that are left, and what is logged, evaluated and saved in between.
+
+    Attributes:
+      state: after the last update whose row was yielded; the next `apply_update` takes it.
+      progress: of the updates whose sums have been read, some fewer at times.
+    """
+
+    run: Run
+    state: step.State
+    progress: Progress
+    checkpoints: Checkpoints
+    log: metrics.MetricsLog
+    bar: tqdm
+    say: Callable[[str], None] | None
+    watchdog: Watchdog
+    stop: StopRequest
+    course: Course
+    files: workdir.Workdir
+
+    def __post_init__(self) -> None:
+        self._start_s = time.monotonic() - self.progress.seconds
+        self._sent: tuple[Row, Sums] | None = None
+        self._unread: list[tuple[Row, Sums, float]] = []
+        # A controller needs each measurement at once, and several processes must find a loss that
+        # is not finite after the same update.
+        at_once = self.run.controller is not None or jax.process_count() > 1
+        self._wait_s = 0.0 if at_once else _UNREAD_S
+        self._saved_updates = self.progress.updates
+
+    def run_updates(self) -> None:
+        """Goes on to the end of the plan, or to the moment at which it is told to stop."""
+        try:
+            if self.progress.evaluation_due:
+                self._evaluate(self.run.plan.row(self.progress.updates - 1))
+            first = self.state, self.progress.updates
+            remaining = updates(self.run, *first, self.course, self.watchdog, self.stop, self._use)
+            with contextlib.closing(remaining):
+                for row, state, sums in remaining:
+                    self.state = state
+                    self._after(row, sums)
+        except StopNoticeError:
+            self._read()
+            self._save()
+            raise StoppedError(
+                f"told to stop: saved after update {self.progress.updates:,} of "
+                f"{self.run.plan.num_updates:,}; the same command continues"
+            ) from None
+
+    def _use(self, smaller: Run, state: step.State) -> None:
+        """Goes on with smaller microbatches, from the update that did not fit."""
+        self.state = state
+        self.run = dataclasses.replace(smaller, plan=self.run.plan)
+        if self.say is not None:
+            self.say(f"out of device memory; now {training_log.memory_line(self.run)}")
+
+    def _after(self, row: Row, sums: Sums) -> None:
+        """What is due after an update."""
+        # The update before this one: the device has finished it or will not wait for us.
+        self._await()
+        if self._unread and time.monotonic() - self._start_s >= self._unread[0][2] + self._wait_s:
+            self._read_finished()
+        self._sent = row, sums
+        self.watchdog.moved(f"update {row.update:,}, batch size {row.batch_size:,}")
+        self.bar.update(row.batch_size)
+        if not self.bar.disable:
+            loss = self.progress.train_loss
+            self.bar.set_postfix(batch_size=row.batch_size, loss=loss, refresh=False)
+        config, span = self.run.config, _span(self.run, row)
+        is_last = row.update + 1 == self.run.plan.num_updates
+        evaluation_due = is_last or config.evaluate_every.due(*span)
+        checkpoint_due = is_last or config.checkpoint_every.due(*span)
+        checkpoint_due = checkpoint_due or _kept(self.run, row.update + 1)
+        if evaluation_due or checkpoint_due:
+            self._read()
+        if evaluation_due:
+            self._evaluate(row)
+        if checkpoint_due:
+            self._save()
+
+    def _await(self) -> None:
+        """Waits for the update that was sent last."""
+        if self._sent is not None:
+            row, sums = self._sent
+            self._sent = None
+            with self.watchdog.phase(waits_for()):
+                jax.block_until_ready(sums)
+            self._unread.append((row, sums, time.monotonic() - self._start_s))
+
+    def _read(self) -> None:
+        """Reads the sums of all updates that were sent."""
+        self._await()
+        self._read_finished()
+
+    def _read_finished(self) -> None:
+        """Reads the sums of the updates that were waited for, and logs them where that is due."""
+        unread, self._unread = self._unread, []
+        # All are asked for before the first is waited for, as `jax.device_get` does; that takes
+        # twice as long.
+        for _, sums, _ in unread:
+            for value in sums.values():
+                if isinstance(value, jax.Array):
+                    value.copy_to_host_async()
+        for row, sums, done_s in unread:
+            on_host: dict[str, Any] = {name: np.asarray(value) for name, value in sums.items()}
+            self.course.observe(gradient_noise.measurement_of(on_host))
+            progress = self.progress._replace(controller=self.course.saved)
+            self.progress = training_log.record(self.run, progress, row, on_host, self.log, done_s)
+        self.run = _as_known(self.run, self.course, self.files)
+        self.bar.total = self.run.plan.num_examples
+
+    def _evaluate(self, row: Row) -> None:
+        self.progress = self.progress._replace(evaluation_due=True)
+        with self.watchdog.phase("evaluation"):
+            test = evaluate(self.run, self.state, self.stop)
+        self.log.write(training_log.position(self.run, row) | test)
+        if self.say is not None:
+            self.say(training_log.evaluation_line(self.run, row, self.progress, test))
+        self.progress = self.progress._replace(
+            evaluation_due=False,
+            test_loss=test["test_loss"],
+            test_accuracy=test["test_accuracy"],
+        )
+
+    def _save(self) -> None:
+        """Saves the state, unless this very update is saved."""
+        updates_done = self.progress.updates
+        if updates_done == self._saved_updates:
+            return
+        self._saved_updates = updates_done
+        self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
+        last = self.run.plan.row(updates_done - 1)
+        record = {
+            "run": whose(self.run.config),
+            "progress": self.progress._asdict(),
+            "examples": last.first_example + last.batch_size,
+            "plan": self.run.plan.fingerprint,
+            "seed": self.run.config.seed,
+        }
+        self.log.sync()
+        with self.watchdog.phase("checkpoint"):
+            state = self.run.programs.unite(self.state)
+            self.checkpoints.save(updates_done, state, record)

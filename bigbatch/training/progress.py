@@ -1,0 +1,155 @@
+"""What a run says of itself while it trains: progress, the records of the log, the bar."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from bigbatch.engine.task import Sums
+from bigbatch.errors import RunError
+from bigbatch.layout import memory
+from bigbatch.schedule import divergence
+from bigbatch.schedule.adaptive import gradient_noise
+from bigbatch.schedule.plan import Row
+from bigbatch.training.run import Run
+from bigbatch.workdir import metrics
+
+
+class Progress(NamedTuple):
+    """How far a run is, in plain numbers; a checkpoint keeps it beside the state.
+
+    Attributes:
+      updates: done so far.
+      seconds: spent so far, over all resumes.
+      loss_sum: training loss summed over the examples since the last record of the log.
+      loss_examples: those examples, by their weights.
+      input_wait_s: seconds for which the loop has waited for examples since that record.
+      record_seconds: when that record was written, in the same seconds.
+      train_loss: of that record.
+      test_loss: of the last evaluation.
+      test_accuracy: likewise.
+      evaluation_due: whether the evaluation after the last update was cut short.
+      noise: averages of the gradient noise, empty where it is not measured.
+      controller: an adaptive run's decisions so far and what the next is made from; see `course`.
+    """
+
+    updates: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_examples: float = 0.0
+    input_wait_s: float = 0.0
+    record_seconds: float = 0.0
+    train_loss: float = math.nan
+    test_loss: float = math.nan
+    test_accuracy: float = math.nan
+    controller: dict[str, Any] | None = None
+    evaluation_due: bool = False
+    noise: gradient_noise.Smoothed = gradient_noise.Smoothed()
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "Progress":
+        """What `_asdict` gave, after a way through JSON."""
+        return cls(**{**values, "noise": gradient_noise.Smoothed(*values.get("noise", ()))})
+
+
+def record(
+    run: Run, progress: Progress, row: Row, sums: Sums, log: metrics.MetricsLog, now_s: float
+) -> Progress:
+    """Adds an update's sums to the progress, and writes a record where one is due."""
+    loss, count = float(sums["loss"]), float(sums["count"])
+    if not (math.isfinite(loss) and float(sums["gradient_is_finite"])):
+        what = (
+            "the gradient is not finite" if math.isfinite(loss) else f"the training loss is {loss}"
+        )
+        raise RunError(divergence.diagnosis(run.plan, row, what, progress.train_loss))
+    progress = progress._replace(
+        updates=row.update + 1,
+        loss_sum=progress.loss_sum + loss,
+        loss_examples=progress.loss_examples + count,
+        input_wait_s=progress.input_wait_s + float(sums["input_wait_s"]),
+    )
+    noise, noise_fields = _noise(run, progress.noise, sums)
+    progress = progress._replace(noise=noise)
+    span = row.first_example, row.batch_size, row.update, run.plan.train_examples
+    if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
+        return progress
+    train_loss = progress.loss_sum / progress.loss_examples
+    rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
+    speed = {"examples_per_s": round(rate, 1), "input_wait_s": round(progress.input_wait_s, 6)}
+    log.write(position(run, row) | {"train_loss": train_loss, **speed, **noise_fields})
+    return progress._replace(
+        loss_sum=0.0,
+        loss_examples=0.0,
+        input_wait_s=0.0,
+        record_seconds=now_s,
+        train_loss=train_loss,
+    )
+
+
+def _noise(
+    run: Run, smoothed: gradient_noise.Smoothed, sums: Sums
+) -> tuple[gradient_noise.Smoothed, dict[str, Any]]:
+    """The averages with an update's estimates in them, and what the log says of the noise.
+
+    `gradient_square` and `gradient_variance` are this update's own; the noise scale is that of the
+    averages, which forget over one epoch. Where there is none, the status says why.
+    """
+    measured = gradient_noise.measurement_of(sums)
+    if measured is None:
+        return smoothed, {}
+    estimate = gradient_noise.estimate(measured)
+    smoothed = gradient_noise.smooth(
+        smoothed, estimate, measured, memory_examples=run.plan.train_examples
+    )
+    return smoothed, gradient_noise.log_fields(smoothed, estimate)
+
+
+def position(run: Run, row: Row) -> dict[str, Any]:
+    """What every record of the log says of the time at which it was written."""
+    examples = row.first_example + row.batch_size
+    return {
+        "update": row.update + 1,
+        "examples": examples,
+        "epoch": examples / run.plan.train_examples,
+        "batch_size": row.batch_size,
+        **row.hyper,
+        "noise_scale": row.noise_scale,
+    }
+
+
+def memory_line(run: Run) -> str:
+    """What a run needs on each device, in one line for the user."""
+    needs = {name: f"{size / memory.MIB:,.1f}" for name, size in run.programs.device_bytes.items()}
+    largest = run.layout.devices * run.layout.shapes[0] // run.mesh.size
+    return (
+        f"microbatches of up to {largest:,} examples a device; MiB a device: parameters, "
+        f"statistics and optimizer {needs['state']}, with accumulate {needs['accumulate']}, with "
+        f"apply_update {needs['apply_update']}"
+    )
+
+
+def evaluation_line(run: Run, row: Row, progress: Progress, test: dict[str, float]) -> str:
+    """An evaluation in one line for the user."""
+    epoch = (row.first_example + row.batch_size) / run.plan.train_examples
+    return (
+        f"epoch {epoch:.4g} of {run.plan.epochs:g}, update {row.update + 1:,} of "
+        f"{run.plan.num_updates:,}, batch size {row.batch_size:,}: train loss "
+        f"{progress.train_loss:.4g}, test loss {test['test_loss']:.4g}, test accuracy "
+        f"{test['test_accuracy']:.2%}"
+    )
+
+
+def progress_bar(run: Run, progress: Progress, show: bool) -> tqdm:
+    """A progress bar over the examples of the whole plan."""
+    done = progress.updates
+    at_end = done == run.plan.num_updates
+    initial = run.plan.num_examples if at_end else int(run.plan.first_examples[done])
+    return tqdm(
+        total=run.plan.num_examples,
+        initial=initial,
+        unit=" examples",
+        unit_scale=True,
+        # None: only where standard error is no terminal.
+        disable=None if show else True,
+    )

@@ -1,0 +1,86 @@
+"""The log of a run: one JSON object a line, ordered by update.
+
+Values leave the device one update late or, where updates are short, a tenth of a second. By then
+the next update has been sent, so reading them never makes the device wait.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from bigbatch.workdir import files as workdir
+from bigbatch.workdir.event_files import EventFiles
+
+
+class MetricsLog:
+    """Appends records to a file.
+
+    Args:
+      path: the file; it is made if it does not exist. None: nothing is written.
+      events: gets every record too, if given; it is closed with the log.
+    """
+
+    def __init__(self, path: Path | None, events: EventFiles | None = None):
+        self._events = events
+        self._path = Path(os.devnull) if path is None else path
+        with workdir.writing(self._path):
+            self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._is_file = path is not None
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; a kill leaves whole lines, at worst a last one cut short.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        with workdir.writing(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.write(record)
+
+    def sync(self) -> None:
+        """Makes sure that what was written outlives a loss of power.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        with workdir.writing(self._path):
+            if self._is_file:
+                os.fsync(self._file.fileno())
+            if self._events is not None:
+                self._events.sync()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with workdir.writing(self._path):
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
+
+
+def truncate(path: Path, *, last_update: int, without_test: bool = False) -> None:
+    """Removes, atomically, records of later updates than a checkpoint, and a line cut short.
+
+    Args:
+      path: the log; nothing happens if it does not exist.
+      last_update: the number of updates done at the checkpoint.
+      without_test: removes the evaluation after that update too: it comes again.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            update = record["update"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        again = without_test and update == last_update and "test_loss" in record
+        if update <= last_update and not again:
+            kept.append(line + "\n")
+    workdir.write_text(path, "".join(kept))
