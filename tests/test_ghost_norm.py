@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bigbatch.engine.functions import DATA_AXIS, REPLICATED, SHARDED, data_mesh
+from bigbatch.engine.ghost_batches import devices_per_ghost_batch
 from bigbatch.errors import UserError
-from bigbatch.layout.sharing import devices_per_ghost_batch
 from bigbatch.models.ghost_norm import GHOST_STATISTICS, RUNNING_STATISTICS, GhostNorm
 
 GHOST = 8

@@ -12,8 +12,9 @@ import bigbatch
 from bigbatch.data import stream
 from bigbatch.engine import functions as step
 from bigbatch.engine.optimizer import Adam, Momentum
-from bigbatch.engine.task import Task, image_classification
+from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
+from bigbatch.models.classification import image_classification
 from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.training.evaluate import sums
 from bigbatch.training.prepare import fit, prepare_task

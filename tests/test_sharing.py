@@ -14,10 +14,10 @@ from bigbatch.config.config import read_config
 from bigbatch.data import stream
 from bigbatch.data.keys import example_keys
 from bigbatch.engine import functions as step
-from bigbatch.engine.task import cross_entropy_sums
 from bigbatch.errors import UserError
 from bigbatch.layout.sharing import layout_over
 from bigbatch.models import WideResNetConfig
+from bigbatch.models.classification import cross_entropy_sums
 from bigbatch.models.dropout import dropout
 from bigbatch.models.ghost_norm import GHOST_STATISTICS, RUNNING_STATISTICS
 from bigbatch.training import loop as train

@@ -13,12 +13,12 @@ import bigbatch
 from bigbatch import cli, models
 from bigbatch.commands import bench
 from bigbatch.config.file import load_config
-from bigbatch.engine.task import image_classification
 from bigbatch.errors import UserError
 from bigbatch.layout import time_model
 from bigbatch.layout.layout import make_layout
 from bigbatch.layout.sharing import layout_over
 from bigbatch.layout.time_model import Scaling, Speeds
+from bigbatch.models.classification import image_classification
 from tests.trained import config
 
 ROOT = Path(__file__).parents[1]

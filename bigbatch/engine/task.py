@@ -1,121 +1,105 @@
 """What is trained: a model, a loss and how they read the examples, as pure functions.
 
-The compiled functions of `bigbatch.engine.functions` know a `Task` and nothing of networks or data sets. Any
-other model and loss is trained by writing another `Task`.
+The compiled functions of `bigbatch.engine.functions` know a `Task`, and nothing of networks or data
+sets. Whatever is written as one is trained like every other.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from flax import linen as nn
-
-from bigbatch.models.ghost_norm import GHOST_STATISTICS, RUNNING_STATISTICS
 
 PyTree = Any
 Sums = dict[str, jax.Array]
 Examples = Mapping[str, jax.Array]
 
+COUNT = "count"
+"""The sum by which the loss and the metrics are divided."""
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """A model and its loss on plain pytrees.
 
+    Three numbers are kept apart: the *examples* of an update (positions of the stream, the batch
+    size, what the noise is counted in), the *count* that a loss is divided by (for instance
+    unmasked tokens), and tokens, a unit of time.
+
     Attributes:
-      init: key -> (parameters, running statistics).
-      apply: (parameters, running statistics, examples, train) -> (outputs, ghost statistics). In
-        training every leaf [ghost batches, ...] of the ghost statistics stands beside a leaf [...]
-        of the running statistics; in evaluation the ghost statistics are not looked at.
-      loss: (outputs, examples) -> sums over the examples, each times its `examples["weight"]`.
-        `"loss"` / `"count"` is minimised; the other entries are reported, divided by `"count"` too.
-      running_decay: factor by which the running statistics fade with each ghost batch.
+      init: key -> (parameters, running statistics); `{}` where there are none.
+      apply: (parameters, running statistics, examples, train) -> (outputs, ghost statistics), and
+        a fifth argument, `frozen`, where there is any. In training every leaf [ghost batches, ...]
+        of the ghost statistics stands beside a leaf [...] of the running statistics; in evaluation
+        the ghost statistics are not looked at. `examples["ghost_mask"]`, in training only, has an
+        entry for each ghost batch.
+      loss: (outputs, examples) -> sums over the examples, each times its `examples["weight"]`:
+        scalars by name, `count` and `minimised` among them.
+      running_decay: factor by which the running statistics fade with each ghost batch: one number,
+        or a tree of them like the running statistics.
+      metrics: what is shown of the sums beside the loss: name -> the sum that is divided by
+        `count`, or a function of all the quotients by the sums' names. None: every other sum,
+        under its own name.
+      minimised: the sum that is minimised, divided by `count`.
+      takes_keys: whether `apply` reads `examples["key"]` in training, uint32[examples, 2]: random
+        words of each example's position, so of its epoch too, whatever computes it.
+      frozen: arrays that `apply` reads and nothing changes: they are not differentiated, not summed,
+        unknown to the optimizer, and in no checkpoint.
+      shares_ghost_batches: whether `apply` can form the statistics of a ghost batch of which a
+        device sees a part only, along the mesh axis `data`.
+      for_examples: makes the task from the shapes of one microbatch's examples, where it depends on
+        them; then `init` and what comes after it are those of the result.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-    apply: Callable[[PyTree, PyTree, Examples, bool], tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[PyTree, PyTree]]
     loss: Callable[[PyTree, Examples], Sums]
-    running_decay: float = 0.9
+    running_decay: Any = 0.9
+    metrics: Mapping[str, str | Callable[[Mapping[str, float]], float]] | None = None
+    minimised: str = "loss"
+    takes_keys: bool = False
+    frozen: PyTree = ()
+    shares_ghost_batches: bool = True
+    for_examples: Callable[[Mapping[str, jax.ShapeDtypeStruct]], "Task"] | None = None
 
+    @staticmethod
+    def from_nnx(
+        make_model: Callable[..., Any], loss: Callable[..., Sums], **options: Any
+    ) -> "Task":
+        """A task from a Flax NNX module; see `bigbatch.engine.flax_modules.from_nnx`."""
+        from bigbatch.engine import flax_modules
 
-@functools.cache
-def image_classification(
-    module: nn.Module,
-    image_shape: tuple[int, int, int],
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    label_smoothing: float = 0.0,
-) -> Task:
-    """Images and labels, by a Flax module, with the cross-entropy.
+        return flax_modules.from_nnx(make_model, loss, **options)
 
-    Equal arguments give the same `Task`, so that runs in one process share their programs.
+    @staticmethod
+    def from_linen(module: Any, loss: Callable[..., Sums], **options: Any) -> "Task":
+        """A task from a Flax Linen module; see `bigbatch.engine.flax_modules.from_linen`."""
+        from bigbatch.engine import flax_modules
 
-    Args:
-      module: maps images [examples, height, width, channels] to logits [examples, classes], with
-        a keyword argument `train`.
-      image_shape: height, width, channels.
-      mean: of each channel over the training set, in units of the uint8 images.
-      std: standard deviation, likewise.
-      label_smoothing: see `cross_entropy_sums`.
+        return flax_modules.from_linen(module, loss, **options)
 
-    Returns:
-      A task that reads `image`, uint8[examples, height, width, channels], `label`,
-      int32[examples], `weight`, float32[examples], and `key`, uint32[examples, 2], where there is
-      one, for the module's argument `keys`; its sums are loss, correct and count.
-    """
+    def apply_to(
+        self, params: PyTree, statistics: PyTree, examples: Examples, train: bool, frozen: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """Calls `apply`, with the frozen arrays where there are any."""
+        has_frozen = bool(jax.tree.leaves(frozen))
+        return self.apply(params, statistics, examples, train, *[frozen] * has_frozen)
 
-    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
-        # The ghost batch is the smallest number of examples that the norm layers can take.
-        ghost_batch_examples = getattr(module, "ghost_batch_examples", None) or 1
-        images = jnp.zeros((ghost_batch_examples, *image_shape), jnp.float32)
-        variables = module.init(key, images, train=True)
-        return variables["params"], variables.get(RUNNING_STATISTICS, {})
+    def quotients(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """The loss and the metrics, by the names under which they are shown.
 
-    def apply(
-        params: PyTree, running_statistics: PyTree, examples: Examples, train: bool
-    ) -> tuple[jax.Array, PyTree]:
-        wide = jnp.promote_types(getattr(module, "dtype", jnp.float32), jnp.float32)
-        images = (examples["image"].astype(wide) - jnp.asarray(mean, wide)) / jnp.asarray(std, wide)
-        keys: dict[str, Any] = {"keys": examples["key"]} if "key" in examples else {}
-        logits, updated = module.apply(
-            {"params": params, RUNNING_STATISTICS: running_statistics},
-            images,
-            train=train,
-            mutable=[GHOST_STATISTICS],
-            **keys,
-        )
-        return logits, updated.get(GHOST_STATISTICS, {})
+        Args:
+          sums: what the loss returned, summed over some examples.
 
-    loss = functools.partial(cross_entropy_sums, label_smoothing=label_smoothing)
-    return Task(init, apply, loss)
-
-
-def cross_entropy_sums(
-    logits: jax.Array, examples: Examples, *, label_smoothing: float = 0.0
-) -> Sums:
-    """The cross-entropy and the number of right answers, summed over weighted examples.
-
-    Args:
-      logits: [examples, classes].
-      examples: `label`, int32[examples], and `weight`, [examples].
-      label_smoothing: share of each label that is spread over all classes, the label's own
-        included (Szegedy et al. 2016, section 7); in evaluation too.
-
-    Returns:
-      Scalars: loss (nats), correct and count, each a sum of weights times the value.
-    """
-    weight = examples["weight"].astype(logits.dtype)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, examples["label"])
-    if label_smoothing:
-        # The cross-entropy is linear in the target: (1 - s) of the label's, s of the uniform one.
-        uniform = -jnp.mean(jax.nn.log_softmax(logits), axis=-1)
-        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
-    correct = jnp.argmax(logits, axis=-1) == examples["label"]
-    return {
-        "loss": jnp.sum(weight * losses),
-        "correct": jnp.sum(weight * correct),
-        "count": jnp.sum(weight),
-    }
+        Returns:
+          `loss` first, the mean of what is minimised; then the metrics.
+        """
+        count = float(sums[COUNT])
+        means = {name: float(value) / count for name, value in sums.items() if name != COUNT}
+        shown = {"loss": means[self.minimised]}
+        metrics = self.metrics
+        if metrics is None:
+            metrics = {name: name for name in means if name not in (self.minimised, "loss")}
+        for name, metric in metrics.items():
+            shown[name] = means[metric] if isinstance(metric, str) else float(metric(means))
+        return shown

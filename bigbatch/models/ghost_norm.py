@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bigbatch.layout.sharing import devices_per_ghost_batch
+from bigbatch.engine.ghost_batches import devices_per_ghost_batch
 
 GHOST_STATISTICS = "ghost_statistics"
 RUNNING_STATISTICS = "running_statistics"

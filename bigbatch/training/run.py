@@ -17,10 +17,11 @@ from bigbatch.data import on_device
 from bigbatch.data.records.record_set import RecordSet
 from bigbatch.data.sets import DataSet, Info
 from bigbatch.engine import functions as step
-from bigbatch.engine.task import Examples, PyTree, Task, image_classification
+from bigbatch.engine.task import Examples, PyTree, Task
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout import memory
 from bigbatch.layout.layout import Layout
+from bigbatch.models.classification import image_classification
 from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import microbatches

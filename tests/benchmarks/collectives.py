@@ -72,8 +72,8 @@ def ours() -> tuple[Counter, int]:
 def peers() -> dict[str, tuple[Counter, int]]:
     """Of the same update as JAX's users write it, with arguments sharded over the devices."""
     from bigbatch.engine import functions as step
-    from bigbatch.engine.task import image_classification
     from bigbatch.models import WideResNetConfig
+    from bigbatch.models.classification import image_classification
 
     mesh = step.data_mesh()
     replicated, sharded = (NamedSharding(mesh, s) for s in (step.REPLICATED, step.SHARDED))

@@ -23,7 +23,7 @@ import optax  # noqa: E402
 
 from bigbatch.config.config import read_config
 from bigbatch.engine import functions as step
-from bigbatch.engine.task import image_classification
+from bigbatch.models.classification import image_classification
 from bigbatch.schedule.plan import Plan
 
 RUNNING_DECAY = 0.9

@@ -38,7 +38,7 @@ def task_and_arrays():
     import jax.numpy as jnp
     import numpy as np
 
-    from bigbatch.engine.task import image_classification
+    from bigbatch.models.classification import image_classification
     from tests.elastic import Network
 
     module = Network(CLASSES, GHOST, axis_name="data", dtype=jnp.dtype("float32"))

@@ -17,8 +17,8 @@ import numpy as np
 
 from bigbatch.engine import functions as step
 from bigbatch.engine.optimizer import Momentum
-from bigbatch.engine.task import image_classification
 from bigbatch.models import InceptionResNetV2Config, ResNetConfig, WideResNetConfig
+from bigbatch.models.classification import image_classification
 
 # Name -> (config, image side in pixels, classes, ghost batch of the paper).
 NETWORKS = {

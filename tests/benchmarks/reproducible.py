@@ -15,7 +15,7 @@ import numpy as np
 
 from bigbatch.data import stream
 from bigbatch.engine import exact_sums
-from bigbatch.engine.task import image_classification
+from bigbatch.models.classification import image_classification
 from tests import trained
 
 GHOST, GHOSTS = 32, 64
