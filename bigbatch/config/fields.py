@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Literal
 
 from bigbatch.checks import Checks
@@ -11,42 +10,9 @@ from bigbatch.data.augment import Augment
 from bigbatch.data.records import record_set
 from bigbatch.errors import UserError
 from bigbatch.layout.layout import check_small_batch
+from bigbatch.schedule.durations import UNITS, Every
 
-UNITS = ("epochs", "examples", "updates")
-
-# 0.07 epochs of 50,000 are 3500.0000000000005 examples in floats: a number of intervals this close
-# below a whole one is that one.
-_ROUNDINGS = 1 + 1e-14
 _ONLY_FOR_RECORDS = ("test_examples", "image_size", "decoding", "on_bad_record", "workers")
-
-
-@dataclasses.dataclass(frozen=True)
-class Every:
-    """An interval in epochs, examples or updates.
-
-    Attributes:
-      value: how many of the unit.
-      unit: "epochs", "examples" or "updates".
-    """
-
-    value: float
-    unit: str
-
-    def due(self, first_example: int, batch_size: int, update: int, train_examples: int) -> bool:
-        """Whether an interval ends within an update.
-
-        Args:
-          first_example: position at which the update starts.
-          batch_size: its examples.
-          update: its number, from 0.
-          train_examples: of an epoch.
-        """
-        if self.unit == "updates":
-            return (update + 1) % self.value == 0
-        length = self.value * (train_examples if self.unit == "epochs" else 1)
-        ends = (first_example, first_example + batch_size)
-        before, after = (math.floor(position / length * _ROUNDINGS) for position in ends)
-        return after > before
 
 
 def in_config_names(error: UserError) -> UserError:

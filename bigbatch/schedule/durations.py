@@ -10,6 +10,8 @@ written, with its own constant batch size: the argument `batch_size`, or that of
 ...     print(warmup_epochs)
 >>> show(batch_size=100, warmup_updates=25, train_examples=1000)
 2.5
+
+`Every` is an interval in one of these units.
 """
 
 import dataclasses
@@ -22,6 +24,41 @@ from typing import Any
 import numpy as np
 
 from bigbatch import errors
+
+UNITS = ("epochs", "examples", "updates")
+
+# 0.07 epochs of 50,000 are 3500.0000000000005 examples in floats: a number of intervals this close
+# below a whole one is that one.
+_ROUNDINGS = 1 + 1e-14
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+    """An interval in epochs, examples or updates.
+
+    Attributes:
+      value: how many of the unit.
+      unit: "epochs", "examples" or "updates".
+    """
+
+    value: float
+    unit: str
+
+    def due(self, first_example: int, batch_size: int, update: int, train_examples: int) -> bool:
+        """Whether an interval ends within an update.
+
+        Args:
+          first_example: position at which the update starts.
+          batch_size: its examples.
+          update: its number, from 0.
+          train_examples: of an epoch.
+        """
+        if self.unit == "updates":
+            return (update + 1) % self.value == 0
+        length = self.value * (train_examples if self.unit == "epochs" else 1)
+        ends = (first_example, first_example + batch_size)
+        before, after = (math.floor(position / length * _ROUNDINGS) for position in ends)
+        return after > before
 
 
 def first_example_from(epoch: float, train_examples: int) -> int:
