@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch.errors import UserError
-from bigbatch.schedule.adaptive.controller import DELAY_UPDATES, Controller, State
+from bigbatch.schedule.adaptive.controller import DELAY_UPDATES, Controller, Decisions
 from bigbatch.schedule.adaptive.course import Course
 from bigbatch.schedule.adaptive.gradient_noise import Measurement
 from bigbatch.schedule.plan import Plan
@@ -45,7 +45,7 @@ def measured(batch_size, gradient_square, variance, random=None, small=16):
 def rolled_out(controller, gradient_square_of, seed=None, variance=1.0):
     """The realised plan and all states, where |G|^2 is a function of the level's noise."""
     random = None if seed is None else np.random.default_rng(seed)
-    state, states = State(), []
+    state, states = Decisions(), []
     while True:
         plan = controller.plan(state)
         states.append(state)
@@ -119,7 +119,7 @@ def test_estimates_that_are_not_positive_raise_nothing(square):
 
 
 def test_a_decision_is_for_the_update_after_the_next():
-    c, state = controller(), State()
+    c, state = controller(), Decisions()
     while not state.growths:
         before = state
         state = c.observe(state, measured(32, 1e-6, 1.0))
@@ -187,7 +187,7 @@ def test_the_cooldown_is_a_fifth_of_the_run_unless_told():
 def test_a_state_that_went_through_json_decides_the_same(stop):
     c = controller()
     _, states = rolled_out(c, hovering(10), seed=3)
-    state = State.from_json(json.loads(json.dumps(states[stop].to_json())))
+    state = Decisions.from_json(json.loads(json.dumps(states[stop].to_json())))
     assert state == states[stop]
     row = c.plan(state).row(state.updates)
     measurement = measured(row.batch_size, hovering(10)(row), 1.0, np.random.default_rng(0))

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from bigbatch.layout.layout import make_layout
+from bigbatch.layout.layout import idle_share, make_layout
 from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
 from bigbatch.schedule.diagnostics import diagnose, linear_scaling, momentum_lags_epochs
 from bigbatch.schedule.plan import make_plan
@@ -19,8 +19,8 @@ def plan_of(policy):
     return make_plan(policy, train_examples=50_000, epochs=200)
 
 
-def found(policy, source=PAPER, layout=None):
-    return {d.name: d for d in diagnose(plan_of(policy), plan_of(source), layout)}
+def found(policy, source=PAPER):
+    return {d.name: d for d in diagnose(plan_of(policy), plan_of(source))}
 
 
 def test_the_original_recipe_is_not_warned_of():
@@ -85,11 +85,11 @@ def test_masked_share():
     layout = make_layout(
         [128], ghost_batch_examples=128, devices=8, microbatch_examples_per_device=128
     )
-    diagnostic = found(constant(0.1, 128, 0.9), layout=layout)["masked_share"]
+    diagnostic = idle_share(plan_of(constant(0.1, 128, 0.9)), layout)
     assert diagnostic.value == 7 / 8
     assert "8 devices" in diagnostic.warning
     idle = types.SimpleNamespace(masked_share=lambda plan: 0.05, shapes=(128,), devices=1)
-    assert found(PAPER, layout=idle)["masked_share"].warning is None
+    assert idle_share(plan_of(PAPER), idle).warning is None
 
 
 def test_linear_scaling_stops_at_the_measured_noise_scale():

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bigbatch.config.config import Config
-from bigbatch.layout.layout import Layout
+from bigbatch.layout.layout import Layout, idle_share
 from bigbatch.schedule.diagnostics import diagnose
 from bigbatch.schedule.plan import Stage
 
@@ -53,7 +53,7 @@ def text(config: Config, *, devices: int) -> str:
         f"fingerprint {plan.fingerprint}",
         "",
     ]
-    diagnostics = diagnose(plan, source, layout)
+    diagnostics = [*diagnose(plan, source), idle_share(plan, layout)]
     lines += [diagnostic.text for diagnostic in diagnostics]
     lines += [f"warning: {found.warning}" for found in diagnostics if found.warning]
     return "\n".join(lines)

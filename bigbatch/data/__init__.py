@@ -1,6 +1,6 @@
-"""The input: `example = f(seed, position)`, from arrays in memory to microbatches.
+"""The input: `example = f(seed, position)`, from any random-access source to a batch of arrays.
 
-`random` is the generator and the permutation, `sets` the data sets and what is known of them
-(`tfds_files` reads those that do not come with the package),
-`augment` flips and crops, `stream` any range of examples, `prefetch` the bounded look-ahead.
+`random` is the generator and the permutation, `sets` the data sets and what is known of them,
+`augment` flips and crops, `stream` gives any range of examples; `records` reads files of encoded
+images, `tfds` what tensorflow-datasets has prepared. It knows no training loop and no config.
 """

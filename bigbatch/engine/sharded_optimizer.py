@@ -23,7 +23,6 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch.engine import units
 from bigbatch.engine.functions import (
     DATA_AXIS,
     GRADIENT_IS_FINITE,
@@ -36,6 +35,7 @@ from bigbatch.engine.functions import (
 )
 from bigbatch.engine.task import PyTree, Sums, Task
 from bigbatch.engine.transformations import in_shape_of
+from bigbatch.noise.sums import square
 from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, SMALL_SQUARES
 
 
@@ -98,7 +98,7 @@ def apply_update(
     # A gradient that is not finite makes parameters that are not, and all devices hold those.
     sums = {**total.sums, GRADIENT_IS_FINITE: is_finite(new_params)}
     if SMALL_SQUARES in sums:
-        sums |= {BIG_SQUARE: units.square(gradients)}
+        sums |= {BIG_SQUARE: square(gradients)}
     return State(new_params, running, optimizer_state), emptied, sums
 
 

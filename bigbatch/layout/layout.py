@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.checks import Checks
+from bigbatch.schedule.diagnostics import Diagnostic, diagnostic
 
 MAX_SHAPES = 3
 # Costs in examples computed on one device: what a call costs beside its examples, and what the
@@ -29,6 +30,7 @@ MAX_SHAPES = 3
 CALL_EXAMPLES = 8
 COMPILATION_EXAMPLES = 100_000
 _MAX_CANDIDATES = 16
+MAX_MASKED_SHARE = 0.05
 # Loads up to this many largest microbatches are covered optimally; beyond, full ones come first.
 _EXACT_MICROBATCHES = 4
 
@@ -109,6 +111,21 @@ class Layout:
         load = -(-batch_size // (unit * self.devices))
         full, rest = cover(load, tuple(s // unit for s in self.shapes), CALL_EXAMPLES / unit)
         return full, tuple(shape * unit for shape in rest)
+
+
+def idle_share(plan: Any, layout: Layout) -> Diagnostic:
+    """Masked examples of a plan as a share of the computed ones, to show beside its diagnostics."""
+    share = layout.masked_share(plan)
+    sizes = " or ".join(f"{shape:,}" for shape in layout.shapes)
+    return diagnostic(
+        "masked_share",
+        share,
+        MAX_MASKED_SHARE,
+        f"masked: {share:.1%} of the computed examples",
+        f"{share:.1%} of the computed examples are masked, because {layout.devices} devices "
+        f"compute microbatches of {sizes} examples each: use fewer devices, a smaller ghost batch, "
+        "or batch sizes that are multiples of devices times ghost batch",
+    )
 
 
 # Asked for twice an update, and few batch sizes differ.

@@ -16,7 +16,6 @@ import dataclasses
 
 import numpy as np
 
-from bigbatch.layout.layout import Layout
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 
@@ -29,7 +28,6 @@ MAX_NOISE_ERROR = 0.2
 MAX_BATCH_SHARE = 0.1
 # The paper raised the learning rate by 5 without trouble.
 MAX_LEARNING_RATE_RATIO = 5.0
-MAX_MASKED_SHARE = 0.05
 # At the noise scale itself the best learning rate is half of what linear scaling gives.
 MAX_NOISE_SCALE_SHARE = 1.0
 
@@ -53,19 +51,16 @@ class Diagnostic:
     warning: str | None
 
 
-def diagnose(plan: Plan, source: Plan, layout: Layout | None = None) -> tuple[Diagnostic, ...]:
+def diagnose(plan: Plan, source: Plan) -> tuple[Diagnostic, ...]:
     """All diagnostics of a plan.
 
     Args:
       plan: the plan.
       source: the plan of the same policy without transformations.
-      layout: how the plan's updates are cut, where that is known.
     """
     found = [momentum_lag(plan), batch_share(plan), effective_learning_rate(plan, source)]
     if plan.rule == "linear":
         found.insert(1, noise_error(plan))
-    if layout is not None:
-        found.append(masked_share(plan, layout))
     return tuple(found)
 
 
@@ -98,7 +93,7 @@ def momentum_lag(plan: Plan) -> Diagnostic:
         lengths[i] = end - start
     worst = int(np.argmax(lags / lengths))
     lag, length, size = lags[worst], lengths[worst], sizes[worst]
-    return _diagnostic(
+    return diagnostic(
         "momentum_lag",
         lag / length,
         MAX_LAG_SHARE,
@@ -113,7 +108,7 @@ def momentum_lag(plan: Plan) -> Diagnostic:
 def noise_error(plan: Plan) -> Diagnostic:
     """How far the exact noise scale, lr/(1-m) (N/B - 1), falls below the approximate one: B/N."""
     share = float(plan.batch_sizes.max() / plan.train_examples)
-    return _diagnostic(
+    return diagnostic(
         "noise_error",
         share,
         MAX_NOISE_ERROR,
@@ -128,7 +123,7 @@ def batch_share(plan: Plan) -> Diagnostic:
     size = int(plan.batch_sizes.max())
     share = size / plan.train_examples
     tenth = int(plan.train_examples * MAX_BATCH_SHARE)
-    return _diagnostic(
+    return diagnostic(
         "batch_share",
         share,
         MAX_BATCH_SHARE,
@@ -143,7 +138,7 @@ def effective_learning_rate(plan: Plan, source: Plan) -> Diagnostic:
     ours, theirs = (p.hypers["learning_rate"] / (1 - p.hypers["momentum"]) for p in (plan, source))
     peak, ratio = float(ours.max()), float(ours.max() / theirs.max())
     warms_up = ours[0] < peak / 2
-    return _diagnostic(
+    return diagnostic(
         "effective_learning_rate",
         ratio,
         np.inf if warms_up else MAX_LEARNING_RATE_RATIO,
@@ -166,7 +161,7 @@ def linear_scaling(plan: Plan, gradient_noise_scale: float) -> Diagnostic:
     """
     size = int(plan.batch_sizes.max())
     share = size / gradient_noise_scale
-    return _diagnostic(
+    return diagnostic(
         "linear_scaling",
         share,
         MAX_NOISE_SCALE_SHARE,
@@ -177,22 +172,8 @@ def linear_scaling(plan: Plan, gradient_noise_scale: float) -> Diagnostic:
     )
 
 
-def masked_share(plan: Plan, layout: Layout) -> Diagnostic:
-    """Masked examples as a share of the computed ones."""
-    share = layout.masked_share(plan)
-    sizes = " or ".join(f"{shape:,}" for shape in layout.shapes)
-    return _diagnostic(
-        "masked_share",
-        share,
-        MAX_MASKED_SHARE,
-        f"masked: {share:.1%} of the computed examples",
-        f"{share:.1%} of the computed examples are masked, because {layout.devices} devices "
-        f"compute microbatches of {sizes} examples each: use fewer devices, a smaller ghost batch, "
-        "or batch sizes that are multiples of devices times ghost batch",
-    )
-
-
-def _diagnostic(name: str, value: float, limit: float, text: str, warning: str) -> Diagnostic:
+def diagnostic(name: str, value: float, limit: float, text: str, warning: str) -> Diagnostic:
+    """A number, its words, and the warning if it is above the limit."""
     # A hair above the limit, such as 5.000000000000001 times, is the limit.
     above = value > limit * (1 + 1e-9)
     return Diagnostic(name, float(value), float(limit), text, warning if above else None)

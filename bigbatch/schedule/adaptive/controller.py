@@ -48,7 +48,7 @@ killed continues with the same decisions, and whatever computes equal measuremen
 ...                         small_batch_examples=16, train_examples=1_000, epochs=2)
 >>> [(size, round(rate, 6)) for size, rate in map(controller.level, range(4))]
 [(32, 0.1), (64, 0.1), (96, 0.075), (96, 0.0375)]
->>> controller.plan(State(growths=(10,))).batch_sizes[8:12].tolist()
+>>> controller.plan(Decisions(growths=(10,))).batch_sizes[8:12].tolist()
 [32, 32, 64, 64]
 """
 
@@ -84,8 +84,8 @@ class Level(NamedTuple):
     learning_rate: float
 
 
-class State(NamedTuple):
-    """What the decisions so far are, and what the next one will be made from.
+class Decisions(NamedTuple):
+    """The decisions so far, and what the next one will be made from.
 
     Attributes:
       updates: whose measurements are in.
@@ -98,19 +98,19 @@ class State(NamedTuple):
     smoothed: Smoothed = Smoothed()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values from which `from_json` makes an equal state."""
+        """Plain values from which `from_json` makes equal ones."""
         return self._asdict() | {"smoothed": self.smoothed._asdict()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "State":
-        """The state that `to_json` wrote."""
+    def from_json(cls, values: Mapping[str, Any]) -> "Decisions":
+        """What `to_json` wrote."""
         smoothed = Smoothed(**values["smoothed"])
         return cls(values["updates"], tuple(values["growths"]), smoothed)
 
 
 @dataclasses.dataclass(frozen=True)
 class Controller:
-    """An adaptive recipe; decisions are made by `observe`, from a `State` and a measurement.
+    """An adaptive recipe; `observe` decides, from the `Decisions` so far and a measurement.
 
     Attributes:
       learning_rate: lr_0, which stays while the batch grows.
@@ -222,14 +222,14 @@ class Controller:
         share = self.epochs * self.train_examples / len(sizes)
         return np.repeat(sizes, np.ceil(share / sizes).astype(np.int64))
 
-    def plan(self, state: State = State()) -> Plan:  # noqa: B008 - a constant value
+    def plan(self, decisions: Decisions = Decisions()) -> Plan:  # noqa: B008 - a constant value
         """The run as far as it is decided, going on at the last level to the end.
 
-        Its rows before `known_updates(state)` are final, and so is which of them is the last.
+        Its rows before `known_updates(decisions)` are final, and so is which of them is the last.
         """
         end = first_example_from(self.epochs, self.train_examples)
         position, sizes, rates, counts = 0, [], [], []
-        edges = (0, *state.growths, math.inf)
+        edges = (0, *decisions.growths, math.inf)
         for index, (first, following) in enumerate(itertools.pairwise(edges)):
             size, rate = self.level(index)
             # The last decision may be for an update that the run does not reach.
@@ -245,21 +245,21 @@ class Controller:
         }
         return Plan(self.train_examples, float(self.epochs), "linear", batch_sizes, hypers)
 
-    def known_updates(self, state: State) -> int:
+    def known_updates(self, decisions: Decisions) -> int:
         """How many updates from the start on are decided."""
-        return state.updates + DELAY_UPDATES
+        return decisions.updates + DELAY_UPDATES
 
-    def observe(self, state: State, measurement: Measurement) -> State:
-        """Takes the measurement of update `state.updates` and decides for the one two later.
+    def observe(self, decisions: Decisions, measurement: Measurement) -> Decisions:
+        """Takes the measurement of update `decisions.updates` and decides for the one two later.
 
         Args:
-          state: with the measurements of all updates before.
+          decisions: with the measurements of all updates before.
           measurement: of this update.
 
         Returns:
-          The state with it.
+          The decisions with it.
         """
-        update, growths, smoothed = state
+        update, growths, smoothed = decisions
         if update >= (growths[-1] if growths else 0):
             examples = self._first_example(growths, update) + measurement.examples
             smoothed = smooth(
@@ -268,9 +268,9 @@ class Controller:
                 measurement,
                 memory_examples=self.smoothing * examples,
             )
-            if self._asks_for_growth(state, smoothed):
+            if self._asks_for_growth(decisions, smoothed):
                 growths, smoothed = (*growths, update + DELAY_UPDATES), Smoothed()
-        return State(update + 1, growths, smoothed)
+        return Decisions(update + 1, growths, smoothed)
 
     def fewest_updates(self) -> Plan:
         """The plan of a run whose every decision is to grow."""
@@ -282,15 +282,15 @@ class Controller:
         return self._where_always(gradient_square=1.0, variance=_NOTHING)
 
     def _where_always(self, *, gradient_square: float, variance: float) -> Plan:
-        state, plan = State(), self.plan()
-        while state.updates + DELAY_UPDATES < plan.num_updates:
-            size = float(plan.batch_sizes[state.updates])
+        decisions, plan = Decisions(), self.plan()
+        while decisions.updates + DELAY_UPDATES < plan.num_updates:
+            size = float(plan.batch_sizes[decisions.updates])
             # Two small batches whose estimates are as given.
             big_square = gradient_square + variance / size
             measurement = Measurement(variance + size * big_square, big_square, 2.0, size)
-            grown = self.observe(state, measurement)
-            plan = plan if grown.growths == state.growths else self.plan(grown)
-            state = grown
+            grown = self.observe(decisions, measurement)
+            plan = plan if grown.growths == decisions.growths else self.plan(grown)
+            decisions = grown
         return plan
 
     def _first_example(self, growths: Sequence[int], update: int) -> int:
@@ -306,25 +306,25 @@ class Controller:
         )
         return list(itertools.accumulate(lengths, initial=0))
 
-    def _asks_for_growth(self, state: State, smoothed: Smoothed) -> bool:
+    def _asks_for_growth(self, decisions: Decisions, smoothed: Smoothed) -> bool:
         """Whether the update two later is to be on the next level."""
-        cooled = self._cooldown_level(state)
+        cooled = self._cooldown_level(decisions)
         if cooled is not None:
-            return len(state.growths) < cooled
+            return len(decisions.growths) < cooled
         noise_scale, error = smoothed.noise_scale, smoothed.standard_error
         if noise_scale is None or error is None:
             return False
         return self.multiple * (noise_scale - _STANDARD_ERRORS * error) >= self.threshold(
-            len(state.growths)
+            len(decisions.growths)
         )
 
-    def _cooldown_level(self, state: State) -> int | None:
+    def _cooldown_level(self, decisions: Decisions) -> int | None:
         """The level that the cooldown gives the update to decide for; None before it begins."""
         end = self.epochs * self.train_examples
         start = self.cooldown_epoch * self.train_examples
-        position = self._first_example(state.growths, state.updates + DELAY_UPDATES)
+        position = self._first_example(decisions.growths, decisions.updates + DELAY_UPDATES)
         if not start <= position < end:
             return None
-        found = sum(first < start for first in self._first_examples(state.growths)[1:])
+        found = sum(first < start for first in self._first_examples(decisions.growths)[1:])
         shares = math.log((end - start) / (end - position)) / math.log(self.growth_factor)
         return found + math.floor(shares * (1 + _SNAP))

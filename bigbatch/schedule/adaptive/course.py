@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from bigbatch.schedule.adaptive.controller import Controller, State
+from bigbatch.schedule.adaptive.controller import Controller, Decisions
 from bigbatch.schedule.adaptive.gradient_noise import Measurement
 from bigbatch.schedule.plan import Plan
 
@@ -33,20 +33,20 @@ class Course:
         saved: Mapping[str, Any] | None = None,
     ):
         self._controller = controller
-        self._state = State() if saved is None else State.from_json(saved)
-        self.plan = plan if controller is None else controller.plan(self._state)
+        self._decisions = Decisions() if saved is None else Decisions.from_json(saved)
+        self.plan = plan if controller is None else controller.plan(self._decisions)
 
     @property
     def known_updates(self) -> int:
         """How many updates from the start on will not change any more."""
         if self._controller is None:
             return self.plan.num_updates
-        return min(self._controller.known_updates(self._state), self.plan.num_updates)
+        return min(self._controller.known_updates(self._decisions), self.plan.num_updates)
 
     @property
     def saved(self) -> dict[str, Any] | None:
         """What a checkpoint keeps, in plain values; None for a planned run."""
-        return None if self._controller is None else self._state.to_json()
+        return None if self._controller is None else self._decisions.to_json()
 
     def observe(self, measurement: Measurement | None) -> None:
         """Takes what the next update in turn has measured; the plan may change with it.
@@ -57,10 +57,10 @@ class Course:
         if self._controller is None:
             return
         assert measurement is not None, "an adaptive run measures every update"
-        state = self._controller.observe(self._state, measurement)
-        if state.growths != self._state.growths:
-            self.plan = self._controller.plan(state)
-        self._state = state
+        decisions = self._controller.observe(self._decisions, measurement)
+        if decisions.growths != self._decisions.growths:
+            self.plan = self._controller.plan(decisions)
+        self._decisions = decisions
 
     def to_json(self) -> str:
         """The plan's JSON; an adaptive run's says how many of its updates are decided."""

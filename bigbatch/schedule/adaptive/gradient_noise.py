@@ -37,7 +37,7 @@ class Measurement(NamedTuple):
       small_squares: sum over the small batches of |summed gradient|^2 / their examples.
       big_square: |mean gradient of the update|^2.
       small_batches: how many held examples, K.
-      examples: B, by their weights. (The estimates are unbiased for weights of 0 and 1.)
+      examples: B, without the masked ones.
     """
 
     small_squares: float
@@ -46,17 +46,15 @@ class Measurement(NamedTuple):
     examples: float
 
 
-# The names of a measurement's numbers among the sums of an update, beside the loss's own; its
-# examples are `count`.
-SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES = Measurement._fields[:3]
+# The names of a measurement's numbers among the sums of an update, beside the loss's own.
+SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES, EXAMPLES = Measurement._fields
 
 
 def measurement_of(sums: Mapping[str, Any]) -> Measurement | None:
     """The measurement among the sums of an update, as floats; None where none was made."""
     if SMALL_SQUARES not in sums:
         return None
-    names = SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES, "count"
-    return Measurement(*(float(sums[name]) for name in names))
+    return Measurement(*(float(sums[name]) for name in Measurement._fields))
 
 
 class Estimate(NamedTuple):

@@ -12,8 +12,8 @@ functions in `bigbatch.schedule.transform` turn one into another with the same g
 >>> settings.batch_size.tolist()
 [128.0, 128.0]
 
-Times may be given in epochs, examples or updates (`bigbatch.schedule.durations`). Two arguments are context
-that a config never states: `train_examples` (N) and `epochs` (the length of the run).
+Times may be given in epochs, examples or updates (`bigbatch.schedule.durations`). Two arguments are
+context that a config never states: `train_examples` (N) and `epochs` (the length of the run).
 """
 
 from collections.abc import Callable
