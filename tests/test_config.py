@@ -363,7 +363,7 @@ def test_what_is_wrong_with_a_file_is_said(written, text, said):
 
 
 def test_a_mistake_that_a_file_reports_itself_is_passed_on(written):
-    text = "from bigbatch.schedule.policy import constant\ndef get_config(experiment): constant(0.1, 0)"
+    text = "from bigbatch import constant\ndef get_config(experiment): constant(0.1, 0)"
     with pytest.raises(UserError, match="batch_size: given 0"):
         load_config(written(text))
 
@@ -376,4 +376,5 @@ def test_a_file_that_is_not_there(monkeypatch, name):
             function(name)
         (problem,) = caught.value.problems
         assert (problem.field, problem.given) == ("config", name)
-        assert problem.nearest == ("configs/digits.py" if name == "configs/digit.py" else None)
+        nearest = {"configs/digit.py": "configs/digits.py", "digits.py": "digits"}
+        assert problem.nearest == nearest.get(name)

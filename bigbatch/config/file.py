@@ -1,11 +1,13 @@
 """Config files, and the fields that the command line changes.
 
 A config file is Python. It defines `get_config(experiment)`, which returns an `ml_collections`
-ConfigDict (any nested mapping will do), and `EXPERIMENTS`, the names that it takes.
+ConfigDict (any nested mapping will do), and `EXPERIMENTS`, the names that it takes. Those of the
+project come with the package, and go by their names alone: `digits:increase`.
 """
 
 import ast
 import dataclasses
+import difflib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,8 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
     """Reads the config that the command line names.
 
     Args:
-      reference: "FILE.py:EXPERIMENT"; without an experiment the file's first one.
+      reference: "FILE.py:EXPERIMENT"; without an experiment the file's first one. FILE without
+        its suffix is a bundled config.
       overrides: dotted field names and values as typed, e.g. ("policy.batch_size", "64").
 
     Returns:
@@ -77,11 +80,16 @@ def compared_names(path: str) -> list[str]:
 
 def _load_module(path: str) -> ModuleType:
     """Runs a config file."""
-    if not Path(path).is_file():
+    bundled = _bundled()
+    file = path if Path(path).is_file() else bundled.get(path)
+    if file is None:
         siblings = [str(p) for p in Path(path).parent.glob("*.py")]
-        allowed = "a Python file, optionally followed by a colon and an experiment"
-        raise UserError(Problem("config", path, allowed, nearest_name(path, siblings)))
-    spec = importlib.util.spec_from_file_location(f"bigbatch_config_{Path(path).stem}", path)
+        named = ", ".join(difflib.get_close_matches(path, bundled, n=len(bundled), cutoff=0))
+        allowed = "a Python file, optionally followed by a colon and an experiment, or instead of "
+        allowed += f"the file the name of a bundled one: {named}"
+        nearest = nearest_name(path, [*siblings, *bundled])
+        raise UserError(Problem("config", path, allowed, nearest))
+    spec = importlib.util.spec_from_file_location(f"bigbatch_config_{Path(file).stem}", file)
     if spec is None or spec.loader is None:
         raise UserError(Problem("config", path, "a Python file, its name ending in .py"))
     module = importlib.util.module_from_spec(spec)
@@ -90,6 +98,14 @@ def _load_module(path: str) -> ModuleType:
     if not hasattr(module, "get_config"):
         raise UserError(Problem("config", path, "a file that defines get_config(experiment)"))
     return module
+
+
+def _bundled() -> dict[str, Path]:
+    """The configs that come with the package, by name."""
+    package = Path(__file__).parents[1]
+    # A wheel has them in the package, a clone beside it.
+    directory = package if (package / "configs").is_dir() else package.parent
+    return {file.stem: file for file in sorted(directory.glob("configs/*.py"))}
 
 
 def _run(reference: str, function: Callable[[], Any]) -> Any:
