@@ -14,6 +14,9 @@ import importlib.util
 import json
 import os
 import re
+import shutil
+import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -24,7 +27,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigbatch.checks import Checks
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
-from bigbatch.last_words import Witness
 
 Value = TypeVar("Value")
 
@@ -43,7 +45,40 @@ _MESSAGE_BYTES = 4096
 _LENGTH_BYTES = 8
 # How the runtime's errors begin, some of which come as a ValueError.
 _STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
+# The shell ends with its process, and not by what is sent to both.
+_WITNESS = 'trap "" HUP INT TERM; read -r line || echo "$1" >&2'
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+class Witness:
+    """Stands beside a process of several until it is dismissed; nothing where there is no shell.
+
+    When process 0 of a run goes, JAX aborts the others at once, on a thread of its own; Python is
+    not asked. Nor is it where processes do not find each other. So a shell waits at the end of a
+    pipe that only its process holds open. A process that ends by itself sends a line; where the
+    pipe closes without one, the shell says what to do.
+
+    Args:
+      words: what it says of the process, where that ends before.
+    """
+
+    def __init__(self, words: str) -> None:
+        text = f"bigbatch: process {os.getpid()} on {socket.gethostname()} {words}"
+        shell = shutil.which("sh")
+        self._shell = None
+        if shell is not None:
+            self._shell = subprocess.Popen(
+                [shell, "-c", _WITNESS, shell, text],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+            )
+
+    def dismiss(self) -> None:
+        """Tells the shell that all is well; may be called again."""
+        if self._shell is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._shell.communicate(b"\n")
+            self._shell = None
 
 
 def start(
@@ -53,7 +88,7 @@ def start(
 
     Without arguments the processes are found where the environment tells of them: in a Slurm step
     of several tasks, and on the hosts of a Cloud TPU. Anywhere else there is one process. Where the
-    others do not come in time, JAX aborts this process, and a witness says so; see `last_words`.
+    others do not come in time, JAX aborts this process, and a `Witness` says so.
 
     Args:
       coordinator: HOST:PORT of process 0, reachable from all.
@@ -103,7 +138,7 @@ def joined(
     """`start`, and an end that leaves no process behind.
 
     One of several processes that fails ends at once: other threads may wait for processes that are
-    gone, and JAX would at its end. What ends it from outside, a witness says; see `last_words`.
+    gone, and JAX would at its end. What ends it from outside, a `Witness` says.
     Processes that were told different numbers of processes are refused.
 
     Args:
