@@ -8,7 +8,6 @@ import shutil
 import zlib
 from pathlib import Path
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +167,8 @@ def test_a_state_in_any_number_of_pieces_comes_back(tmp_path, monkeypatch, piece
         _, record = checkpoints.latest()
         found = checkpoints.restore(small).state
     jax.tree.map(np.testing.assert_array_equal, found, small)
-    chex.assert_trees_all_equal_shapes_and_dtypes(found, small)
+    kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) for state in (found, small)]
+    assert kinds[0] == kinds[1]
     content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(small))
     assert record["checksum"] == zlib.crc32(content)
 

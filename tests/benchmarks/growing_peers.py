@@ -21,10 +21,10 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import optax  # noqa: E402
 
-from bigbatch.config.config import read_config
-from bigbatch.engine import functions as step
-from bigbatch.models.classification import image_classification
-from bigbatch.schedule.plan import Plan
+from bigbatch.config.config import read_config  # noqa: E402
+from bigbatch.engine import functions as step  # noqa: E402
+from bigbatch.models.classification import image_classification  # noqa: E402
+from bigbatch.schedule.plan import Plan  # noqa: E402
 
 RUNNING_DECAY = 0.9
 WEIGHT_DECAY, MOMENTUM = 5e-4, 0.9

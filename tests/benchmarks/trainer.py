@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.trainer [WORK ...] > tests/benchmarks/results/trainer.md
 
-*Loop* is `bigbatch.training.loop.train`: input, logging of every update (JSON lines and event files), the
+*Loop* is `bigbatch.train`: input, logging of every update (JSON lines and event files), the
 watchdog, checkpoints at the config's interval. *Bare* calls the same compiled accumulate and
 apply_update on one microbatch that lies on the devices, with hyperparameters that do too. Both run
 in one process, a stretch of the one and a stretch of the other by turns, inside one run of the
