@@ -37,9 +37,9 @@ from bigbatch.schedule.transform import scale as scale
 from bigbatch.schedule.transform import with_rule as with_rule
 from bigbatch.training.evaluate import evaluate as evaluate
 from bigbatch.training.loop import train as train
-from bigbatch.training.prepare import fit as fit
 from bigbatch.training.prepare import prepare as prepare
 from bigbatch.training.run import Run as Run
+from bigbatch.training.updates import fit as fit
 
 adaptive = Controller
 report = write_report
