@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bigbatch.data.records import record_set
+from bigbatch.data import sets
 from bigbatch.data.records.reader import BadRecordError, parse
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import RunError, UserError
@@ -74,7 +74,7 @@ def test_a_file_of_other_records(own_copy):
 
 def test_another_number_of_examples_than_the_plans(imagenet):
     data_dir = imagenet.directories["array_record"]
-    train, test = problems(record_set.load, "imagenet2012", data_dir=data_dir, image_size=24)
+    train, test = problems(sets.load, "imagenet2012", directory=data_dir, image_size=24)
     assert (train.field, train.nearest) == ("train_examples", N)
     assert (test.field, test.nearest) == ("test_examples", TEST_IMAGES)
     (problem,) = problems(open_set, data_dir, train_examples=N + 1)
@@ -117,7 +117,7 @@ def test_flipped_bits_are_found_by_checksums(own_copy, imagenet):
     data = open_set(own_copy)
     with pytest.raises(RunError, match=r"record \d+ of .*imagenet2012-train.*cannot be used"):
         data.train.training(0, 0, N, flip=False)
-    whole = open_set(own_copy, replace_bad_records=True)
+    whole = open_set(own_copy, on_bad_record="replace")
     assert len(whole.train.training(0, 0, N, flip=False)["label"]) == N
     assert whole.num_bad_records == 1
 
@@ -177,7 +177,7 @@ def test_bad_records_are_replaced_by_the_next_of_the_epoch(with_bad_records, cap
         expected.append(good.train.training(0, position % N, 1, flip=True))
     whole = None
     for workers in (1, 4):
-        data = open_set(with_bad_records, replace_bad_records=True, workers=workers)
+        data = open_set(with_bad_records, on_bad_record="replace", workers=workers)
         made = data.train.training(0, 0, N, flip=True)
         whole = whole or made
         parts = [data.train.training(0, p, 1, flip=True) for p in range(N)]
@@ -198,7 +198,7 @@ def test_a_set_of_bad_records_ends(imagenet, tmp_path):
         feature["label"].int64_list.value[0] = -1
 
     write_again(data_dir, change)
-    data = open_set(data_dir, replace_bad_records=True)
+    data = open_set(data_dir, on_bad_record="replace")
     with pytest.raises(RunError, match="100 records in a row"):
         data.train.training(0, 0, 2, flip=True)
 

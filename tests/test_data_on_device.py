@@ -1,5 +1,7 @@
 """Microbatches made on the devices are those made on the host, bit for bit."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -43,12 +45,12 @@ def test_microbatches_equal_those_of_the_host(devices):
     def pixels(first_example, num_examples):
         return stream.examples(data, seed, first_example, num_examples, change)
 
-    indices = on_device.index_source(len(data), seed, change)
+    held = on_device.Held({"image": data.images, "label": data.labels}, change)
+    indices = functools.partial(held.training, seed)
     on_host = microbatches.maker(pixels, layout, mesh, ghost)
     there = on_device.maker(
         microbatches.maker(indices, layout, mesh, ghost),
-        data,
-        change,
+        held,
         NamedSharding(mesh, step.SHARDED),
         sizes,
     )
@@ -88,10 +90,9 @@ def test_a_run_with_its_data_on_the_device_has_the_same_microbatches():
 
 
 def test_the_program_that_makes_a_microbatch_has_no_collective():
-    data = sets.load("digits").train
+    held = sets.load("digits", flip=True, pad_pixels=1, on_device=True).on_device
     mesh = step.data_mesh(jax.devices()[:4])
     layout = Layout(ghost_batch_examples=8, devices=4, shapes=(8,))
-    change = Augment(flip=True, pad_pixels=1)
     texts = []
     compiled = jax.stages.Lowered.compile
 
@@ -102,9 +103,8 @@ def test_the_program_that_makes_a_microbatch_has_no_collective():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", spy)
-        source = on_device.index_source(len(data), 0, change)
-        make = microbatches.maker(source, layout, mesh, 8)
-        on_device.maker(make, data, change, NamedSharding(mesh, step.SHARDED), [32])
+        make = microbatches.maker(functools.partial(held.training, 0), layout, mesh, 8)
+        on_device.maker(make, held, NamedSharding(mesh, step.SHARDED), [32])
     (text,) = texts
     assert "gather" in text
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):

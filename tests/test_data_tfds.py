@@ -78,21 +78,24 @@ def test_arrays_are_read_without_tensorflow(tmp_path):
         np.testing.assert_array_equal(images, written[split][0])
         np.testing.assert_array_equal(labels, written[split][1])
     # A whole data set is expected: these are not CIFAR-10's 50,000.
-    assert problems(sets.load, "cifar10", data_dir=tmp_path) == [("data_dir", None)]
+    assert problems(sets.load, "cifar10", directory=tmp_path) == [
+        ("train_examples", 12),
+        ("test_examples", 5),
+    ]
 
 
 def test_a_set_that_is_not_in_the_table(tmp_path):
     written = write_tfds(tmp_path, "cmaterdb", "array_record", {"train": 12, "test": 5})
-    facts = sets.info("cmaterdb", data_dir=tmp_path)
+    facts = sets.info("cmaterdb", directory=tmp_path)
     assert (facts.train_examples, facts.test_examples, facts.num_classes) == (12, 5, 10)
     assert facts.image_shape == (32, 32, 3)
-    data = sets.load("cmaterdb", data_dir=tmp_path, train_examples=7)
+    data = sets.load("cmaterdb", directory=tmp_path, train_examples=7)
     images = written["train"][0][:7]
     np.testing.assert_array_equal(data.train.images, images)
     np.testing.assert_array_equal(data.test.labels, written["test"][1])
     assert data.mean == pytest.approx(images.mean(axis=(0, 1, 2)))
     assert data.std == pytest.approx(images.std(axis=(0, 1, 2)))
-    assert problems(sets.info, "cmaterdb", data_dir=tmp_path, train_examples=13) == [
+    assert problems(sets.info, "cmaterdb", directory=tmp_path, train_examples=13) == [
         ("train_examples", 12)
     ]
 
@@ -100,10 +103,10 @@ def test_a_set_that_is_not_in_the_table(tmp_path):
 def test_missing_files_are_said_with_the_command_that_gets_them(tmp_path):
     command = f"bigbatch data prepare cifar10 --directory={tmp_path}"
     with pytest.raises(UserError, match=command) as error:
-        sets.load("cifar10", data_dir=tmp_path)
+        sets.load("cifar10", directory=tmp_path)
     assert [(p.field, p.nearest) for p in error.value.problems] == [("name", None)]
     with pytest.raises(UserError, match="bigbatch data prepare cmaterdb"):
-        sets.info("cmaterdb", data_dir=tmp_path)
+        sets.info("cmaterdb", directory=tmp_path)
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -215,14 +218,14 @@ def test_missing_damaged_and_wrong_files_are_named(tmp_path):
     whole = train.read_bytes()
     train.write_bytes(whole[:-1_000])
     with pytest.raises(UserError, match=r"stl10-train.*prepare it again"):
-        sets.load("stl10", data_dir=tmp_path)
+        sets.load("stl10", directory=tmp_path)
     # A whole file of another part: the number of records tells.
     train.write_bytes(test.read_bytes())
     with pytest.raises(UserError, match="it holds 5 records, not 12"):
-        sets.load("stl10", data_dir=tmp_path)
+        sets.load("stl10", directory=tmp_path)
     train.unlink()
     with pytest.raises(UserError, match=r"stl10-train.*it is not there"):
-        sets.load("stl10", data_dir=tmp_path)
+        sets.load("stl10", directory=tmp_path)
 
 
 def test_labels_out_of_range_are_named(tmp_path):
@@ -231,7 +234,7 @@ def test_labels_out_of_range_are_named(tmp_path):
     features = find("stl10", tmp_path).directory / "features.json"
     features.write_text(features.read_text().replace('"numClasses": "10"', '"numClasses": "7"'))
     with pytest.raises(UserError, match=r"label 7 of example 7 in the train part") as error:
-        sets.load("stl10", data_dir=tmp_path)
+        sets.load("stl10", directory=tmp_path)
     assert len(error.value.problems) == 1
 
 
@@ -250,10 +253,10 @@ def test_tfrecord_files_are_read_as_tensorflow_wrote_them(tmp_path):
         file.unlink()
     info = prepared.directory / "dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    data = sets.load("stl10", data_dir=tmp_path)
+    data = sets.load("stl10", directory=tmp_path)
     np.testing.assert_array_equal(data.train.images, written["train"][0])
     np.testing.assert_array_equal(data.test.labels, written["test"][1])
     (file,) = find("stl10", tmp_path).files("train")
     file.write_bytes(file.read_bytes()[:-7])
     with pytest.raises(UserError, match="it ends within record 11"):
-        sets.load("stl10", data_dir=tmp_path)
+        sets.load("stl10", directory=tmp_path)

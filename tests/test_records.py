@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.data import random
-from bigbatch.data.records import crops, jpeg, record_set, tfrecord, tfrecord_index
+from bigbatch.data import random, sets
+from bigbatch.data.records import crops, jpeg, tfrecord, tfrecord_index
 from bigbatch.data.records.reader import Records, parse
 from bigbatch.data.tfds import metadata as tfds_metadata
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
@@ -21,7 +21,7 @@ N = TRAIN_CLASSES * IMAGES_PER_CLASS
 
 def open_set(data_dir, **changes):
     sizes = {"train_examples": N, "test_examples": TEST_IMAGES, "image_size": 24}
-    return record_set.load("imagenet2012", data_dir=data_dir, **(sizes | changes))
+    return sets.load("imagenet2012", directory=data_dir, **(sizes | changes))
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
@@ -130,10 +130,10 @@ def test_every_epoch_shows_every_image_once(imagenet):
 def test_reading_needs_no_tensorflow(imagenet):
     program = f"""
 import sys
-from bigbatch.data import record_set
+from bigbatch.data import sets
 sizes = {{"train_examples": 8, "test_examples": 2, "image_size": 16}}
 for directory in {[str(d) for d in imagenet.directories.values()]}:
-    data = record_set.load("imagenet2012", data_dir=directory, **sizes)
+    data = sets.load("imagenet2012", directory=directory, **sizes)
     train, test = data.train.training(0, 0, 9, flip=True), data.test.evaluation(0, 2)
     print(train["image"].sum(), test["image"].sum())
 assert "tensorflow" not in sys.modules

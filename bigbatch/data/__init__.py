@@ -1,6 +1,8 @@
-"""The input: `example = f(seed, position)`, from any random-access source to a batch of arrays.
+"""The input: `example = f(seed, position)`, from any source that is read at random.
 
-`random` is the generator and the permutation, `sets` the data sets and what is known of them,
-`augment` flips and crops, `stream` gives any range of examples; `records` reads files of encoded
-images, `tfds` what tensorflow-datasets has prepared. It knows no training loop and no config.
+`source` says what training needs of its data and makes it of one's own; `sets` has the data sets
+with a name: in memory (`dataset`, `own_arrays`), or as encoded images in files (`records`), which
+tensorflow-datasets prepared (`tfds`). `random` is the generator and the permutation, `stream` the
+order and the random words of any range of examples, `augment` flips and crops, `on_device` looks
+examples up on the devices.
 """

@@ -1,9 +1,14 @@
 """A data set of images as values: what is known of it, and its arrays in memory."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
+from bigbatch.data import stream
+from bigbatch.data.augment import Augment
+from bigbatch.data.on_device import Held
+from bigbatch.data.stream import Arrays
 from bigbatch.errors import Problem
 
 # Pixels are counted for so many images at a time: memory stays small beside the images.
@@ -33,49 +38,83 @@ class Info:
     train_examples: int
     test_examples: int
 
+    @property
+    def example_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and type of one example's entries."""
+        return {"image": (self.image_shape, np.dtype(np.uint8)), "label": ((), np.dtype(np.int32))}
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Arrays:
-    """The examples of one part of a data set, in memory.
-
-    Attributes:
-      images: uint8[n, H, W, C].
-      labels: int32[n].
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.images)
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The attributes above, as plain values."""
+        facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(Info)}
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in facts.items()}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DataSet(Info):
-    """A data set in memory. Its mean and std are never empty.
+    """A data set in memory: `bigbatch.data.source.TrainingData`. Its mean and std are never empty.
 
     Attributes:
       train: the training part, `train_examples` of them.
       test: the test part, `test_examples` of them.
+      augment: what is changed at random in the training images.
+      keep_on_device: whether the training images are held by the devices, which make them.
     """
 
     train: Arrays
     test: Arrays
+    augment: Augment = stream.NO_AUGMENT
+    keep_on_device: bool = False
+
+    # No example takes the place of another.
+    num_bad_records = None
+
+    def training(self, seed: int, first_example: int, num_examples: int) -> dict[str, np.ndarray]:
+        """The training examples of positions; see `stream.examples`, and `Held.training`."""
+        if self.on_device is not None:
+            return self.on_device.training(seed, first_example, num_examples)
+        return stream.examples(self.train, seed, first_example, num_examples, self.augment)
+
+    def evaluation(self, first_example: int, num_examples: int) -> dict[str, np.ndarray]:
+        """The test examples with the numbers from the first one on, unchanged."""
+        part = slice(first_example, first_example + num_examples)
+        return {"image": self.test.images[part], "label": self.test.labels[part]}
+
+    @property
+    def on_device(self) -> Held | None:
+        """What the devices hold; None: nothing."""
+        arrays = {"image": self.train.images, "label": self.train.labels}
+        return Held(arrays, self.augment) if self.keep_on_device else None
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What identifies the data, as plain values."""
+        return self.facts | dataclasses.asdict(self.augment)
 
 
-def data_set(facts: Info, train: Arrays, test: Arrays) -> DataSet:
-    """The data set with the facts' number of training examples, its arrays made read-only.
+def data_set(
+    facts: Info,
+    train: Arrays,
+    test: Arrays,
+    augment: Augment = stream.NO_AUGMENT,
+    keep_on_device: bool = False,
+) -> DataSet:
+    """The data set with the facts' numbers of examples, its arrays made read-only.
 
     Where the facts have no mean and std, they are those of the training images that are kept.
     """
-    kept = Arrays(train.images[: facts.train_examples], train.labels[: facts.train_examples])
-    for array in (kept.images, kept.labels, test.images, test.labels):
+    train, test = (
+        Arrays(part.images[:count], part.labels[:count])
+        for part, count in ((train, facts.train_examples), (test, facts.test_examples))
+    )
+    for array in (train.images, train.labels, test.images, test.labels):
         array.setflags(write=False)
     if not facts.mean:
-        mean, std = pixel_statistics(kept.images)
+        mean, std = pixel_statistics(train.images)
         facts = dataclasses.replace(facts, mean=mean, std=std)
-    fields = {field.name: getattr(facts, field.name) for field in dataclasses.fields(Info)}
-    return DataSet(**fields, train=kept, test=test)
+    return DataSet(
+        **vars(facts), train=train, test=test, augment=augment, keep_on_device=keep_on_device
+    )
 
 
 def arrays(images: np.ndarray, labels: np.ndarray) -> Arrays:
@@ -109,13 +148,12 @@ def pixel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float
     return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
 
 
-def check_train_examples(given: int | None, available: int) -> Problem | None:
-    """What is wrong with a number of training examples to keep."""
-    if given is None:
-        return None
+def check_count(field: str, given: int | None, available: int) -> list[Problem]:
+    """What is wrong with a number of examples to keep."""
     allowed = f"a whole number from 1 to {available:,}, or None for all"
+    if given is None:
+        return []
     if isinstance(given, bool) or not isinstance(given, int | np.integer):
-        return Problem("train_examples", given, allowed)
-    if not 1 <= given <= available:
-        return Problem("train_examples", given, allowed, min(max(int(given), 1), available))
-    return None
+        return [Problem(field, given, allowed)]
+    nearest = min(max(int(given), 1), available)
+    return [] if given == nearest else [Problem(field, given, allowed, nearest)]

@@ -2,12 +2,11 @@
 
 import dataclasses
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from bigbatch.data.dataset import DataSet, Info, arrays, check_train_examples, data_set
+from bigbatch.data.dataset import Arrays, DataSet, Info, arrays, check_count, data_set
 from bigbatch.errors import Problem, UserError
 
 NAME = "arrays"
@@ -46,39 +45,32 @@ def from_arrays(
     return data_set(facts, arrays(*train), arrays(*test))
 
 
-def npz_info(path: str | Path, *, train_examples: int | None = None) -> Info:
+def npz_info(path: str | Path) -> Info:
     """What is known of a file's arrays without reading its images.
 
     Args:
       path: of an npz file with the arrays that `from_arrays` takes, under their names there.
-      train_examples: count only so many of the training part; None: all.
 
     Raises:
       UserError: as `from_arrays`, or there is no such file, or it is damaged.
     """
-    return _from_npz(path, _shapes_only(path) | _read(path, _LABELS), train_examples)
-
-
-def load_npz(path: str | Path, *, train_examples: int | None = None) -> DataSet:
-    """The arrays of a file, in memory. Arguments and errors as for `npz_info`."""
-    held = _read(path, _IMAGES + _LABELS)
-    facts = _from_npz(path, held, train_examples)
-    train = arrays(held["train_images"], held["train_labels"])
-    return data_set(facts, train, arrays(held["test_images"], held["test_labels"]))
-
-
-def _from_npz(path: str | Path, held: Mapping[str, np.ndarray], train_examples: int | None) -> Info:
-    """The facts of a file's arrays; what is wrong with them names the file."""
+    held = _shapes_only(path) | _read(path, _LABELS)
     train, test = ((held[f"{p}_images"], held[f"{p}_labels"]) for p in ("train", "test"))
     try:
-        return _facts(train, test, NAME, None, train_examples)
+        return _facts(train, test, NAME)
     except UserError as error:
+        # What is wrong with the arrays names the file.
         raise UserError(
-            p
-            if p.field == "train_examples"
-            else dataclasses.replace(p, field="path", given=f"{p.field} {p.given} in {path}")
+            dataclasses.replace(p, field="path", given=f"{p.field} {p.given} in {path}")
             for p in error.problems
         ) from error
+
+
+def load_npz(path: str | Path) -> tuple[Arrays, Arrays]:
+    """The training and the test part of a file that `npz_info` has passed, in memory."""
+    held = _read(path, _IMAGES + _LABELS)
+    train, test = (arrays(held[f"{p}_images"], held[f"{p}_labels"]) for p in ("train", "test"))
+    return train, test
 
 
 def _read(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -122,8 +114,8 @@ def _facts(
     train: tuple[np.ndarray, np.ndarray],
     test: tuple[np.ndarray, np.ndarray],
     name: str,
-    num_classes: int | None,
-    train_examples: int | None,
+    num_classes: int | None = None,
+    train_examples: int | None = None,
 ) -> Info:
     """What is known of images and labels of both parts.
 
@@ -138,9 +130,7 @@ def _facts(
     if not problems and shape != test_shape:
         allowed = f"images of the training part's shape {shape}"
         problems.append(Problem("test_images", test_shape, allowed))
-    problem = check_train_examples(train_examples, len(train[0]))
-    if problem is not None:
-        problems.append(problem)
+    problems += check_count("train_examples", train_examples, len(train[0]))
     if problems:
         raise UserError(problems)
     height, width, channels = shape if len(shape) == 3 else (*shape, 1)

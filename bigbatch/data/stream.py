@@ -6,6 +6,7 @@ image it shows is the epoch's permutation of that; how the image is changed is r
 where it is cut changes nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -14,7 +15,6 @@ import numpy as np
 from bigbatch.data import augment as augment_lib
 from bigbatch.data.augment import Augment
 from bigbatch.data.random import Purpose, epoch_key, permute, random_bits
-from bigbatch.data.sets import Arrays
 from bigbatch.errors import Problem, UserError
 
 # Orders and random bits are computed for aligned runs of so many offsets and kept for a while,
@@ -23,6 +23,22 @@ _CHUNK_EXAMPLES = 2**14
 _KEPT_CHUNKS = 64
 _MAX_WORD = 2**32 - 1
 NO_AUGMENT = Augment()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrays:
+    """The examples of one part of a data set of images, in memory.
+
+    Attributes:
+      images: uint8[n, H, W, C].
+      labels: int32[n].
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 def examples(
@@ -96,6 +112,25 @@ def augmentation_bits(
     ]
     first, second = np.concatenate(chunks, axis=1) if chunks else np.zeros((2, 0), np.uint32)
     return first, second
+
+
+def example_keys(
+    train_examples: int, seed: int, first_example: int, num_examples: int
+) -> np.ndarray:
+    """A model's random keys: those of the examples, wherever and with whom they are computed.
+
+    Args:
+      train_examples: N, in the training part.
+      seed: of the run, from 0 to 2^32 - 1.
+      first_example: position of the first; past 2^31 too.
+      num_examples: how many positions.
+
+    Returns:
+      uint32[num_examples, 2], for instance for `bigbatch.models.dropout`.
+    """
+    epoch, offset = np.divmod(first_example + np.arange(num_examples), train_examples)
+    words = random_bits(np, seed, Purpose.MODEL, epoch.astype(np.uint32), offset.astype(np.uint32))
+    return np.stack(words, axis=-1)
 
 
 def _spans(

@@ -44,6 +44,7 @@ class RecordExamples:
     Attributes:
       bad_records: why records could not be used, by their index, as far as they were met; only
         where they are replaced, else the first one is an error.
+      replaces_bad_records: whether they are.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class RecordExamples:
         self._num_classes = num_classes
         self._side = image_size
         self._decoding = decoding
-        self._replace = replace_bad_records
+        self.replaces_bad_records = replace_bad_records
         self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
         self._pool = ThreadPoolExecutor(self._workers, "decode", jpeg.prepare_thread)
 
@@ -180,7 +181,7 @@ class RecordExamples:
                 return self._read(view, out)
             except BadRecordError as error:
                 where = self._records.where(view.record)
-                if not self._replace:
+                if not self.replaces_bad_records:
                     raise RunError(
                         f"{where} cannot be used: {error}. Copy or prepare the file again, or let "
                         'data.on_bad_record="replace" show another example instead.'

@@ -68,7 +68,7 @@ class Records:
             raise UserError(Problem("name", given, "files in the format array_record or tfrecord"))
         if not prepared.shard_examples.get(split):
             given = f"{prepared.directory}, with the splits {', '.join(prepared.shard_examples)}"
-            raise UserError(Problem("data_dir", given, f"a data set with the split {split}"))
+            raise UserError(Problem("directory", given, f"a data set with the split {split}"))
         self._paths = prepared.files(split)
         there = {entry.name for entry in os.scandir(self._paths[0].parent)}
         missing = [path for path in self._paths if path.name not in there]

@@ -1,8 +1,8 @@
 """Where the records of TFRecord files lie, so that any of them can be read directly.
 
-A TFRecord file is a chain (see `bigbatch.data.records.tfrecord`). Only by walking along it can one find where
-record k begins, so that is done once, from length to length, and kept in a file beside the data, or
-in the user's cache directory where the data cannot be written to.
+A TFRecord file is a chain (see `bigbatch.data.records.tfrecord`). Only by walking along it can one
+find where record k begins, so that is done once, from length to length, and kept in a file beside
+the data, or in the user's cache directory where the data cannot be written to.
 """
 
 import contextlib
@@ -163,4 +163,4 @@ def _walk(file: Path, size: int) -> tuple[np.ndarray, str | None]:
 def damaged(file: Path, fault: str) -> Problem:
     """What to say of a file of records that cannot be used."""
     allowed = f"a whole file of records ({fault}); copy or prepare it again"
-    return Problem("data_dir", str(file), allowed)
+    return Problem("directory", str(file), allowed)

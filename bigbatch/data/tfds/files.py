@@ -60,15 +60,15 @@ def read(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def check(prepared: Prepared) -> None:
-    """Raise a UserError unless a prepared data set can be held in memory as arrays."""
+def check(prepared: Prepared, *, any_shape: bool = False) -> None:
+    """Raise a UserError unless a prepared data set has images, of one shape each or of any."""
     if prepared.file_format not in FORMATS:
         given = f"{prepared.file_format} files in {prepared.directory}"
         raise UserError(Problem("name", given, f"files of a format in {', '.join(FORMATS)}"))
     if prepared.image_shape is None or prepared.num_classes is None:
         allowed = "a data set for classification, with the features image and label"
         raise UserError(Problem("name", prepared.name, allowed))
-    if len(prepared.image_shape) != 3 or None in prepared.image_shape:
+    if len(prepared.image_shape) != 3 or (None in prepared.image_shape and not any_shape):
         given = f"{prepared.name}, with images of shape {prepared.image_shape}"
         raise UserError(Problem("name", given, "a data set whose images all have one shape"))
 
@@ -89,7 +89,7 @@ def prepare_command(name: str, data_dir: str | Path | None) -> str:
 
 def _damaged(prepared: Prepared, file: Path, words: str) -> Problem:
     allowed = f"files as {prepared.name} was prepared with ({words}); remove {prepared.directory} "
-    return Problem("data_dir", str(file), f"{allowed}and prepare it again")
+    return Problem("directory", str(file), f"{allowed}and prepare it again")
 
 
 def _records(file: Path, file_format: str) -> list[bytes]:
