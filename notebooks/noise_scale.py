@@ -34,6 +34,7 @@ if "google.colab" in sys.modules:
     os.chdir("bigbatch/notebooks")
 
 # %%
+import functools
 import tempfile
 from pathlib import Path
 
@@ -43,15 +44,13 @@ import numpy as np
 from bigbatch.commands.critical.measure import Asked, measure
 from bigbatch.commands.critical.table import section
 from bigbatch.commands.report import read_run
+from bigbatch.commands.saved import run_of
+from bigbatch.config.assemble import train
 from bigbatch.config.file import load_config
-from bigbatch.training.loop import train
-from bigbatch.training.run import prepare
 from bigbatch.workdir.files import Workdir
-from bigbatch.workdir.resume import open_run
 
 # The tests run this notebook for a few updates.
 FAST = "BIGBATCH_FAST" in os.environ
-CONFIG = next(path / "configs" / "digits.py" for path in (Path.cwd().parent, Path.cwd()))
 SHORT = [
     ("epochs", "1"),
     ("policy.boundaries_epochs", "[0.5]"),
@@ -68,9 +67,9 @@ SHORT = [
 # %%
 overrides = [("noise_small_batch_examples", "32"), ("microbatch_examples_per_device", "32")]
 overrides += SHORT if FAST else [("keep_every_epochs", "1")]
-config = load_config(f"{CONFIG}:increase_lr", overrides)
+config = load_config("digits:increase_lr", overrides)
 files = Workdir(Path(tempfile.mkdtemp()) / "run")
-result = train(prepare(config, open_run(config, files)), files.path)
+result, _ = train(config, files)
 print(f"test accuracy {result['test_accuracy']:.2%} after {result['updates']} updates")
 
 # %% [markdown]
@@ -104,7 +103,8 @@ print(f"{known.sum()} of {known.size} records have an estimate")
 asked = Asked()
 if FAST:
     asked = Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1)
-(point,) = measure(config, files, asked, at_updates=[5 if FAST else 9])
+prepared = functools.partial(run_of, files, config)
+(point,) = measure(prepared, files, asked, at_updates=[5 if FAST else 9])
 print(section(point))
 
 # %% [markdown]

@@ -33,8 +33,6 @@ if "google.colab" in sys.modules:
     os.chdir("bigbatch/notebooks")
 
 # %%
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 
 from bigbatch.commands import plan as plan_table
@@ -42,8 +40,7 @@ from bigbatch.commands import plan_time as time_table
 from bigbatch.config.file import load_config
 from bigbatch.layout.time_model import Speeds, most_worthwhile
 
-ROOT = next(path for path in (Path.cwd().parent, Path.cwd()) if (path / "configs").exists())
-CONFIG = ROOT / "configs" / "imagenet_inception_resnet_v2.py"
+CONFIG = "imagenet_inception_resnet_v2"
 
 # %% [markdown]
 # ## The plan

@@ -36,7 +36,7 @@ if "google.colab" in sys.modules:
 import matplotlib.pyplot as plt
 import optax
 
-import bigbatch
+import bigbatch as bb
 from bigbatch.schedule.diagnostics import diagnose
 
 # %% [markdown]
@@ -48,7 +48,7 @@ from bigbatch.schedule.diagnostics import diagnose
 # %%
 TRAIN_EXAMPLES, EPOCHS, BATCH_SIZE = 50_000, 200, 128
 schedule = optax.warmup_cosine_decay_schedule(0.0, 0.1, warmup_steps=1_000, decay_steps=78_125)
-source = bigbatch.from_optax(
+source = bb.from_optax(
     schedule, BATCH_SIZE, momentum=0.9, train_examples=TRAIN_EXAMPLES, epochs=EPOCHS
 )
 
@@ -61,14 +61,12 @@ source = bigbatch.from_optax(
 # %%
 RECIPES = {
     "decay": source,
-    "growing": bigbatch.grow_batch(source, max_batch_size=5_120),
-    "growing, lr times 5": bigbatch.grow_batch(bigbatch.scale(source, 5), max_batch_size=5_120),
-    "growing, momentum 0.95": bigbatch.grow_batch(
-        bigbatch.raise_momentum(source, 0.95), max_batch_size=5_120
-    ),
+    "growing": bb.grow_batch(source, max_batch_size=5_120),
+    "growing, lr times 5": bb.grow_batch(bb.scale(source, 5), max_batch_size=5_120),
+    "growing, momentum 0.95": bb.grow_batch(bb.raise_momentum(source, 0.95), max_batch_size=5_120),
 }
 plans = {
-    name: bigbatch.make_plan(
+    name: bb.make_plan(
         recipe, train_examples=TRAIN_EXAMPLES, epochs=EPOCHS, batch_multiple_examples=128
     )
     for name, recipe in RECIPES.items()

@@ -43,14 +43,13 @@ from bigbatch.commands.compare import compare
 
 # The tests run this notebook with one short experiment.
 FAST = "BIGBATCH_FAST" in os.environ
-CONFIG = next(path / "configs" / "digits.py" for path in (Path.cwd().parent, Path.cwd()))
 EXPERIMENTS = ["increase_lr"] if FAST else ["decay", "increase", "increase_lr", "large"]
 SHORT = [("epochs", "0.2"), ("policy.boundaries_epochs", "[0.1]"), ("model.strides", "(2,2,1)")]
 
 # %%
 directory = Path(tempfile.mkdtemp())
 (report,) = compare(
-    str(CONFIG),
+    "digits",
     directory,
     experiments=EXPERIMENTS,
     seeds=1 if FAST else 3,

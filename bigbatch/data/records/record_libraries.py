@@ -25,7 +25,7 @@ def libraries() -> Libraries:
         import simplejpeg
     except ImportError as error:
         words = f"record data needs a library that is not installed ({error.name}): "
-        raise RunError(f"{words}pip install 'bigbatch[records]'") from error
+        raise RunError(f"{words}pip install opencv-python-headless simplejpeg") from error
     # One image is one thread's.
     cv2.setNumThreads(0)
     return Libraries(cv2, simplejpeg)

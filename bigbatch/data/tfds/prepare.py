@@ -15,7 +15,6 @@ from bigbatch.errors import Problem, RunError, UserError, nearest_name
 _IDX_SETS = ("mnist", "fashion_mnist")
 # Where Debian's packages put the idx files of these sets.
 _SYSTEM_FILES = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
-EXTRA = "prepare"
 
 
 def prepare(
@@ -81,7 +80,7 @@ def _by_tfds(name: str, builder: Any, source: str | Path | None, show_progress: 
     if importlib.util.find_spec("tensorflow") is None:
         raise RunError(
             f"preparing {name} needs TensorFlow (training on it does not): "
-            f"pip install 'bigbatch[{EXTRA}]'"
+            "pip install tensorflow, or tensorflow-cpu"
         )
     import tensorflow_datasets as tfds
 
