@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.data import random, sets
-from bigbatch.data.records import crops, jpeg, tfrecord, tfrecord_index
+from bigbatch.data import random, sets, tfrecord
+from bigbatch.data.records import crops, jpeg, tfrecord_index
 from bigbatch.data.records.reader import Records, parse
 from bigbatch.data.tfds import metadata as tfds_metadata
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES

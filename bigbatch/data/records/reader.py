@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from bigbatch.data.records.tfrecord import HEAD, TAIL, masked_crc32c
 from bigbatch.data.records.tfrecord_index import Index, damaged, load_or_build
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tfds.metadata import Prepared
+from bigbatch.data.tfrecord import HEAD, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
 
 # Files that a process has open beside those of the records.

@@ -1,6 +1,6 @@
 """Where the records of TFRecord files lie, so that any of them can be read directly.
 
-A TFRecord file is a chain (see `bigbatch.data.records.tfrecord`). Only by walking along it can one
+A TFRecord file is a chain (see `bigbatch.data.tfrecord`). Only by walking along it can one
 find where record k begins, so that is done once, from length to length, and kept in a file beside
 the data, or in the user's cache directory where the data cannot be written to.
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bigbatch.data.records.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
+from bigbatch.data.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
 
 # Finding a length is one small read, so the time goes into waiting: more threads than cores.

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bigbatch.data.records.tfrecord import HEAD, TAIL
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tfds.metadata import Prepared
+from bigbatch.data.tfrecord import HEAD, TAIL
 from bigbatch.errors import Problem, UserError
 
 FORMATS = (tfds_metadata.ARRAY_RECORD, tfds_metadata.TFRECORD)
