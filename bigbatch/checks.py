@@ -12,10 +12,16 @@ bigbatch.errors.UserError: momentum: given 1.0; allowed: a number from 0 to belo
 batch_size: given 0; allowed: a whole number of examples, at least 1; nearest: 1
 """
 
+import dataclasses
 import math
 import numbers
+from typing import Any
 
 from bigbatch import errors
+
+# Metadata of a dataclass's field that may differ at every start of a run: it has no influence on
+# the result. All other fields are statistical.
+HARDWARE = {"kind": "hardware"}
 
 # A momentum that someone could mean; the float next to 1 is not.
 _JUST_BELOW_1 = 0.999
@@ -86,3 +92,13 @@ class Checks:
         """
         if self.problems:
             raise errors.UserError(self.problems)
+
+
+def statistical(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that decide a result, by name, defaults included.
+
+    >>> statistical(dataclasses.make_dataclass("Settings", [("seed", int)])(seed=3))
+    {'seed': 3}
+    """
+    fields = [field for field in dataclasses.fields(value) if field.metadata != HARDWARE]
+    return {field.name: getattr(value, field.name) for field in fields if field.init}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bigbatch
 from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
 
@@ -26,6 +27,9 @@ _OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print("bigbatch", bigbatch.__version__)
+        return 0
     overrides = [m.groups() for m in map(_OVERRIDE.fullmatch, arguments) if m]
     options = _parser().parse_args([a for a in arguments if not _OVERRIDE.fullmatch(a)])
     options.overrides = overrides
@@ -61,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Fields of the config are changed by --config.FIELD=VALUE, for example "
         "--config.policy.learning_rate=0.2.",
     )
+    parser.add_argument("--version", action="store_true", help="print the version")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, function: Callable[[argparse.Namespace], None], text: str) -> Any:
@@ -98,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--config", **config)
     evaluate.add_argument("--workdir", **workdir)
     export = verb("export", _export, "Write the newest checkpoint's network as plain arrays.")
+    export.add_argument("--config", **config)
     export.add_argument("--workdir", **workdir)
     export.add_argument("--out", metavar="FILE.npz", required=True, help="for numpy.load")
     compare = verb("compare", _compare, "Train several experiments and seeds, then report them.")
@@ -267,56 +273,47 @@ def _train(options: argparse.Namespace) -> None:
     compilation_cache.use(options.compilation_cache)
     processes = options.coordinator, options.num_processes, options.process
     with distributed.joined(*processes, tell=_tell):
-        from bigbatch.config.assemble import load_data
-        from bigbatch.training.loop import train
-        from bigbatch.training.run import prepare
-        from bigbatch.workdir.network_file import identified
-        from bigbatch.workdir.resume import open_run
+        from bigbatch.config.assemble import load_data, train
+        from bigbatch.training.progress import result_line
 
         config, files = distributed.together(lambda: (_config(options), _workdir(options.workdir)))
         # Before the directory is claimed: a run without data leaves nothing behind.
         data = distributed.together(lambda: load_data(config, show_progress=sys.stderr.isatty()))
-        config = distributed.together(lambda: identified(config, files))
-        plan = open_run(config, files, change_future=options.change_future)
-        if files.result.exists():
-            result = json.loads(files.result.read_text(encoding="utf-8"))
-            distributed.say(
-                f"This run is finished ({result['updates']} updates); nothing was trained."
-            )
-        else:
-            run = distributed.together(
-                lambda: prepare(config, plan, data=data, kept=files.microbatch)
-            )
-            result = train(run, files.path, show_progress=True)
-    distributed.say(
-        f"test accuracy {100 * result['test_accuracy']:.2f} % after {result['updates']} updates, "
-        f"{result['examples']} examples, {result['seconds']:.1f} s; {files.result}"
-    )
+        result, is_old = train(
+            config, files, data=data, change_future=options.change_future, show_progress=True
+        )
+        if is_old:
+            updates = result["updates"]
+            distributed.say(f"This run is finished ({updates} updates); nothing was trained.")
+    distributed.say(f"{result_line(result)}; {files.result}")
+
+
+def _own_config(options: argparse.Namespace) -> Any:
+    """The config that is named; None for the workdir's own."""
+    if options.config:
+        return _config(options)
+    _no_overrides(options, "nothing without --config: the workdir's own config is used")
+    return None
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     files = _workdir(options.workdir)
     files.expect_run()
-    from bigbatch.workdir.resume import check_same, evaluate_run
+    config = _own_config(options)
+    from bigbatch.commands.saved import evaluate_run
 
-    if options.config:
-        from bigbatch.workdir.network_file import identified
-
-        check_same(files, identified(_config(options), files))
-    else:
-        _no_overrides(options, "nothing without --config: the workdir's own config is used")
-    print(json.dumps(evaluate_run(files)))
+    print(json.dumps(evaluate_run(files, config)))
 
 
 def _export(options: argparse.Namespace) -> None:
-    _no_overrides(options, "nothing: the workdir's own config is used")
     files = _workdir(options.workdir)
     files.expect_run()
     if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
         raise UserError(Problem("out", options.out, "a file in a directory that is there"))
-    from bigbatch.workdir.resume import export_run
+    config = _own_config(options)
+    from bigbatch.commands.saved import export_run
 
-    print(json.dumps(export_run(files, Path(options.out))))
+    print(json.dumps(export_run(files, Path(options.out), config)))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -340,24 +337,18 @@ def _critical(options: argparse.Namespace) -> None:
     files = _workdir(options.workdir)
     files.expect_run()
     from bigbatch.training import compilation_cache
-    from bigbatch.workdir.resume import check_same, read_run_config
 
     compilation_cache.use(options.compilation_cache)
-    if options.config:
-        from bigbatch.workdir.network_file import identified
-
-        config = identified(_config(options), files)
-        check_same(files, config)
-    else:
-        _no_overrides(options, "nothing without --config: the workdir's own config is used")
-        config = read_run_config(files)
+    config = _own_config(options)
     from bigbatch.commands.critical.measure import Asked, measure
     from bigbatch.commands.critical.table import write
+    from bigbatch.commands.saved import run_of
 
     names = ("sizes", "branches", "loss_share", "most_epochs", "lr_factors")
     asked = Asked(**{name: getattr(options, name) for name in names})
     points = []
-    for point in measure(config, files, asked, options.at_updates, _say):
+    run = run_of(files, config)
+    for point in measure(run, files, asked, options.at_updates, _say):
         points.append(point)
         print(write(points, files.critical), end="\n\n", flush=True)
     print(files.critical / "critical.md")

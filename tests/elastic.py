@@ -24,8 +24,7 @@ from bigbatch.errors import StoppedError
 from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.models.pool import mean_over_positions
 from bigbatch.training import loop as train
-from bigbatch.training import run
-from bigbatch.workdir import resume
+from bigbatch.config import assemble
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir
 from tests import trained
@@ -70,16 +69,14 @@ def config(name: str, share: int) -> Config:
 def part(directory: Path, name: str, share: int, stop: int) -> dict[str, str]:
     """Trains up to the stop or the end; hashes of the examples that were made, by position."""
     asked, files, made = config(name, share), Workdir(directory / name), {}
-    plan = resume.open_run(asked, files)
-    original = run.training_source
 
-    def recording(*arguments, **settings):
-        source = original(*arguments, **settings)
+    class Recorded(type(data := assemble.load_data(asked))):
+        """The data set, which writes down what is made of it."""
 
-        def recorded(first, number):
+        def training(self, seed, first, number):
             if first + number > stop:
                 os.kill(os.getpid(), signal.SIGTERM)
-            examples = source(first, number)
+            examples = super().training(seed, first, number)
             for offset in range(number):
                 one = hashlib.sha256()
                 for array in examples.values():
@@ -87,13 +84,9 @@ def part(directory: Path, name: str, share: int, stop: int) -> dict[str, str]:
                 made[str(first + offset)] = one.hexdigest()
             return examples
 
-        return recorded
-
-    run.training_source = recording
-    prepared = run.prepare(asked, plan)
-    run.training_source = original
+    prepared = trained.prepared(asked, jax.device_count(), data=Recorded(**vars(data)))
     with contextlib.suppress(StoppedError):
-        train.train(prepared, files.path)
+        trained.train(prepared, files.path)
     with Checkpoints(files.checkpoints) as checkpoints:
         state, progress = train.restore(prepared, checkpoints)
     np.savez(directory / f"{name}.npz", *map(np.asarray, jax.tree.leaves(state[:2])))

@@ -15,8 +15,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bigbatch import cli, distributed, models
+from bigbatch.config import assemble
 from bigbatch.layout import layout
-from bigbatch.training import microbatches, run
+from bigbatch.training import microbatches
 from tests import trained
 
 WAIT_S = "PERCEPTRON_WAIT_S"
@@ -60,7 +61,7 @@ def get_config(experiment: str) -> ConfigDict:
 
 def main() -> int:
     models.MODELS["perceptron"] = PerceptronConfig
-    place, prepare = microbatches.place, run.prepare
+    place, prepare = microbatches.place, assemble.prepare
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(float(os.environ.get(WAIT_S, "0")))
@@ -76,7 +77,7 @@ def main() -> int:
         distributed.START_TIMEOUT_S = int(os.environ[START_TIMEOUT_S])
     if OUT_OF_MEMORY_ABOVE in os.environ:
         most = int(os.environ[OUT_OF_MEMORY_ABOVE])
-        run.prepare = prepare_small
+        assemble.prepare = prepare_small
     return cli.main()
 
 

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from bigbatch import distributed
+from bigbatch.config import assemble
 from bigbatch.engine import functions as step
-from bigbatch.training import evaluate, run
+from bigbatch.training import evaluate
 from bigbatch.training import loop as train
-from bigbatch.workdir.checkpoint import params_sha256
+from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import trained
 from tests.hlo import collectives
 from tests.test_reproducible import small_run
@@ -28,7 +29,7 @@ def main(out: str, coordinator: str = "", num_processes: str = "1", process: str
     *_, (_, exact_state, _) = train.updates(exact, exact.init_state(), 0)
     jax.config.update("jax_enable_x64", True)
     config = trained.config(model=trained.FLOAT64_MODEL, evaluation_batch_examples=112)
-    prepared = run.prepare(config, config.plan)
+    prepared = assemble.prepared(config)
     *_, (_, state, _) = train.updates(prepared, prepared.init_state(), 0)
     # 360 examples, in microbatches of 112: the last leaves whole processes without examples.
     test = {"image": prepared.data.test.images, "label": prepared.data.test.labels}

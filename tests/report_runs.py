@@ -1,7 +1,7 @@
 """Writes run directories as `bigbatch train` would, from a loss that the test chooses."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,26 @@ def write_run(
     train_examples: int = 1000,
     updates_per_record: int = 1,
     accuracy: Callable[[float], float] = lambda epoch: 0.9,
+    metrics: Mapping[str, Callable[[float], float]] | None = None,
+    test_loss: Callable[[float], float] | None = lambda epoch: 0.1,
     finished: bool = True,
     config: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes one run; `loss(epoch)` is the loss of the example at that epoch."""
+    """Writes one run; `loss(epoch)` is the loss of the example at that epoch.
+
+    `metrics` are those of its task; None: it is a run of bigbatch 0.1, with `accuracy` alone.
+    Without a `test_loss` nothing is evaluated.
+    """
     path = root / experiment / f"seed_{seed}"
     path.mkdir(parents=True)
     fields = {"experiment": experiment, "seed": seed, "data": {"name": "synthetic"}}
     (path / "config.json").write_text(json.dumps(fields | (config or {})))
+    if metrics is not None:
+        (path / "run.json").write_text(json.dumps({"metrics": list(metrics), "bigbatch": "0.2.0"}))
+    tested = {"loss": test_loss, **({"accuracy": accuracy} if metrics is None else metrics)}
+
+    def evaluation(epoch: float) -> dict[str, float]:
+        return {f"test_{name}": at(epoch) for name, at in tested.items()} if test_loss else {}
 
     records, stage_rows = [], []
     update, examples, since, epoch_end = 0, 0, 0, 0.0
@@ -53,10 +65,9 @@ def write_run(
                 value = float(np.mean([loss(point) for point in points[:: len(points) // 32 or 1]]))
                 records.append(position | {"train_loss": value, "examples_per_s": 500.0})
                 since = examples
-            if examples >= next_evaluation * train_examples:
+            if test_loss and examples >= next_evaluation * train_examples:
                 next_evaluation = examples // train_examples + 1
-                value = accuracy(examples / train_examples)
-                records.append(position | {"test_loss": 1 - value, "test_accuracy": value})
+                records.append(position | evaluation(examples / train_examples))
         stage_rows.append(
             {
                 "first_update": first_update,
@@ -83,8 +94,7 @@ def write_run(
         result = {
             "updates": update,
             "examples": examples,
-            "test_accuracy": accuracy(epoch_end),
-            "test_loss": 0.1,
+            **evaluation(epoch_end),
             "train_loss": records[-1].get("train_loss", 0.1),
             "seconds": examples / 500,
             "compilations": 2,

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from bigbatch import distributed
+from bigbatch.config import assemble
 from bigbatch.config.config import read_config
 from bigbatch.config.file import load_config
 from bigbatch.training import loop as train
-from bigbatch.training import run
-from bigbatch.workdir.checkpoint import params_sha256
+from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import trained
 
 # The network of the paper on 8x8 images: 50 updates, 20 of 16 examples, 20 of 32 and 10 of 64.
@@ -60,7 +60,7 @@ def main() -> None:
         "reproducible": not options.plain,
     }
     config = read_config(fields)
-    prepared = run.prepare(config, config.plan)
+    prepared = assemble.prepared(config)
     last = min(options.updates or config.plan.num_updates, config.plan.num_updates)
     history = []
     updates = train.updates(prepared, prepared.init_state(), 0)

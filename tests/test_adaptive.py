@@ -8,7 +8,6 @@ from bigbatch.errors import UserError
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import loop as train
 from bigbatch.workdir.files import Workdir
-from bigbatch.workdir.resume import open_run
 from tests import trained
 
 # The multiple is large, so that a few updates are enough for several levels.
@@ -44,7 +43,7 @@ def run():
 @pytest.fixture(scope="module")
 def undisturbed(run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    return directory, train.train(run, directory)
+    return directory, trained.train(run, directory)
 
 
 def realised(directory):
@@ -84,9 +83,9 @@ def test_a_killed_run_makes_the_same_decisions_again(
     expected_directory, expected = undisturbed
     monkeypatch.setattr(train, "updates", trained.stopping(train.updates, stop_at))
     with pytest.raises(trained.StopError):
-        train.train(run, tmp_path)
+        trained.train(run, tmp_path)
     monkeypatch.undo()
-    result = train.train(run, tmp_path)
+    result = trained.train(run, tmp_path)
     assert {k: result[k] for k in SAME} == {k: expected[k] for k in SAME}
     assert records(tmp_path) == records(expected_directory)
     assert (tmp_path / "plan.json").read_bytes() == (expected_directory / "plan.json").read_bytes()
@@ -97,14 +96,14 @@ def test_the_realised_plan_runs_again_as_an_ordinary_plan(undisturbed, tmp_path)
     again = config({"name": "plan_file", "path": str(directory / "plan.json")})
     assert again.controller is None
     assert again.plan.fingerprint == realised(directory).fingerprint
-    result = train.train(trained.prepared(again), tmp_path)
+    result = trained.train(trained.prepared(again), tmp_path)
     assert {k: result[k] for k in SAME} == {k: expected[k] for k in SAME}
     assert records(tmp_path) == records(directory)
 
 
 def test_the_devices_do_not_change_the_decisions(undisturbed, tmp_path):
     """Sums in another order differ in their last bits, which a decision does not hang on."""
-    train.train(trained.prepared(config(), 4), tmp_path)
+    trained.train(trained.prepared(config(), 4), tmp_path)
     assert realised(tmp_path).diff(realised(undisturbed[0])) is None
 
 
@@ -119,7 +118,7 @@ def test_the_plan_is_written_as_it_is_decided(run, tmp_path, monkeypatch):
             yield row, state, sums
 
     monkeypatch.setattr(train, "updates", watched)
-    train.train(run, tmp_path)
+    trained.train(run, tmp_path)
     final = realised(tmp_path)
     for row, plan, decided in seen:
         assert row.batch_size == plan.row(row.update).batch_size
@@ -129,17 +128,17 @@ def test_the_plan_is_written_as_it_is_decided(run, tmp_path, monkeypatch):
 
 def test_a_begun_adaptive_run_goes_on_only_with_its_own_policy(run, tmp_path):
     files = Workdir(tmp_path)
-    open_run(config(), files)
-    train.train(run, tmp_path)
+    trained.claimed(files, config())
+    trained.train(run, tmp_path)
     written = files.plan.read_bytes()
-    open_run(config(log_every_updates=1), files)
+    trained.claimed(files, config(log_every_updates=1))
     assert files.plan.read_bytes() == written
     with pytest.raises(UserError, match=r"policy\.multiple: given 2\.0; allowed: 4\.0"):
-        open_run(config(ADAPTIVE | {"multiple": 2.0}), files)
+        trained.claimed(files, config(ADAPTIVE | {"multiple": 2.0}))
     fixed = {n: v for n, v in ADAPTIVE.items() if n in ("learning_rate", "batch_size", "momentum")}
     fixed = {n: v for n, v in ADAPTIVE.items() if n in ("learning_rate", "batch_size", "momentum")}
-    with pytest.raises(UserError, match=r"policy\.name: given 'constant'; allowed: 'adaptive'"):
-        open_run(config({"name": "constant", **fixed}), files)
+    with pytest.raises(UserError, match=r"policy\.name: given 'nothing'; allowed: 'adaptive'"):
+        trained.claimed(files, config({"name": "constant", **fixed}))
 
 
 def test_bad_fields():

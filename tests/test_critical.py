@@ -12,9 +12,9 @@ from bigbatch.commands.critical import branches as critical_branches
 from bigbatch.commands.critical import measure as critical
 from bigbatch.commands.critical.fit import Fit, Intervals, spread_sizes
 from bigbatch.commands.critical.table import Noise, Point, SizeResult, section
-from bigbatch.training.loop import train
+from bigbatch.config import assemble
 from bigbatch.workdir.files import Workdir
-from bigbatch.workdir.resume import open_run, read_run_config
+from bigbatch.workdir.resume import read_plan
 from tests import trained
 
 # The first epoch, with a checkpoint in its middle.
@@ -32,7 +32,7 @@ QUICK = ("--branches=2", "--sizes=32,128,512", "--loss-share=0.3", "--most-epoch
 def claimed(directory, **changes):
     files = Workdir(directory)
     config = trained.config(**CHANGES | changes)
-    open_run(config, files)
+    trained.claimed(files, config)
     return files, config
 
 
@@ -40,7 +40,7 @@ def claimed(directory, **changes):
 def finished(tmp_path_factory):
     """A run's directory with checkpoints after 24 updates and at its end."""
     files, config = claimed(tmp_path_factory.mktemp("run") / "run")
-    train(trained.prepared(config), files.path)
+    trained.train(trained.prepared(config), files.path)
     return files.path
 
 
@@ -83,8 +83,8 @@ def test_branches_are_measured_kept_and_not_run_again(finished, tmp_path, capsys
     monkeypatch.setattr(critical, "branch", counted)
     assert run(*asked, capsys=capsys)[:2] == (0, out)
     assert (len(calls), branches[0].read_text()) == (1, kept)
-    # Done: nothing is loaded or compiled.
-    monkeypatch.setattr(critical, "prepare", None)
+    # Done: nothing is compiled.
+    monkeypatch.setattr(assemble, "prepare", None)
     assert run(*asked, capsys=capsys)[:2] == (0, out)
 
 
@@ -99,10 +99,12 @@ def test_a_size_that_does_not_get_there_is_left_out(finished, tmp_path, capsys):
 
 
 def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
-    config = read_run_config(Workdir(finished))
-    prepared = trained.prepared(trained.config(**CHANGES, noise_small_batch_examples=32))
-    row = config.plan.row(24)
-    plan = critical_branches.constant_plan(config.plan, row, 64, 0.05, 0.3)
+    begun = read_plan(Workdir(finished))
+    prepared = trained.prepared(
+        trained.config(**CHANGES, noise_small_batch_examples=32), batch_sizes=[64, 512]
+    )
+    row = begun.row(24)
+    plan = critical_branches.constant_plan(begun, row, 64, 0.05, 0.3)
     assert (plan.num_updates, set(plan.batch_sizes.tolist())) == (7, {64})
     assert set(plan.hypers["momentum"]) == {0.9}
     state = prepared.init_state()
@@ -147,7 +149,6 @@ def test_mistakes(finished, capsys, arguments, message):
             {"optimizer": {"name": "lars", "weight_decay": 0.0}},
             "optimizer.name: given 'lars'; allowed: one of sgd, momentum, nesterov",
         ),
-        ({"full_batch_norm": True}, "full_batch_norm: given True; allowed: False"),
         ({"reproducible": True}, "reproducible: given True; allowed: False, or True in a run with"),
     ],
 )

@@ -1,13 +1,13 @@
 """Microbatches made on the devices are those made on the host, bit for bit."""
 
-import functools
+import dataclasses
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from bigbatch.data import augment, on_device, sets, stream
+from bigbatch.data import augment, sets
 from bigbatch.data.augment import Augment
 from bigbatch.engine import functions as step
 from bigbatch.layout.layout import Layout
@@ -33,26 +33,16 @@ def test_images_are_changed_as_on_the_host(change, shape):
 def test_microbatches_equal_those_of_the_host(devices):
     """Batch sizes that change, cross epochs and pass the data set's size; masked ghost batches."""
     rng = np.random.default_rng(1)
-    data = sets.Arrays(
-        rng.integers(0, 256, (50, 6, 5, 2), dtype=np.uint8),
-        rng.integers(1, 9, 50, dtype=np.int32),
+    images = rng.integers(0, 256, (50, 6, 5, 2), dtype=np.uint8)
+    labels = rng.integers(1, 9, 50, dtype=np.int32)
+    data = dataclasses.replace(
+        sets.from_arrays(images, labels, images, labels), augment=Augment(flip=True, pad_pixels=2)
     )
-    change, seed, ghost = Augment(flip=True, pad_pixels=2), 3, 4
-    layout = Layout(ghost_batch_examples=ghost, devices=devices, shapes=(16, 4))
+    layout = Layout(ghost_batch_examples=4, devices=devices, shapes=(16, 4))
     mesh = step.data_mesh(jax.devices()[:devices])
-    sizes = [devices * shape for shape in layout.shapes]
-
-    def pixels(first_example, num_examples):
-        return stream.examples(data, seed, first_example, num_examples, change)
-
-    held = on_device.Held({"image": data.images, "label": data.labels}, change)
-    indices = functools.partial(held.training, seed)
-    on_host = microbatches.maker(pixels, layout, mesh, ghost)
-    there = on_device.maker(
-        microbatches.maker(indices, layout, mesh, ghost),
-        held,
-        NamedSharding(mesh, step.SHARDED),
-        sizes,
+    on_host, there = (
+        microbatches.of(held, layout, mesh, seed=3, ghost_batch_examples=4, takes_keys=False)
+        for held in (data, dataclasses.replace(data, keep_on_device=True))
     )
     position = 50 * 2**32 - 1_000
     for batch_size in (4, 124, 40, 232, 8):
@@ -90,7 +80,7 @@ def test_a_run_with_its_data_on_the_device_has_the_same_microbatches():
 
 
 def test_the_program_that_makes_a_microbatch_has_no_collective():
-    held = sets.load("digits", flip=True, pad_pixels=1, on_device=True).on_device
+    data = sets.load("digits", flip=True, pad_pixels=1, on_device=True)
     mesh = step.data_mesh(jax.devices()[:4])
     layout = Layout(ghost_batch_examples=8, devices=4, shapes=(8,))
     texts = []
@@ -103,8 +93,7 @@ def test_the_program_that_makes_a_microbatch_has_no_collective():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax.stages.Lowered, "compile", spy)
-        make = microbatches.maker(functools.partial(held.training, 0), layout, mesh, 8)
-        on_device.maker(make, held, NamedSharding(mesh, step.SHARDED), [32])
+        microbatches.of(data, layout, mesh, 0, 8, takes_keys=False)
     (text,) = texts
     assert "gather" in text
     for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):

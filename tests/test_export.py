@@ -8,10 +8,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from bigbatch import cli
-from bigbatch.training import loop as train
-from bigbatch.training.run import prepare
-from bigbatch.workdir import resume
-from bigbatch.workdir.checkpoint import params_sha256
+from bigbatch.workdir.packing import sha256 as params_sha256
 from bigbatch.workdir.files import Workdir
 from tests import trained
 
@@ -21,8 +18,8 @@ def finished(tmp_path_factory):
     """A run of a few updates on all devices, and its result."""
     files = Workdir(tmp_path_factory.mktemp("run"))
     config = trained.config(epochs=0.1)
-    run = prepare(config, resume.open_run(config, files))
-    return run, files.path, train.train(run, files.path)
+    run = trained.prepared(config, jax.device_count())
+    return run, files.path, trained.train(run, files.path)
 
 
 def exported(file) -> tuple[dict, dict]:

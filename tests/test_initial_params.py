@@ -3,21 +3,25 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from bigbatch import cli, models
+from bigbatch.commands import saved
+from bigbatch.config import assemble
 from bigbatch.config.config import Config, read_config
-from bigbatch.engine.functions import State, data_mesh
+from bigbatch.engine.functions import State
 from bigbatch.engine.transformations import evaluation_params
 from bigbatch.errors import UserError
 from bigbatch.training import loop as train
 from bigbatch.training.evaluate import evaluate
-from bigbatch.training.run import Run, prepare
-from bigbatch.workdir import network_file, resume
-from bigbatch.workdir.checkpoint import Checkpoints, params_sha256
+from bigbatch.training.run import Run
+from bigbatch.workdir import network_file
+from bigbatch.workdir.checkpoint import Checkpoints
+from bigbatch.workdir.packing import sha256 as params_sha256
 from bigbatch.workdir.files import Workdir
 from tests import elastic, perceptron_run, trained
 from tests.test_distributed import ended, free_port, start
@@ -54,8 +58,7 @@ def small(**changes) -> Config:
 def begin(config: Config, directory, devices: int) -> tuple[Run, State]:
     """The run of a config in a new directory, and the state with which it begins."""
     files = Workdir(directory)
-    config = network_file.identified(config, files)
-    run = prepare(config, resume.open_run(config, files), data_mesh(jax.devices()[:devices]))
+    run = trained.prepared(assemble.identified(config, files), devices)
     with Checkpoints(files.checkpoints, 2) as checkpoints:
         state, progress = train.restore(run, checkpoints)
     assert progress.updates == 0
@@ -67,8 +70,8 @@ def exported(networks, tmp_path_factory):
     """The file of a network that was trained on all devices; what export and evaluate say of it."""
     directory = tmp_path_factory.mktemp("exported")
     files, out, config = Workdir(directory / "run"), directory / "network.npz", small(seed=3)
-    train.train(prepare(config, resume.open_run(config, files)), files.path)
-    return out, resume.export_run(files, out), resume.evaluate_run(files)
+    trained.train(trained.prepared(config, DEVICES), files.path)
+    return out, saved.export_run(files, out), saved.evaluate_run(files)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +98,11 @@ def test_a_run_begins_with_the_exported_network(exported, tmp_path, devices, cha
         np.testing.assert_allclose(found[name], measured[name], rtol=tolerance)
     # All the rest is as without a file.
     plain = run.programs.unite(run.init_state())
-    again = run.programs.unite(run.state_from(plain.params, plain.running_statistics))
+    begun = run.programs.state_from(plain.params, plain.running_statistics)
+    again = run.programs.unite(run.on_devices(begun))
     jax.tree.map(np.testing.assert_array_equal, plain, again)
     # No two of its arrays share a buffer, which the first update would refuse.
-    assert train.train(run, tmp_path)["updates"] == run.plan.num_updates
+    assert trained.train(run, tmp_path)["updates"] == run.plan.num_updates
 
 
 def command(directory, *changes: str, verb: str = "train") -> int:
@@ -111,7 +115,7 @@ def command(directory, *changes: str, verb: str = "train") -> int:
 def perceptron(tmp_path):
     """The file of a perceptron's network, and its arrays."""
     config = read_config(perceptron_run.get_config("").to_dict())
-    shapes = network_file.network_shapes(config)
+    shapes = assemble.network_shapes(config)
     filled = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, leaf.dtype), shapes)
     file = tmp_path / "network.npz"
     network_file.write(file, filled)
@@ -211,7 +215,7 @@ def test_a_file_with_another_sha256_than_was_asked_for_is_a_mistake(perceptron):
         read_config(tree)
     config = read_config(tree | {"initial_params": str(file)})
     with pytest.raises(UserError) as caught:
-        network_file.read_initial(config)
+        assemble.identified(config, Workdir(Path()))
     (problem,) = caught.value.problems
     assert problem.field == "initial_params_sha256"
     assert problem.nearest == params_sha256(arrays)
@@ -238,7 +242,7 @@ def test_processes_begin_with_the_same_network_or_not_at_all(perceptron, tmp_pat
     assert not (tmp_path / "run").exists()
     for status, text in trained_with(file, file):
         assert status == 0, text
-    config = resume.read_run_config(Workdir(tmp_path / "run"))
-    begun = network_file.read_initial(config)
+    config = read_config(perceptron_run.get_config("").to_dict())
+    begun = network_file.read(str(file), assemble.network_shapes(config))
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["params_sha256"] == params_sha256(begun.params)

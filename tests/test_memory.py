@@ -14,8 +14,7 @@ from bigbatch.engine import functions as step
 from bigbatch.errors import RunError, UserError
 from bigbatch.layout import memory
 from bigbatch.training import loop as train
-from bigbatch.training.prepare import fit
-from bigbatch.training.run import prepare
+from bigbatch.training.updates import fit
 from tests import trained
 from tests.test_reproducible import small_run
 from tests.test_sharded_optimizer import OPTIMIZERS, prepared
@@ -131,7 +130,7 @@ def test_an_update_or_evaluation_that_does_not_fit_ends_the_run_with_words(tmp_p
     for name, words in (("apply_update", "shard_optimizer"), ("evaluate", "evaluation_batch")):
         programs = dataclasses.replace(run.programs, **{name: out_of_memory})
         with pytest.raises(RunError, match=words):
-            train.train(dataclasses.replace(run, programs=programs), tmp_path)
+            trained.train(dataclasses.replace(run, programs=programs), tmp_path)
         assert not (tmp_path / "result.json").exists()
 
 
@@ -159,25 +158,19 @@ def test_another_error_of_the_runtime_is_left_alone():
 
 def test_auto_takes_what_fits_and_a_second_start_the_same(tmp_path, monkeypatch):
     path = tmp_path / "microbatch.json"
-    mesh = step.data_mesh(jax.devices()[:1])
     changes = {"microbatch_examples_per_device": "auto", "epochs": 0.5}
     config = trained.config(**changes)
     with pytest.raises(UserError, match="device_memory_bytes"):
-        prepare(config, config.plan, mesh)
+        trained.prepared(config)
     small = trained.prepared(trained.config(epochs=0.5)).programs.device_bytes
     limit = int(1.6 * (small["accumulate"] + small["state"]) / memory.USED_SHARE)
     config = trained.config(device_memory_bytes=limit, **changes)
-    run = prepare(config, config.plan, mesh, kept=path)
-    chosen = run.config.microbatch_examples_per_device
+    run = trained.prepared(config, kept=path)
+    chosen = run.microbatch_examples_per_device
     assert chosen in (32, 64, 96, 128)
     assert json.loads(path.read_text())["chosen_examples_per_device"] == chosen
     needs = run.programs.device_bytes
     assert needs["accumulate"] + needs["state"] <= limit * memory.USED_SHARE
     monkeypatch.setattr(memory, "largest_that_fits", None)
-    again = prepare(config, config.plan, mesh, kept=path)
+    again = trained.prepared(config, kept=path)
     assert again.layout == run.layout
-
-
-def test_auto_is_refused_where_a_microbatch_is_a_whole_batch():
-    with pytest.raises(UserError, match="full_batch_norm"):
-        read_config(trained.tree(microbatch_examples_per_device="auto", full_batch_norm=True))

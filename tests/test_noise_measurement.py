@@ -236,7 +236,7 @@ def log_of(directory):
 
 def test_the_log_tells_the_noise_or_why_there_is_none(tmp_path):
     run = trained.prepared(trained.config(**MEASURED))
-    train.train(run, tmp_path)
+    trained.train(run, tmp_path)
     records = [r for r in log_of(tmp_path) if "train_loss" in r]
     smoothed = gradient_noise.Smoothed()
     for record in records:

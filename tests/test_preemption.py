@@ -25,7 +25,7 @@ def run():
 @pytest.fixture(scope="module")
 def undisturbed(run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    return directory, train.train(run, directory)
+    return directory, trained.train(run, directory)
 
 
 def stopping_at(run, number: int):
@@ -47,10 +47,10 @@ def test_sigterm_drops_the_update_and_the_same_run_goes_on(run, undisturbed, tmp
     before = signal.getsignal(signal.SIGTERM)
     for number in numbers:
         with pytest.raises(StoppedError, match="the same command continues"):
-            train.train(stopping_at(run, number), tmp_path)
+            trained.train(stopping_at(run, number), tmp_path)
         assert not (tmp_path / "result.json").exists()
         assert signal.getsignal(signal.SIGTERM) is before
-    result = train.train(run, tmp_path)
+    result = trained.train(run, tmp_path)
     same = ["updates", "examples", "test_accuracy", "test_loss", "train_loss", "params_sha256"]
     assert {k: result[k] for k in same} == {k: expected[k] for k in same}
     assert records(tmp_path) == records(expected_directory)
@@ -68,8 +68,8 @@ def test_a_stop_within_an_evaluation_evaluates_again(run, undisturbed, tmp_path,
 
     monkeypatch.setattr(evaluate, "source_sums", stopped)
     with pytest.raises(StoppedError, match="saved after update 8 of 20"):
-        train.train(run, tmp_path)
-    result = train.train(run, tmp_path)
+        trained.train(run, tmp_path)
+    result = trained.train(run, tmp_path)
     assert result["params_sha256"] == expected["params_sha256"]
     assert records(tmp_path) == records(expected_directory)
 

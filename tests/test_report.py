@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 
 from bigbatch.commands.report import read_run, summarise, write_report
-from bigbatch.commands.report.summary import Estimate, difference
+from bigbatch.commands.report.summary import MeanSd, difference
 from bigbatch.commands.report.table import claims
 from bigbatch.errors import UserError
 from tests.report_runs import DECAY, falling_loss, write_run
@@ -104,26 +104,26 @@ def rows_of(path):
 
 def test_curves_are_geometric_means_with_a_band_of_one_deviation(run_dirs):
     runs = [read_run(path) for path in run_dirs[4:8]]
-    curves = summarise(runs).reference.curves
+    curves = summarise(runs).reference.loss_curve
     # 4 epochs are drawn with 5 points each, so a bin is 10 records of one update of 20 examples.
     logs = np.array(
         [np.log(run.training["train_loss"].reshape(20, 10).mean(axis=1)) for run in runs]
     )
     np.testing.assert_allclose(curves.epochs, 0.1 + 0.2 * np.arange(20))
     np.testing.assert_allclose(curves.updates, 5 + 10 * np.arange(20))
-    np.testing.assert_allclose(np.log(curves.loss), logs.mean(axis=0))
-    np.testing.assert_allclose(np.log(curves.high / curves.loss), logs.std(axis=0, ddof=1))
-    np.testing.assert_allclose(np.log(curves.loss / curves.low), logs.std(axis=0, ddof=1))
+    np.testing.assert_allclose(np.log(curves.mean), logs.mean(axis=0))
+    np.testing.assert_allclose(np.log(curves.high / curves.mean), logs.std(axis=0, ddof=1))
+    np.testing.assert_allclose(np.log(curves.mean / curves.low), logs.std(axis=0, ddof=1))
 
 
 def test_the_difference_of_accuracies_has_welchs_interval():
     own, other = [91.0, 92.5, 90.7, 91.1], [90.0, 90.2, 90.1]
-    got = difference(Estimate.of(own), Estimate.of(other))
+    got = difference(MeanSd.of(own), MeanSd.of(other))
     expected = scipy.stats.ttest_ind(own, other, equal_var=False).confidence_interval(0.95)
     assert got.mean - got.half_width == pytest.approx(expected.low)
     assert got.mean + got.half_width == pytest.approx(expected.high)
-    assert math.isnan(difference(Estimate.of(own), Estimate.of([90.0])).half_width)
-    assert difference(Estimate.of([90.0] * 3), Estimate.of([91.0] * 3)).half_width == 0
+    assert math.isnan(difference(MeanSd.of(own), MeanSd.of([90.0])).half_width)
+    assert difference(MeanSd.of([90.0] * 3), MeanSd.of([91.0] * 3)).half_width == 0
 
 
 class _Page(html.parser.HTMLParser):
@@ -226,7 +226,7 @@ def test_runs_of_other_sizes_are_reported_and_named(tmp_path):
         write_run(tmp_path, "decay", seed, DECAY, loss)
         write_run(tmp_path, "small", seed, DECAY, loss, train_examples=500)
         write_run(tmp_path, "longer", seed, [(6, 20, 0.1)], loss)
-    summary = write_report(sorted(tmp_path.glob("*/*")), tmp_path / "out").summary
+    summary = summarise([read_run(path) for path in sorted(tmp_path.glob("*/*"))])
     gaps = {experiment.name: experiment.gap for experiment in summary.experiments}
     assert gaps["small"] is None
     assert gaps["longer"].epochs.max() == 3
@@ -237,7 +237,8 @@ def test_runs_of_other_sizes_are_reported_and_named(tmp_path):
 def test_runs_that_are_no_repetitions_are_named(tmp_path):
     write_run(tmp_path / "a", "decay", 0, DECAY, falling_loss(0, epochs=4))
     write_run(tmp_path / "b", "decay", 0, INCREASE, falling_loss(1, epochs=4), config={"x": 1})
-    text = "\n".join(write_report(sorted(tmp_path.glob("*/*/*")), tmp_path / "out").warnings)
+    runs = [read_run(path) for path in sorted(tmp_path.glob("*/*/*"))]
+    text = "\n".join(summarise(runs).warnings)
     assert "decay: 2 runs have the seed 0" in text
     assert "decay: its runs differ in the config field x" in text
     assert "decay: its runs have different plans" in text
@@ -260,11 +261,11 @@ def test_runs_that_decided_their_own_plans_are_one_experiment(tmp_path):
         "2.0 times fewer updates than decay (100 ± 28 against 200)"
         in dict(claims(report.summary))["grown"]
     )
-    np.testing.assert_allclose(grown.accuracies.updates, [50, 80, 90, 100])
-    np.testing.assert_allclose(grown.accuracies.mean, 85)
+    np.testing.assert_allclose(grown.metric_curve.updates, [50, 80, 90, 100])
+    np.testing.assert_allclose(grown.metric_curve.mean, 85)
     # Updates at the middle of each tenth of the first epoch, of the mean of both plans.
-    np.testing.assert_allclose(grown.curves.updates[0], np.mean([5, 5]))
-    np.testing.assert_allclose(grown.curves.updates[-1], np.mean([119, 79]))
+    np.testing.assert_allclose(grown.loss_curve.updates[0], np.mean([5, 5]))
+    np.testing.assert_allclose(grown.loss_curve.updates[-1], np.mean([119, 79]))
     page = report.page.read_text()
     assert "grown, seed 0: 120 updates" in page
     assert "grown, seed 1: 80 updates" in page
@@ -275,7 +276,7 @@ def test_claims_say_no_more_than_the_runs_show(tmp_path):
         write_run(tmp_path, "a", seed, INCREASE, falling_loss(seed, epochs=4))
         write_run(tmp_path, "b", seed, DECAY, falling_loss(9 + seed, offset=2.0, epochs=4))
     write_run(tmp_path, "c", 0, INCREASE, falling_loss(5, epochs=4))
-    summary = write_report(sorted(tmp_path.glob("*/*")), tmp_path / "out").summary
+    summary = summarise([read_run(path) for path in sorted(tmp_path.glob("*/*"))])
     said = dict(claims(summary))
     assert list(said) == ["b", "c"]  # without a "decay" the first is the reference
     assert "1.7 times more updates than a (200 against 120)" in said["b"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from bigbatch.commands.report import linear_scaling, read_run, write_report
+from bigbatch.commands.report.metric import Metric
 from bigbatch.commands.report.timing import equal_budgets, seconds_at, stage_speeds
 from tests.report_runs import DECAY, falling_loss, write_run
 
@@ -86,10 +87,11 @@ def test_the_data_are_what_the_runs_logged(report, run_dirs):
     for number, experiment in enumerate(report.summary.experiments):
         series = charts["loss"]["series"][number]
         assert series["experiment"] == number
-        for field in ("loss", "low", "high"):
-            shown = series["y" if field == "loss" else field]
-            assert shown == pytest.approx(getattr(experiment.curves, field).tolist(), rel=1e-4)
-        assert series["x"]["epochs"] == pytest.approx(experiment.curves.epochs.tolist(), rel=1e-4)
+        curve = experiment.loss_curve
+        for field in ("mean", "low", "high"):
+            shown = series["y" if field == "mean" else field]
+            assert shown == pytest.approx(getattr(curve, field).tolist(), rel=1e-4)
+        assert series["x"]["epochs"] == pytest.approx(curve.epochs.tolist(), rel=1e-4)
         assert series["x"]["examples"] == pytest.approx(
             [1000 * epoch for epoch in series["x"]["epochs"]], rel=1e-4
         )
@@ -129,16 +131,16 @@ def test_stages_and_equal_budgets(run_dirs):
     speeds = stage_speeds(increase)
     assert [speed.examples_per_s for speed in speeds] == pytest.approx([120, 200])
     assert [speed.seconds for speed in speeds] == pytest.approx([2000 / 120, 10])
-    updates, examples, seconds = equal_budgets([decay, increase])
+    updates, examples, seconds = equal_budgets([decay, increase], Metric("accuracy"))
     assert (updates.unit, updates.amount) == ("updates", 120)
     # After 120 of its updates decay has seen 2,400 examples; its last evaluation was at 2,000.
     expected = [100 * (0.8 + 0.01 * seed * 2) for seed in range(3)]
-    assert updates.accuracies[0] == pytest.approx(expected)
-    assert updates.accuracies[1] == pytest.approx([80, 84, 88])
-    assert (examples.amount, examples.accuracies[0].tolist()) == (4000, pytest.approx([80, 84, 88]))
+    assert updates.values[0] == pytest.approx(expected)
+    assert updates.values[1] == pytest.approx([80, 84, 88])
+    assert (examples.amount, examples.values[0]) == (4000, pytest.approx([80, 84, 88]))
     assert seconds.amount == pytest.approx(2000 / 120 + 10)
     # 26.7 s are 3,200 examples of decay.
-    assert seconds.accuracies[0] == pytest.approx([80, 83, 86])
+    assert seconds.values[0] == pytest.approx([80, 83, 86])
 
 
 def test_the_tables_say_what_was_measured(report):

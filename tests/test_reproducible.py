@@ -23,7 +23,7 @@ from bigbatch.training import loop as train
 from bigbatch.training import updates as update_loop
 from bigbatch.training.prepare import prepare_task
 from bigbatch.training.run import Updates
-from bigbatch.workdir.checkpoint import params_sha256
+from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import trained
 from tests.test_distributed import free_port
 from tests.test_noise_measurement import log_of
@@ -210,14 +210,14 @@ def test_digits_over_a_change_of_the_batch_size(tmp_path):
     found = []
     for devices, share in ((1, 96), (4, 32)):
         config = trained.config(reproducible=True, microbatch_examples_per_device=share, epochs=0.7)
-        result = train.train(trained.prepared(config, devices), tmp_path / str(devices))
+        result = trained.train(trained.prepared(config, devices), tmp_path / str(devices))
         losses = [r.get("train_loss") for r in log_of(tmp_path / str(devices))]
         found.append((result["params_sha256"], losses))
     assert found[0] == found[1]
     # The checkpoint of one goes on with the other.
     (tmp_path / "1" / "result.json").unlink()
     config = trained.config(reproducible=True, microbatch_examples_per_device=32, epochs=0.7)
-    again = train.train(trained.prepared(config, 4), tmp_path / "1")
+    again = trained.train(trained.prepared(config, 4), tmp_path / "1")
     assert again["params_sha256"] == found[0][0]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import grain
 import jax
@@ -17,13 +18,9 @@ from bigbatch.data import on_device, random, stream
 from bigbatch.data.source import Data
 from bigbatch.engine.functions import SHARDED, data_mesh
 from bigbatch.errors import RunError, UserError
+from tests.source_examples import ARRAYS, RNG, Faulty, Items, N, shifted
 
-N, SEED = 23, 5
-RNG = np.random.default_rng(0)
-ARRAYS = {
-    "x": RNG.normal(size=(N, 3)).astype(np.float32),
-    "y": RNG.integers(0, 9, N, dtype=np.int32),
-}
+SEED = 5
 # Across an epoch's edge, over more than a whole one, and far past 2^31.
 RANGES = [(0, 7), (N - 4, 60), (N * 10**9 + 5, 30)]
 
@@ -63,25 +60,11 @@ class Read:
         return {name: array[numbers] for name, array in ARRAYS.items()}
 
 
-class Items:
-    """Something that gives single examples, in the form asked for."""
-
-    def __init__(self, form=dict):
-        self.form = form
-
-    def __len__(self):
-        return N
-
-    def __getitem__(self, number):
-        example = {name: array[number] for name, array in ARRAYS.items()}
-        return self.form(example)
-
-
 def as_tuple(example):
     return tuple(example.values())
 
 
-Pair = namedtuple("Pair", ["x", "y"])  # noqa: PYI024
+Pair = namedtuple("Pair", ["x", "y"])
 
 
 class Tensor:
@@ -181,12 +164,6 @@ def test_a_grain_dataset_draws_anew_in_every_epoch():
         Data(dataset.repeat())
 
 
-def shifted(example, key):
-    """Another example for another key; in place, which must not reach the source."""
-    example["x"] += (key[0] % 1000).astype(np.float32)
-    return {"x": example["x"], "y": example["y"], "coin": key[1] >> 31}
-
-
 @pytest.mark.parametrize("source", [ARRAYS, Items(), Read()])
 def test_augment_belongs_to_positions(source):
     data = Data(source, augment=shifted, workers=3)
@@ -209,27 +186,193 @@ def test_augment_belongs_to_positions(source):
         np.testing.assert_array_equal(ARRAYS[name], array)
 
 
-class Faulty(Items):
-    def __getitem__(self, number):
-        if number == 2:
-            return {"x": np.zeros(4, np.float32), "y": np.int32(0)}
-        if number == 3:
-            os._exit(1)
-        return super().__getitem__(number)
-
-
 def test_processes_give_the_same():
-    data = Data(Items(), Items(), augment=shifted, workers=2, processes=True)
-    threads = Data(Items(), Items(), augment=shifted, workers=2)
+    threads = Data(Items(), augment=shifted, workers=2).training(SEED, 5, 50)
+    data = Data(Items(), augment=shifted, workers=2, processes=True)
     rows = Data(ARRAYS, augment=shifted, workers=1, processes=True)
-    wanted = threads.training(SEED, 5, 50)
     for given in (data, rows):
         for name, array in given.training(SEED, 5, 50).items():
-            np.testing.assert_array_equal(array, wanted[name])
-    np.testing.assert_array_equal(data.evaluation(3, 4)["x"], ARRAYS["x"][3:7])
+            np.testing.assert_array_equal(array, threads[name])
     faulty = Data(Items(), Faulty(), workers=1, processes=True)
     with pytest.raises(UserError, match=r"test\.x: given 'float32\[4\] in example 2'") as error:
         faulty.evaluation(0, 3)
+    np.testing.assert_array_equal(faulty.evaluation(4, 4)["x"], ARRAYS["x"][4:8])
     assert len(error.value.problems) == 1
     with pytest.raises(RunError, match="__main__"):
         faulty.evaluation(3, 1)
+
+
+_KILLED = """
+import os, time
+from bigbatch.data.source import Data
+
+class Who:
+    def __len__(self):
+        return 5
+    def __getitem__(self, number):
+        return {"process": os.getpid()}
+
+if __name__ == "__main__":
+    data = Data(Who(), workers=1, processes=True)
+    print(os.getpid(), *data.training(0, 0, 1)["process"], flush=True)
+    time.sleep(60)
+"""
+
+
+def test_processes_end_with_the_one_that_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_KILLED)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as running:
+        own, reading = map(int, running.stdout.readline().split())
+        running.kill()
+    assert own != reading
+    for _ in range(100):
+        try:
+            os.kill(reading, 0)
+        except ProcessLookupError:
+            return
+        # One that has ended may wait for a parent to ask for its status.
+        if "State:\tZ" in Path(f"/proc/{reading}/status").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(reading, 9)
+    raise AssertionError("it still runs")
+
+
+def test_types_are_those_of_jax():
+    wide = {
+        "x": RNG.normal(size=N),
+        "count": np.arange(N, dtype=np.uint64),
+        "big_endian": np.arange(N, dtype=">i2"),
+        "small": jax.numpy.arange(N, dtype=jax.numpy.bfloat16),
+        "flag": np.arange(N) % 2 == 0,
+        "weight": np.linspace(0, 2, N),
+    }
+    types = {
+        "x": np.float32,
+        "count": np.uint32,
+        "big_endian": np.int16,
+        "small": jax.numpy.bfloat16,
+        "flag": bool,
+        "weight": np.float32,
+    }
+    check(Data(wide), {name: np.asarray(wide[name]).astype(types[name]) for name in wide}, False)
+    with jax.enable_x64(True):
+        types |= {"x": np.float64, "count": np.uint64}
+        check(Data(wide), {n: np.asarray(wide[n]).astype(types[n]) for n in wide}, False)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_examples_are_looked_up_on_the_devices(devices):
+    arrays = ARRAYS | {"mask": RNG.integers(0, 2, (N, 2, 2)) > 0, "index": np.arange(N) + 0.5}
+    host, there = Data(arrays), Data(arrays, on_device=True)
+    assert there.on_device.nbytes == N * (12 + 4 + 4 + 4)
+    sharding = NamedSharding(data_mesh(jax.devices()[:devices]), SHARDED)
+    size, present = 16, 13
+
+    def make(first):
+        sent = there.training(SEED, first, size) | {
+            "weight": (np.arange(size) < present).astype(np.float32),
+            "key": np.zeros((size, 2), np.uint32),
+        }
+        return size, jax.device_put(sent, sharding)
+
+    expand = on_device.maker(make, there.on_device, sharding, [size])
+    for first in (0, N * 10**9 - 5):
+        (made_size, made), wanted = expand(first), host.training(SEED, first, size)
+        assert made_size == size
+        assert made.keys() == wanted.keys() | {"weight", "key"}
+        for name, array in wanted.items():
+            assert made[name].dtype == array.dtype
+            np.testing.assert_array_equal(made[name][:present], array[:present])
+            assert not np.asarray(made[name][present:]).any()
+
+
+_PASS = """
+import sys
+import numpy as np
+from bigbatch.data.source import Data
+
+rows = np.memmap(sys.argv[1], np.uint16, mode="r").reshape(-1, int(sys.argv[2]))
+
+def peak_bytes():
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+data = Data({"tokens": rows})
+data.training(0, 0, 64)
+before, total = peak_bytes(), 0
+for first in range(0, len(rows), 512):
+    made = data.training(0, first, min(512, len(rows) - first))["tokens"]
+    total += int(made[:, ::7].sum(dtype=np.int64))
+print(peak_bytes() - before, total)
+for row in np.array_split(rows, 64):
+    row[:, ::2048].sum()
+print(peak_bytes() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "row"), [(256, 4096), pytest.param(2048, 129, marks=pytest.mark.long)]
+)
+def test_a_mapped_file_takes_little_memory(tmp_path, megabytes, row):
+    """A pass in random order; against one over the rows themselves, which stay resident."""
+    path = tmp_path / "tokens.bin"
+    size = megabytes * 2**20 // (2 * row) * (2 * row)
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size // 2)
+        file.write(b"\1\0" * 7)
+    command = [sys.executable, "-c", _PASS, str(path), str(row)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    ours, total, plain = map(int, done.stdout.split())
+    # Seven neighbours were written, of which every seventh is summed.
+    assert total == 1
+    assert ours < 100 * 10**6 < 200 * 10**6 < plain
+
+
+def mistakes(*arguments, **options):
+    with pytest.raises(UserError) as error:
+        Data(*arguments, **options)
+    return [problem.field for problem in error.value.problems]
+
+
+def test_mistakes_are_sentences_that_name_the_argument():
+    x, y = ARRAYS["x"], ARRAYS["y"]
+    text = ARRAYS | {"text": np.array(["a"] * N), "object": np.array([{}] * N)}
+    assert mistakes({}) == mistakes([]) == mistakes({"x": x[:0]}) == ["train"]
+    assert mistakes(iter([])) == mistakes(3) == mistakes(lambda i: i) == ["train"]
+    assert mistakes({"x": x, "y": y[1:], "z": np.float32(1)}) == ["train.y", "train.z"]
+    assert mistakes(ARRAYS, {"x": x, "y": y[1:]}) == ["test.y"]
+    assert mistakes(ARRAYS, {"x": x}) == mistakes(ARRAYS, []) == ["test"]
+    assert mistakes(ARRAYS, {"x": x[:, 1:], "y": y / 2}) == ["test.x", "test.y"]
+    assert mistakes(text) == ["train.text", "train.object"]
+    assert mistakes({"key": x, "ghost_mask": x, "x": x}) == ["train.key", "train.ghost_mask"]
+    assert mistakes(x) == mistakes([None]) == ["train"]
+    assert mistakes(Items(as_tuple), names=["x"]) == mistakes(ARRAYS, names=["x", "Y"]) == ["names"]
+    assert mistakes(ARRAYS, workers=0) == ["workers"]
+    assert mistakes(Items(), on_device=True) == ["on_device"]
+    assert mistakes(ARRAYS, augment=shifted, on_device=True) == ["on_device"]
+    assert mistakes(Items(lambda example: example), processes=True) == ["processes"]
+
+
+def test_an_example_unlike_the_first_is_named():
+    ragged = [{"x": np.zeros(2 + (i == 3)), "y": i} for i in range(5)]
+    for workers in (1, 4):
+        with pytest.raises(UserError) as error:
+            Data(ragged, workers=workers).training(0, 0, 5)
+        (problem,) = error.value.problems
+        assert (problem.field, problem.given) == ("train.x", "float64[3] in example 3")
+        assert "float64[2]" in problem.allowed
+    with pytest.raises(UserError, match=r"train: given 'x in example 1'"):
+        Data([{"x": 0, "y": 1}, {"x": 0}]).training(0, 0, 2)
+
+    class Short(Read):
+        def read(self, numbers):
+            return super().read(numbers[:1])
+
+    with pytest.raises(UserError, match=r"train\.x: .*\n?train\.y: .*a row for each number"):
+        Data(Short()).training(0, 0, 2)
+    for range_ in ((-1, 0, 1), (0, -1, 1), (0, 0, -1)):
+        with pytest.raises(UserError):
+            Data(ARRAYS).training(*range_)

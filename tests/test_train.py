@@ -9,7 +9,8 @@ import pytest
 
 from bigbatch.errors import RunError
 from bigbatch.training import loop as train
-from bigbatch.workdir.checkpoint import Checkpoints, params_sha256
+from bigbatch.workdir.checkpoint import Checkpoints
+from bigbatch.workdir.packing import sha256 as params_sha256
 from bigbatch.workdir.files import Workdir
 from bigbatch.workdir.metrics import truncate
 from tests import storm, trained
@@ -27,7 +28,7 @@ def run():
 @pytest.fixture(scope="module")
 def undisturbed(run, tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    return directory, train.train(run, directory)
+    return directory, trained.train(run, directory)
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 7, 12, 19, 20])
@@ -38,13 +39,13 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     monkeypatch.setattr(train, "updates", trained.stopping(train.updates, stop_at))
     if stop_at < run.plan.num_updates:
         with pytest.raises(trained.StopError):
-            train.train(run, tmp_path)
+            trained.train(run, tmp_path)
         assert not (tmp_path / "result.json").exists()
     else:
-        train.train(run, tmp_path)
+        trained.train(run, tmp_path)
         (tmp_path / "result.json").unlink()
     monkeypatch.undo()
-    result = train.train(run, tmp_path)
+    result = trained.train(run, tmp_path)
     same = ["updates", "examples", "test_accuracy", "test_loss", "train_loss", "params_sha256"]
     assert {k: result[k] for k in same} == {k: expected[k] for k in same}
     assert records(tmp_path) == records(expected_directory)
@@ -81,14 +82,14 @@ def test_a_checkpoint_is_restored_on_other_devices(undisturbed):
 
 def test_the_seed_changes_the_run(run, undisturbed, tmp_path):
     other = trained.prepared(trained.config(seed=1))
-    assert train.train(other, tmp_path)["params_sha256"] != undisturbed[1]["params_sha256"]
+    assert trained.train(other, tmp_path)["params_sha256"] != undisturbed[1]["params_sha256"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
     policy = trained.DECAY | {"learning_rate": 1e30}
     broken = trained.prepared(trained.config(policy=policy, checkpoint_every_updates=1))
     with pytest.raises(RunError, match=r"in update \d+ .* learning_rate 1e\+30"):
-        train.train(broken, tmp_path)
+        trained.train(broken, tmp_path)
     assert not (tmp_path / "result.json").exists()
     with Checkpoints(Workdir(tmp_path).checkpoints) as checkpoints:
         latest = checkpoints.latest()
@@ -103,7 +104,7 @@ def test_when_finished_updates_are_read_changes_nothing(
     run, undisturbed, tmp_path, monkeypatch, wait_s
 ):
     """Only evaluations and checkpoints cannot wait."""
-    reads, record = [], train.training_log.record
+    reads, record = [], train.progress_lib.record
     monkeypatch.setattr(train, "_UNREAD_S", wait_s)
 
     def recorded(run, progress, row, *rest):
@@ -117,9 +118,9 @@ def test_when_finished_updates_are_read_changes_nothing(
             sent.append(one[0].update)
             yield one
 
-    monkeypatch.setattr(train.training_log, "record", recorded)
+    monkeypatch.setattr(train.progress_lib, "record", recorded)
     monkeypatch.setattr(train, "updates", noted)
-    result = train.train(run, tmp_path)
+    result = trained.train(run, tmp_path)
     expected_directory, expected = undisturbed
     clock = {"seconds": 0, "compilations": 0}
     assert result | clock == expected | clock

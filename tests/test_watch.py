@@ -80,7 +80,7 @@ def test_a_stalled_run_names_its_phase(tmp_path, monkeypatch, capsys, where):
         return Watchdog(heard_too, stall_s)
 
     monkeypatch.setattr(train, "Watchdog", watchdog)
-    train.train(stalled(run, monkeypatch, where, event), tmp_path, stall_s=0.3)
+    trained.train(stalled(run, monkeypatch, where, event), tmp_path, stall_s=0.3)
     assert PHASES[where] in heard[0]
     assert PHASES[where] in capsys.readouterr().err
 
@@ -112,5 +112,5 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_state_is_saved(t
 
     programs = dataclasses.replace(run.programs, apply_update=broken)
     with pytest.raises(RunError, match="the gradient is not finite in update 3"):
-        train.train(dataclasses.replace(run, programs=programs), tmp_path)
+        trained.train(dataclasses.replace(run, programs=programs), tmp_path)
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 3

@@ -2,14 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from bigbatch.config import assemble
 from bigbatch.config.config import Config, read_config
-from bigbatch.config.fields import UNITS
-from bigbatch.engine import functions as step
-from bigbatch.training import run
+from bigbatch.engine.functions import data_mesh
+from bigbatch.schedule.durations import UNITS
+from bigbatch.training import loop
+from bigbatch.training.run import Run
+from bigbatch.workdir import resume
+from bigbatch.workdir.files import Workdir
 
 DECAY = {
     "name": "step_decay",
@@ -55,9 +60,33 @@ def tree(**changes: Any) -> dict[str, Any]:
     return settings | changes
 
 
-def prepared(config: Config, devices: int = 1) -> run.Run:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConfigRun(Run):
+    """A run that knows its config."""
+
+    config: Config
+
+
+def prepared(config: Config, devices: int = 1, plan: Any = None, **options: Any) -> ConfigRun:
     """The run of a config on the first so many devices."""
-    return run.prepare(config, config.plan, step.data_mesh(jax.devices()[:devices]))
+    mesh = data_mesh(jax.devices()[:devices])
+    run = assemble.prepared(config, plan, **{"mesh": mesh, **options})
+    return ConfigRun(**vars(run), config=config)
+
+
+def train(run: ConfigRun, directory: Path, **options: Any) -> dict[str, Any]:
+    """Trains a run as its config says."""
+    config = run.config
+    record = {"experiment": config.experiment, **config.tree}
+    settings: dict[str, Any] = {"record": record, "keep_checkpoints": config.keep_checkpoints}
+    return loop.train(run, directory, **settings, **config.intervals, **options)
+
+
+def claimed(files: Workdir, config: Config, **options: Any) -> None:
+    """Claims a directory for the run of a config, as `bigbatch train` does."""
+    record = {"experiment": config.experiment, **config.tree}
+    adaptive = config.controller is not None
+    resume.open_run(files, config.identity, config.plan, record=record, adaptive=adaptive, **options)
 
 
 def config(**changes: Any) -> Config:
@@ -65,7 +94,7 @@ def config(**changes: Any) -> Config:
     return read_config(tree(**changes), "test")
 
 
-def failing(run: run.Updates, fails: Callable[[int], bool]) -> run.Updates:
+def failing(run: Run, fails: Callable[[int], bool]) -> Run:
     """The run, its `accumulate` out of memory where `fails(examples)` says so."""
 
     def program(size, compiled):

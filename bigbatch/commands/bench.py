@@ -5,6 +5,7 @@ slope over the microbatches is the time of one, the rest is the fixed cost of an
 of microbatch give the fixed cost of a call and the time of an example.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bigbatch.config.assemble import prepared, task_of
 from bigbatch.config.config import Config
-from bigbatch.data import sets
-from bigbatch.engine import functions as step
+from bigbatch.data.dataset import Info
+from bigbatch.data.source import Data
+from bigbatch.engine import functions
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.layout import Microbatch
-from bigbatch.schedule.plan import Plan
 from bigbatch.training.microbatches import Request
-from bigbatch.training.run import Run, prepare
+from bigbatch.training.programs import precision
+from bigbatch.training.run import Run
 
 RUNS = 7
 _MICROBATCHES = (1, 3)
@@ -41,7 +44,7 @@ def bench(config: Config) -> dict[str, Any]:
     Raises:
       UserError: the layout cannot be formed on one device.
     """
-    run = prepared(config)
+    run = one_device(config)
     taken = update_seconds(run, run.layout.shapes, _MICROBATCHES)
     seconds = {key: statistics.median(values) for key, values in taken.items()}
     fit = fitted(seconds, run.layout.shapes)
@@ -60,11 +63,11 @@ def bench(config: Config) -> dict[str, Any]:
         "device": f"{device.platform} {device.device_kind}",
         "jax": jax.__version__,
         "experiment": config.experiment,
-        "model": dict(config.tree["model"]),
+        "model": dict(config.tree.get("model") or config.tree["task"]),
     }
 
 
-class Fit(NamedTuple):
+class SpeedFit(NamedTuple):
     """The terms of `time_model.Speeds` that one device decides."""
 
     examples_per_s: float
@@ -80,7 +83,7 @@ def microbatch_seconds(
     return {size: (seconds[size, many] - seconds[size, few]) / (many - few) for size in sizes}
 
 
-def fitted(seconds: Mapping[tuple[int, int], float], sizes: Sequence[int]) -> Fit:
+def fitted(seconds: Mapping[tuple[int, int], float], sizes: Sequence[int]) -> SpeedFit:
     """The terms from the seconds of updates.
 
     Args:
@@ -98,32 +101,50 @@ def fitted(seconds: Mapping[tuple[int, int], float], sizes: Sequence[int]) -> Fi
         if 0 < slope < example_s:
             example_s, call_s = slope, microbatches[large] - slope * large
     # The clock cannot resolve what is less than its noise: no cost is below 0.
-    return Fit(1 / example_s, call_s, max(0.0, fixed_s))
+    return SpeedFit(1 / example_s, call_s, max(0.0, fixed_s))
 
 
-def prepared(config: Config) -> Run:
-    """A run of the config on one device, with microbatches of the config's size and of half."""
+def one_device(config: Config) -> Run:
+    """The run of a config on one device, with microbatches of the config's size and of half."""
     limit, ghost = config.microbatch_examples_per_device, config.ghost_batch_examples
-    if limit < ghost:
+    if limit == "auto" or limit < ghost:
         allowed = f"for one device at least the {ghost} examples of a ghost batch"
         raise UserError(Problem("microbatch_examples_per_device", limit, allowed, ghost))
-    unit = config.noise_small_batch_examples or ghost
+    unit = config.unit_examples
     half = max(unit, limit // 2 // unit * unit)
-    sizes = np.repeat(np.array([limit, half]), _UPDATES)
-    hypers = {name: np.full(len(sizes), c[0]) for name, c in config.plan.hypers.items()}
-    plan = Plan(limit, config.plan.epochs, config.plan.rule, sizes, hypers)
-    mesh = step.data_mesh(jax.devices()[:1])
-    return prepare(config, plan, mesh, data=_random_images(config.data.info, limit))
-
-
-def _random_images(info: sets.Info, examples: int) -> sets.DataSet:
-    """A data set of noise with the facts of a real one."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (examples, *info.image_shape), np.uint8)
-    labels = rng.integers(0, info.num_classes, examples)
-    return sets.from_arrays(
-        images, labels, images[:1], labels[:1], name=info.name, num_classes=info.num_classes
+    noise = {}
+    if config.model is not None:
+        info = config.data.info
+        # Of some sets only the images could tell.
+        channels = info.image_shape[2]
+        mean, std = info.mean or (127.0,) * channels, info.std or (1.0,) * channels
+        task = task_of(config, dataclasses.replace(info, mean=mean, std=std))
+        noise = {"data": Data(_Noise(info, limit)), "task": task}
+    return prepared(
+        config,
+        config.plan,
+        **noise,
+        batch_sizes=np.repeat(np.array([limit, half]), _UPDATES),
+        mesh=functions.data_mesh(jax.devices()[:1]),
     )
+
+
+class _Noise:
+    """Images of noise, as many as a real data set has, in the memory of a few."""
+
+    def __init__(self, info: Info, examples: int):
+        rng = np.random.default_rng(0)
+        self._length = info.train_examples
+        self._images = rng.integers(0, 256, (examples, *info.image_shape), np.uint8)
+        self._labels = rng.integers(0, info.num_classes, examples).astype(np.int32)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The examples of some numbers."""
+        kept = indices % len(self._images)
+        return {"image": self._images[kept], "label": self._labels[kept]}
 
 
 def update_seconds(
@@ -132,18 +153,18 @@ def update_seconds(
     """Seconds of one update, so often measured, by the size of its microbatches and their number.
 
     Args:
-      run: from `prepared`.
+      run: from `one_device`.
       sizes: examples in a microbatch, each one of the layout's shapes.
       counts: how many microbatches.
       runs: each is timed so often, by turns, after one that is not counted.
     """
     state, accumulator = run.init_state(), run.programs.empty_accumulator()
     made = {size: run.microbatch(Request(0, Microbatch(0, size, size)))[1] for size in sizes}
-    examples = jax.device_put(made, jax.sharding.NamedSharding(run.mesh, step.SHARDED))
+    examples = jax.device_put(made, jax.sharding.NamedSharding(run.mesh, functions.SHARDED))
     row = run.plan.row(0)
-    precision = jax.tree.leaves(state.params)[0].dtype
+    dtype = precision(state)
     hyper = jax.device_put(
-        {name: np.asarray(row.hyper[name], precision) for name in run.hyper_names}
+        {name: np.asarray(row.hyper[name], dtype) for name in run.optimizer.hyper_names}
     )
     taken: dict[tuple[int, int], list[float]] = {}
     for number in range(runs + 1):
@@ -154,7 +175,9 @@ def update_seconds(
                 accumulate = run.programs.accumulate[size]
                 start_s = time.perf_counter()
                 for _ in range(count):
-                    accumulator = accumulate(state, accumulator, examples[size], *addends)
+                    accumulator = accumulate(
+                        state, accumulator, examples[size], run.frozen, *addends
+                    )
                 state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
                 jax.block_until_ready((state, accumulator, sums))
                 if number:

@@ -14,8 +14,6 @@ from bigbatch.config.config import Config
 from bigbatch.config.file import compared_names, load_config
 from bigbatch.errors import Problem, UserError
 from bigbatch.workdir.files import Workdir
-from bigbatch.workdir.network_file import identified
-from bigbatch.workdir.resume import open_run
 
 
 def compare(
@@ -55,31 +53,31 @@ def compare(
             try:
                 fields = [*overrides, ("seed", str(seed))]
                 config = load_config(f"{path}:{name}", fields)
-                configs[name, seed] = identified(config, _files(directory, name, seed))
+                configs[name, seed] = config
+                if config.initial_params is not None:
+                    from bigbatch.config.assemble import identified
+
+                    identified(config, _files(directory, name, seed))
             except UserError as error:
                 # Most mistakes are common to all; each is said once.
                 problems |= dict.fromkeys(error.problems)
     if problems:
         raise UserError(problems)
 
-    from bigbatch.training.loop import train
-    from bigbatch.training.run import prepare
+    from bigbatch.config.assemble import train
+    from bigbatch.training.progress import in_words, main_metric
 
     for number, ((name, seed), config) in enumerate(configs.items(), 1):
         files = _files(directory, name, seed)
-        plan = open_run(config, files)
         print(
             f"[{number}/{len(configs)}] {name}, seed {seed}: ", end="", file=sys.stderr, flush=True
         )
-        if files.result.exists():
-            print("finished before", file=sys.stderr)
-            continue
-        result = train(prepare(config, plan), files.path)
-        print(
-            f"{result['updates']} updates, test accuracy {100 * result['test_accuracy']:.2f} %, "
-            f"{result['seconds']:.1f} s",
-            file=sys.stderr,
-        )
+        result, is_old = train(config, files)
+        words = "finished before"
+        if not is_old:
+            shown = in_words(main_metric(result), result[main_metric(result)])
+            words = f"{result['updates']} updates, {shown}, {result['seconds']:.1f} s"
+        print(words, file=sys.stderr)
     return [
         write_report(
             [_files(directory, name, seed).path for seed in range(seeds) for name in family],

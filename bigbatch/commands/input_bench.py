@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bigbatch.config.assemble import load_data
+from bigbatch.config.assemble import load_data, task_of
 from bigbatch.config.config import Config
-from bigbatch.engine import functions as step
+from bigbatch.engine.functions import data_mesh
 from bigbatch.training import microbatches
 from bigbatch.training.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.training.prefetch import Prefetch
-from bigbatch.training.run import training_input
+from bigbatch.training.prepare import specialised
 
 
 class StageRate(NamedTuple):
@@ -48,10 +48,13 @@ def measure(
     Raises:
       UserError: the data is missing or does not fit.
     """
-    mesh = step.data_mesh()
+    mesh = data_mesh()
     data = load_data(config)
+    task, _ = specialised(task_of(config, data), data, config.ghost_batch_examples)
     layout = config.layout(config.plan, mesh.size)
-    make = training_input(config, data, layout, mesh)
+    make = microbatches.of(
+        *(data, layout, mesh, config.seed, config.ghost_batch_examples), takes_keys=task.takes_keys
+    )
     rates = []
     measured: set[int] = set()
     for stage in config.plan.stages:

@@ -59,11 +59,8 @@ def times(config: Config, devices: int, speeds: Speeds) -> Times:
     Raises:
       UserError: the layout cannot be formed, or there are several devices and no bandwidth.
     """
-    data, plan, source = config.data.info, config.plan, config.source_plan
-    parameters = config.model.num_parameters(
-        image_channels=data.image_shape[2], num_classes=data.num_classes
-    )
-    gradient_bytes = parameters * (8 if config.model.dtype == "float64" else 4)
+    plan, source = config.plan, config.source_plan
+    gradient_bytes = _gradient_bytes(config)
     layout = config.layout(plan, devices)
     stages = time_model.stage_times(plan, layout, devices, gradient_bytes, speeds)
     original, growing = [], []
@@ -75,6 +72,24 @@ def times(config: Config, devices: int, speeds: Speeds) -> Times:
             for each in (source, plan)
         )
     return Times(devices, gradient_bytes, stages, original, growing)
+
+
+def _gradient_bytes(config: Config) -> int:
+    """What an all-reduce sums; for a bundled network known without JAX."""
+    if config.model is not None:
+        data = config.data.info
+        parameters = config.model.num_parameters(
+            image_channels=data.image_shape[2], num_classes=data.num_classes
+        )
+        return parameters * (8 if config.model.dtype == "float64" else 4)
+    import jax
+
+    from bigbatch.config.assemble import network_shapes
+    from bigbatch.engine.task import wide
+
+    params = network_shapes(config).params
+    sums = jax.eval_shape(lambda params: jax.tree.map(wide, params), params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums))
 
 
 def text(found: Times, speeds: Speeds) -> str:

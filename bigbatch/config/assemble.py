@@ -1,26 +1,34 @@
-"""From a config's data set to functions that give its examples.
+"""From a config to a run: the one bridge to tasks, data, optimizers and the training loop."""
 
-A source is a pure function `(first_example, num_examples) -> {name: array[num_examples, ...]}`.
-"""
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from collections.abc import Callable, Mapping
-
-import numpy as np
-
+from bigbatch import distributed
 from bigbatch.config.config import Config
-from bigbatch.config.fields import in_config_names
-from bigbatch.data import on_device, sets, stream
-from bigbatch.data.keys import example_keys
-from bigbatch.data.records import record_set
-from bigbatch.data.records.record_set import RecordSet
-from bigbatch.data.sets import DataSet
-from bigbatch.errors import UserError
+from bigbatch.data.sets import Info, Options
+from bigbatch.data.source import TrainingData
+from bigbatch.engine.functions import DATA_AXIS
+from bigbatch.engine.task import Task
+from bigbatch.errors import Problem, UserError
+from bigbatch.models.classification import image_classification
+from bigbatch.schedule.adaptive.controller import Controller
+from bigbatch.schedule.plan import Plan
+from bigbatch.training import loop
+from bigbatch.training.prepare import prepare, specialised
+from bigbatch.training.run import Run
+from bigbatch.workdir import network_file, packing, resume
+from bigbatch.workdir.files import Workdir, read_json
+from bigbatch.workdir.network_file import Network
 
-Source = Callable[[int, int], Mapping[str, np.ndarray]]
+_SHA256 = "initial_params_sha256"
 
 
-def load_data(config: Config, *, show_progress: bool = False) -> DataSet | RecordSet:
-    """A config's data set: arrays in memory, or open files of records.
+def load_data(config: Config, *, show_progress: bool = False) -> TrainingData:
+    """A config's data: arrays in memory, or open files.
 
     Args:
       config: names it.
@@ -29,70 +37,176 @@ def load_data(config: Config, *, show_progress: bool = False) -> DataSet | Recor
     Raises:
       UserError: it is missing or does not fit, in the config's names.
     """
-    data = config.data
+    if not isinstance(config.data, Options):
+        data: TrainingData = config.data
+        return data
     try:
-        if not data.is_record_set:
-            return sets.load(
-                data.name,
-                train_examples=data.train_examples,
-                data_dir=data.directory,
-                path=data.path,
-            )
-        return record_set.load(
-            data.name,
-            train_examples=data.train_examples,
-            test_examples=data.test_examples,
-            image_size=data.image_size,
-            data_dir=data.directory,
-            decoding=data.decoding,
-            replace_bad_records=data.on_bad_record == "replace",
-            workers=data.workers,
-            show_progress=show_progress,
-        )
+        return config.data.load(show_progress=show_progress)
     except UserError as error:
-        raise UserError(p.under("data") for p in in_config_names(error).problems) from error
+        raise UserError(problem.under("data") for problem in error.problems) from error
 
 
-def training_source(data: DataSet | RecordSet, config: Config, *, keys: bool = False) -> Source:
-    """The training examples of a run's positions: `image`, uint8, `label`, int32.
+def task_of(config: Config, data: TrainingData | Info) -> Task:
+    """What a config trains on a data set, of which nothing but the facts are read."""
+    if config.task is not None:
+        task: Task = config.task
+        return task
+    if config.model is None or not isinstance(data, Info):
+        allowed = "a bundled or prepared data set of images, as data.name; or a task"
+        raise UserError(Problem("model", config.tree.get("model"), allowed))
+    module = config.model.module(
+        num_classes=data.num_classes,
+        ghost_batch_examples=config.ghost_batch_examples,
+        axis_name=DATA_AXIS,
+    )
+    return image_classification(
+        module, data.image_shape, data.mean, data.std, config.label_smoothing
+    )
+
+
+def network_shapes(config: Config) -> Network:
+    """Shapes and dtypes of the config's network; of a bundled data set no file is read."""
+    data = config.data
+    if isinstance(data, Options):
+        import jax
+
+        key = jax.eval_shape(jax.random.key, 0)
+        return Network(*jax.eval_shape(task_of(config, data.info).init, key))
+    _, shapes = specialised(task_of(config, data), data, config.ghost_batch_examples)
+    return Network(shapes.params, shapes.running_statistics)
+
+
+def prepared(config: Config, plan: Plan | Controller | None = None, **options: Any) -> Run:
+    """The run of a config, with its programs compiled.
 
     Args:
-      data: from `load_data`.
-      config: its seed and what it changes in the images.
-      keys: whether to give the model's random keys too, as `key`, uint32[num_examples, 2].
+      config: from `identified`, where it names initial parameters.
+      plan: the one that the working directory holds; None for the config's, or its controller.
+      **options: of `prepare`, in place of the config's, `data` and `task` among them.
+    """
+    data, task = options.pop("data", None), options.pop("task", None)
+    data = load_data(config, show_progress=sys.stderr.isatty()) if data is None else data
+    given = {
+        "ghost_batch_examples": config.ghost_batch_examples,
+        "microbatch_examples_per_device": config.microbatch_examples_per_device,
+        "evaluation_batch_examples": config.evaluation_batch_examples,
+        "noise_small_batch_examples": config.noise_small_batch_examples,
+        "reproducible": config.reproducible,
+        "shard_optimizer": config.shard_optimizer,
+        "seed": config.seed,
+        "initial": functools.partial(_initial, config) if config.initial_params else None,
+        "device_memory_bytes": config.device_memory_bytes,
+        "identity": identity_of(config, data),
+    }
+    task = task_of(config, data) if task is None else task
+    plan = plan or config.controller or config.plan
+    return prepare(task, data, plan, config.optimizer, **{**given, **options})
+
+
+def train(
+    config: Config,
+    files: Workdir,
+    *,
+    data: TrainingData | None = None,
+    change_future: bool = False,
+    show_progress: bool = False,
+) -> tuple[dict[str, Any], bool]:
+    """Trains a config's run in a working directory; all of several processes call.
+
+    Args:
+      config: a validated config.
+      files: the directory, new, or of the same run.
+      data: of the config; None to load it.
+      change_future: see `open_run`.
+      show_progress: see `loop.train`.
 
     Returns:
-      The source; where the images are on the device, it gives what `on_device.maker` needs.
+      The result, and whether there was one before.
+
+    Raises:
+      UserError, RunError, StoppedError: as `prepare` and `loop.train`.
     """
-    indices = on_device.index_source(data.train_examples, config.seed, config.data.augment)
+    config = distributed.together(lambda: identified(config, files))
+    if data is None:
+        data = distributed.together(lambda: load_data(config, show_progress=show_progress))
+    record: Mapping[str, Any] = {"experiment": config.experiment, **config.tree}
+    # Before anything is compiled: what is refused is refused at once.
+    plan = resume.open_run(
+        files,
+        identity_of(config, data),
+        config.plan,
+        record=record,
+        adaptive=config.controller is not None,
+        change_future=change_future,
+    )
+    if files.result.exists():
+        return read_json(files.result), True
+    kept, plans = files.microbatch, config.controller or plan
+    run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
+    options: dict[str, Any] = {
+        "keep_checkpoints": config.keep_checkpoints,
+        "change_future": change_future,
+        "record": record,
+        "sources": config.sources,
+        "show_progress": show_progress,
+        **config.intervals,
+    }
+    return loop.train(run, files.path, **options), False
 
-    def source(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
-        span = config.seed, first_example, num_examples
-        if isinstance(data, RecordSet):
-            made = data.train.training(*span, flip=config.data.flip)
-        elif config.data.on_device:
-            made = indices(first_example, num_examples)
-        else:
-            made = stream.examples(data.train, *span, config.data.augment)
-        if keys:
-            made["key"] = example_keys(len(data.train), *span)
-        return made
 
-    return source
+def identity_of(config: Config, data: TrainingData) -> dict[str, Any]:
+    """What decides the result of a config's run on its data, beside its plan."""
+    if config.task is None:
+        return config.identity
+    task, shapes = specialised(config.task, data, config.ghost_batch_examples)
+    identity = config.identity | {"parameters": packing.described(shapes.params)}
+    if not isinstance(config.data, Options):
+        identity["data"] = {**identity["data"], "description": data.description}
+    frozen = {"frozen_sha256": packing.sha256(task.frozen)}
+    return identity | (frozen if packing.num_bytes(task.frozen) else {})
 
 
-def evaluation_source(data: DataSet | RecordSet) -> Source:
-    """The test examples by their numbers, unchanged: `image`, uint8, `label`, int32.
+def identified(config: Config, files: Workdir) -> Config:
+    """The config with the sha256 of its initial parameters, without which no run is begun.
 
-    Args:
-      data: from `load_data`.
+    The file is read and compared with the network. Where it is not there, what the working
+    directory says of it counts, if that holds a checkpoint: the file is not needed any more.
+
+    Raises:
+      UserError: as `network_file.read`, or the arrays are others than the config's sha256 says.
     """
-    if isinstance(data, RecordSet):
-        return data.test.evaluation
-    test = data.test
+    if config.initial_params is None:
+        return config
+    sha256 = None
+    if not Path(config.initial_params).exists():
+        sha256 = _recorded(config.initial_params, files)
+    if sha256 is None:
+        sha256 = packing.sha256(network_file.named(_initial(config)))
+    elif config.initial_params_sha256 is not None:
+        # It is compared with the recorded one as every field is.
+        sha256 = config.initial_params_sha256
+    tree = {**config.tree, _SHA256: sha256}
+    return dataclasses.replace(config, initial_params_sha256=sha256, tree=tree)
 
-    def source(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
-        part = slice(first_example, first_example + num_examples)
-        return {"image": test.images[part], "label": test.labels[part]}
 
-    return source
+def _initial(config: Config) -> Network:
+    """What the config's file of initial parameters holds."""
+    path, asked = config.initial_params, config.initial_params_sha256
+    assert path is not None
+    network = network_file.read(path, network_shapes(config))
+    sha256 = packing.sha256(network_file.named(network))
+    if asked not in (None, sha256):
+        allowed = f"{sha256!r}, of the arrays in {path}, or None"
+        raise UserError(Problem(_SHA256, asked, allowed, sha256))
+    return network
+
+
+def _recorded(path: str, files: Workdir) -> str | None:
+    """The sha256 of a file that the run in a working directory has no more need of, or None."""
+    # Those that are being written have longer names.
+    saved = any(found.name.isdigit() for found in files.checkpoints.glob("*"))
+    if not saved or not files.config.exists():
+        return None
+    tree = read_json(files.config)
+    found: str | None = tree.get(_SHA256) if tree.get(network_file.FIELD) == path else None
+    return found

@@ -52,7 +52,7 @@ def bind(
             allowed = "one of " + ", ".join(names) if names else "no field at all"
             found.append(Problem(name, value, allowed, nearest_name(name, names)))
             continue
-        converted = convert(value, hints[name])
+        converted = convert(value, hints.get(name, Any))
         if not isinstance(converted, Mismatch):
             values[name] = converted
             continue
@@ -62,7 +62,7 @@ def bind(
             mended.add(name)
     required = [n for n in names if parameters[n].default is inspect.Parameter.empty]
     found += [
-        Problem(name, "nothing", f"{describe(hints[name])}; the field is required")
+        Problem(name, "nothing", f"{describe(hints.get(name, Any))}; the field is required")
         for name in required
         if name not in fields
     ]
@@ -213,6 +213,7 @@ _NAMES = {
     int: "a whole number",
     float: "a number",
     str: "a text",
+    Any: "a value",
     bool: "True or False",
     type(None): "None",
 }

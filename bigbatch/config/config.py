@@ -1,141 +1,139 @@
 """Configs: nested plain values, read into one typed and validated value.
 
 Nothing is believed, and all mistakes are reported together. Config files and the command line are
-read in `bigbatch.config.file`.
+read in `bigbatch.config.file`; `bigbatch.config.assemble` makes a run of a config.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from bigbatch import models
-from bigbatch.checks import Checks
+from bigbatch.checks import Checks, statistical
 from bigbatch.config.binding import bind
-from bigbatch.config.fields import DataConfig, Every, Fields
-from bigbatch.engine.optimizer import OPTIMIZERS, Optimizer
+from bigbatch.config.fields import Fields
+from bigbatch.data.sets import Options
+from bigbatch.engine.optimizer import OPTIMIZERS
 from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.layout.layout import Layout
 from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller
+from bigbatch.schedule.durations import UNITS, Intervals
 from bigbatch.schedule.from_file import plan_file
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import POLICIES, Policy
 from bigbatch.schedule.transform import TRANSFORMATIONS
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Fields):
     """A validated config.
 
     Attributes:
       experiment: name of the experiment in its file.
-      seed: of the initial parameters, the order of the examples and their augmentation.
-      initial_params: an npz file, as `bigbatch export` writes it, with whose parameters and running
-        statistics the run begins, the optimizer's state being fresh; None for random ones. Once the
-        run has a checkpoint the file is not needed any more.
-      initial_params_sha256: of what that file holds; None until `network_file.identified` has read
-        it. Where it is given, another file is refused.
-      epochs: length of the run.
-      ghost_batch_examples: examples that share batch-norm statistics.
-      microbatch_examples_per_device: the largest share of a microbatch that a device is given; a
-        hardware quantity, without influence on the result. Less than a ghost batch lets
-        neighbouring devices share one.
-        With `"auto"` in the config the largest that could be of use, until `run.prepare` has found
-        the largest that fits.
-      automatic_microbatch: whether it is so.
-      device_memory_bytes: of each device, for that; None for what the devices report.
-      evaluation_batch_examples: examples evaluated at a time.
-      full_batch_norm: takes batch-norm statistics over each update's whole batch, for comparison.
-      shard_optimizer: divides the optimizer's state over the devices; a hardware quantity.
-      label_smoothing: share of each label that is spread over all classes.
-      reestimate_examples: training examples from which the running statistics are estimated anew
-        before each evaluation; None to use those that training has kept.
-      noise_small_batch_examples: examples of the small batches from which the gradient noise is
-        measured; None to measure nothing. More than four in a device's share of a microbatch are a
-        loop within a program, in which XLA's CPU client computes much slower: there let
-        `microbatch_examples_per_device` be one to four small batches (noise_cpu.md).
-      reproducible: sums exactly, so that devices and processes change no bit of the result. Each
-        then computes one ghost batch (or small batch) in a call, however many would fit.
-      data: the data set.
-      model: a config of `bigbatch.models`.
-      optimizer: one of `bigbatch.engine.optimizer`.
+      data: a bundled or prepared data set; or a `bigbatch.Data` of the user's.
+      model: of the bundled task, image classification; None with a `task`.
+      task: a `bigbatch.Task` of the user's; None with a `model`.
+      optimizer: one of `bigbatch.engine.optimizer`, or the user's.
       plan: every update's batch size and hyperparameters; of an adaptive run, those that it would
         have if nothing grew.
       policy: what the plan was made from.
-      controller: decides an adaptive run's updates while it runs; None for a planned one.
       source_plan: the plan of the policy before any transformation.
-      log_every: interval of the training records.
-      evaluate_every: interval of the evaluations.
-      checkpoint_every: interval of the checkpoints.
-      keep_checkpoints: how many of the newest are kept.
-      keep_every: interval of checkpoints that are kept for good; None for none.
       tree: the plain nested values that all this was read from.
+      groups: the groups' fields that decide the result, with their defaults, by the group's name.
+      sources: the config's file, and those of the modules beside it that it names.
+      controller: decides an adaptive run's updates while it runs; None for a planned one.
     """
 
     experiment: str
-    seed: int
-    initial_params: str | None
-    initial_params_sha256: str | None
-    epochs: float
-    ghost_batch_examples: int
-    microbatch_examples_per_device: int
-    automatic_microbatch: bool
-    device_memory_bytes: int | None
-    evaluation_batch_examples: int
-    full_batch_norm: bool
-    shard_optimizer: bool
-    label_smoothing: float
-    reestimate_examples: int | None
-    noise_small_batch_examples: int | None
-    reproducible: bool
-    data: DataConfig
-    model: models.ModelConfig
-    optimizer: Optimizer
+    data: Any
+    model: models.ModelConfig | None
+    task: Any
+    optimizer: Any
     policy: Policy
     plan: Plan
     source_plan: Plan
-    log_every: Every
-    evaluate_every: Every
-    checkpoint_every: Every
-    keep_checkpoints: int
-    keep_every: Every | None
     tree: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Any]]
     controller: Controller | None = None
+    sources: tuple[Path, ...] = ()
 
     @property
-    def microbatch_unit_examples(self) -> int:
+    def intervals(self) -> dict[str, float | None]:
+        """When the run logs, evaluates and saves: those arguments of `training.loop.train`."""
+        names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in UNITS]
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result beside the plan, as plain values by name."""
+        plain = statistical(self)
+        names = [field.name for field in dataclasses.fields(Fields) if field.name in plain]
+        # The length of the run is compared in its plan.
+        return {name: plain[name] for name in names if name != "epochs"} | dict(self.groups)
+
+    @property
+    def unit_examples(self) -> int:
         """What a device's share of a microbatch holds whole numbers of, where it holds one."""
         return self.noise_small_batch_examples or self.ghost_batch_examples
 
     def layout(self, plan: Plan, devices: int) -> Layout:
         """How a plan's updates are cut over so many devices; see `sharing.layout_over`.
 
-        The layout of an adaptive run is made for every batch size that can come.
+        The layout of an adaptive run is made for every batch size that can come. With "auto" a
+        device is given whatever could be of use.
         """
+        sizes = plan.batch_sizes
+        if self.controller is not None:
+            sizes = self.controller.likely_batch_sizes
+        share = self.microbatch_examples_per_device
+        if share == "auto":
+            share = -(-int(sizes.max()) // self.unit_examples) * self.unit_examples
         return layout_over(
-            plan if self.controller is None else self.controller.likely_batch_sizes,
+            sizes,
             ghost_batch_examples=self.ghost_batch_examples,
             devices=devices,
-            microbatch_examples_per_device=self.microbatch_examples_per_device,
-            full_batch_norm=self.full_batch_norm,
+            microbatch_examples_per_device=share,
             noise_small_batch_examples=self.noise_small_batch_examples,
             reproducible=self.reproducible,
         )
 
 
-_GROUPS = ("data", "model", "optimizer", "policy")
+_GROUPS = ("data", "model", "task", "optimizer", "policy")
 _POLICIES = {**POLICIES, "plan_file": plan_file, "adaptive": Controller}
 
 
-def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
+# What a callable of the user's gives, by what it has.
+_EXPECTED = {
+    "task": ("apply", "a callable that gives a bigbatch.Task"),
+    "data": ("train_examples", "a callable that gives a bigbatch.Data"),
+    "policy": ("at", "a callable that gives a bigbatch.Policy"),
+}
+
+
+def no_callable(name: str) -> Callable[..., Any]:
+    """Refuses a callable of the user's: what a working directory names is never run."""
+    allowed = "a bundled name. Callables of your own are named by a config file: give --config"
+    raise UserError(Problem("", name, allowed))
+
+
+def read_config(
+    tree: Mapping[str, Any],
+    experiment: str = "",
+    named: Callable[[str], Callable[..., Any]] = no_callable,
+) -> Config:
     """Reads nested values into a `Config`.
 
     Args:
       tree: the fields, as in a config file. `model`, `optimizer` and `policy` name one of
         `models.MODELS`, `optimizer.OPTIMIZERS` and `policy.POLICIES`, and hold its arguments beside
         the name; `transformations` is a list of such groups for `transform.TRANSFORMATIONS`,
-        applied in the order written.
+        applied in the order written. `task` (in place of `model`), `data`, `optimizer` and `policy`
+        may also name "package.module:callable".
       experiment: its name, for the records.
+      named: gives the callable of such a name, or raises a UserError.
 
     Returns:
       The config.
@@ -144,78 +142,154 @@ def read_config(tree: Mapping[str, Any], experiment: str = "") -> Config:
       UserError: with every mistake that was found.
     """
     problems: list[Problem] = []
+    taught = "task" if "task" in tree else "model"
     problems += [
         Problem(name, tree.get(name, "nothing"), "a group of fields")
-        for name in _GROUPS
+        for name in ("data", taught, "optimizer", "policy")
         if not isinstance(tree.get(name), Mapping)
     ]
+    if "task" in tree and "model" in tree:
+        problems.append(Problem("model", tree["model"], "none with a task, which has its own"))
     fields = _bind_top(_with_measurement(tree), problems)
-    small_batch_examples = None
-    if fields is not None:
-        small_batch_examples = fields.noise_small_batch_examples or fields.ghost_batch_examples
-    data: Any = None
-    if isinstance(tree.get("data"), Mapping):
-        data = bind(DataConfig, tree["data"], problems, prefix="data")
-    model = _bind_named(models.MODELS, tree.get("model"), "model", problems, {})
-    optimizer = _bind_named(OPTIMIZERS, tree.get("optimizer"), "optimizer", problems, {})
+    reader = _Reader(named, problems)
+    data = reader.group("data", tree, {}, otherwise=Options)
+    model = reader.group("model", tree, models.MODELS)
+    task = reader.group("task", tree, {})
+    optimizer = reader.group("optimizer", tree, OPTIMIZERS)
     context = {
-        "train_examples": data.info.train_examples if data else None,
+        "train_examples": train_examples(data) if data is not None else None,
         "epochs": fields.epochs if fields else None,
         "batch_multiple_examples": fields.ghost_batch_examples if fields else None,
-        "small_batch_examples": small_batch_examples,
+        "small_batch_examples": fields
+        and (fields.noise_small_batch_examples or fields.ghost_batch_examples),
     }
-    source = _bind_named(_POLICIES, tree.get("policy"), "policy", problems, context)
+    source = reader.group("policy", tree, _POLICIES, context)
     controller = source if isinstance(source, Controller) else None
     if controller is not None:
         source = controller.base_policy
         problems += _adaptive_problems(tree)
+    else:
+        # Plans are compared in its place; an adaptive run has none beforehand.
+        reader.groups.pop("policy", None)
+    if fields is not None and fields.label_smoothing and "task" in tree:
+        allowed = "0 with a task, whose loss is its own"
+        problems.append(Problem("label_smoothing", fields.label_smoothing, allowed, 0.0))
     policy = source
     for group in _transformations(tree, problems):
         prefix = f"transformations.{group.get('name', 'nothing')}"
-        policy = _bind_named(
-            TRANSFORMATIONS, group, prefix, problems, {**context, "policy": policy}
-        )
+        policy = reader.bound(group, prefix, TRANSFORMATIONS, {**context, "policy": policy})
     plan: Any = None
     source_plan: Any = None
     if policy is not None and fields is not None and data is not None:
-        plan = _plan(policy, fields, data, tree, problems)
+        plan = _plan(policy, fields, context["train_examples"], tree, problems)
     if not problems:
-        source_plan = plan if policy is source else _plan(source, fields, data, tree, problems)
-    if not problems:
+        source_plan = plan
+        if policy is not source:
+            source_plan = _plan(source, fields, context["train_examples"], tree, problems)
+    if not problems and hasattr(optimizer, "plan_problems"):
         problems += optimizer.plan_problems(plan.hypers)
     if problems:
         raise UserError(problems)
     return Config(
+        **vars(fields),
         experiment=experiment,
-        seed=fields.seed,
-        initial_params=fields.initial_params,
-        initial_params_sha256=fields.initial_params_sha256,
-        epochs=fields.epochs,
-        ghost_batch_examples=fields.ghost_batch_examples,
-        microbatch_examples_per_device=_most_per_device(fields, plan),
-        automatic_microbatch=fields.microbatch_examples_per_device == "auto",
-        device_memory_bytes=fields.device_memory_bytes,
-        evaluation_batch_examples=fields.evaluation_batch_examples,
-        full_batch_norm=fields.full_batch_norm,
-        shard_optimizer=fields.shard_optimizer,
-        label_smoothing=fields.label_smoothing,
-        reestimate_examples=fields.reestimate_examples,
-        noise_small_batch_examples=fields.noise_small_batch_examples,
-        reproducible=fields.reproducible,
         data=data,
         model=model,
+        task=task,
         optimizer=optimizer,
         policy=policy,
         plan=plan,
         source_plan=source_plan,
-        log_every=fields.every("log_every"),
-        evaluate_every=fields.every("evaluate_every"),
-        checkpoint_every=fields.every("checkpoint_every"),
-        keep_checkpoints=fields.keep_checkpoints,
-        keep_every=fields.every_or_none("keep_every"),
         tree=tree,
+        groups=reader.groups,
         controller=controller,
     )
+
+
+def train_examples(data: Any) -> int:
+    """Of a config's data."""
+    count: int = (data.info if isinstance(data, Options) else data).train_examples
+    return count
+
+
+class _Reader:
+    """Binds the groups of a config.
+
+    Attributes:
+      groups: what each bound group's fields are, by the group's name, defaults included.
+    """
+
+    def __init__(self, named: Callable[[str], Callable[..., Any]], problems: list[Problem]):
+        self._named, self._problems = named, problems
+        self.groups: dict[str, dict[str, Any]] = {}
+
+    def group(
+        self,
+        name: str,
+        tree: Mapping[str, Any],
+        registry: Mapping[str, Any],
+        context: Mapping[str, Any] | None = None,
+        otherwise: Callable[..., Any] | None = None,
+    ) -> Any:
+        """What a group of the config stands for; None if there is none, or it is wrong.
+
+        Args:
+          name: of the group.
+          tree: the config.
+          registry: bundled constructors by name.
+          context: see `bind`.
+          otherwise: the constructor of any other name, of which the name is an argument.
+        """
+        group = tree.get(name)
+        if not isinstance(group, Mapping):
+            return None
+        value = self.bound(group, name, registry, context or {}, otherwise)
+        if value is not None:
+            given = {k: v for k, v in group.items() if k != "name"}
+            if dataclasses.is_dataclass(value) and ":" not in str(group.get("name")):
+                given = statistical(value)
+            else:
+                parameters = inspect.signature(self._named(group["name"])).parameters.values()
+                empty = inspect.Parameter.empty
+                given = {p.name: p.default for p in parameters if p.default is not empty} | given
+            self.groups[name] = {**given, "name": group.get("name")}
+        return value
+
+    def bound(
+        self,
+        group: Mapping[str, Any],
+        prefix: str,
+        registry: Mapping[str, Any],
+        context: Mapping[str, Any],
+        otherwise: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Binds the constructor that the group's field `name` names."""
+        name = group.get("name", "nothing")
+        arguments = {field: value for field, value in group.items() if field != "name"}
+        constructor = otherwise
+        if isinstance(name, str) and ":" in name:
+            try:
+                constructor = self._named(name)
+            except UserError as error:
+                self._problems += [problem.under(f"{prefix}.name") for problem in error.problems]
+                return None
+        elif otherwise is not None:
+            arguments = dict(group)
+        elif isinstance(name, str) and name in registry:
+            constructor = registry[name]
+        else:
+            allowed = "one of " + ", ".join([*registry, '"package.module:callable"'])
+            nearest = nearest_name(str(name), list(registry))
+            self._problems.append(Problem(f"{prefix}.name", name, allowed, nearest))
+            return None
+        assert constructor is not None
+        value = bind(constructor, arguments, self._problems, prefix=prefix, context=context)
+        expected = _EXPECTED.get(prefix)
+        if value is not None and ":" in name and expected and not hasattr(value, expected[0]):
+            given = f"{name}, which gives a {type(value).__name__}"
+            self._problems.append(Problem(f"{prefix}.name", given, expected[1]))
+            return None
+        return value
 
 
 def _with_measurement(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -233,9 +307,6 @@ def _adaptive_problems(tree: Mapping[str, Any]) -> list[Problem]:
     allowed = "none with policy.name = 'adaptive', which makes its recipe while it runs"
     names = [group.get("name", "nothing") for group in _transformations(tree, [])]
     checks.require(not names, "transformations", names, allowed, [])
-    allowed = "False with policy.name = 'adaptive', which measures the noise between ghost batches"
-    whole = tree.get("full_batch_norm", False)
-    checks.require(not whole, "full_batch_norm", whole, allowed, False)
     return checks.problems
 
 
@@ -247,26 +318,6 @@ def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:
         allowed = "a field of the config: " + ", ".join(names)
         problems.append(Problem(name, tree[name], allowed, nearest_name(name, names)))
     return bind(Fields, {n: v for n, v in tree.items() if n in fields}, problems)
-
-
-def _bind_named(
-    registry: Mapping[str, Any],
-    group: Any,
-    prefix: str,
-    problems: list[Problem],
-    context: Mapping[str, Any],
-) -> Any:
-    """Binds the constructor that the group's field `name` names; None if there is no group."""
-    if not isinstance(group, Mapping):
-        return None
-    name = group.get("name", "nothing")
-    if not isinstance(name, str) or name not in registry:
-        allowed = "one of " + ", ".join(registry)
-        nearest = nearest_name(str(name), list(registry))
-        problems.append(Problem(f"{prefix}.name", name, allowed, nearest))
-        return None
-    arguments = {field: value for field, value in group.items() if field != "name"}
-    return bind(registry[name], arguments, problems, prefix=prefix, context=context)
 
 
 def _transformations(tree: Mapping[str, Any], problems: list[Problem]) -> list[Mapping[str, Any]]:
@@ -282,7 +333,7 @@ def _transformations(tree: Mapping[str, Any], problems: list[Problem]) -> list[M
 def _plan(
     policy: Policy,
     fields: Fields,
-    data: DataConfig,
+    train_examples: int,
     tree: Mapping[str, Any],
     problems: list[Problem],
 ) -> Any:
@@ -290,7 +341,7 @@ def _plan(
     try:
         return make_plan(
             policy,
-            train_examples=data.info.train_examples,
+            train_examples=train_examples,
             epochs=fields.epochs,
             batch_multiple_examples=fields.ghost_batch_examples,
         )
@@ -312,13 +363,3 @@ def _named_as_in(tree: Mapping[str, Any], problem: Problem) -> tuple[Problem, bo
         if problem.field in group and group[problem.field] == problem.given:
             return problem.under(prefix), True
     return problem, False
-
-
-def _most_per_device(fields: Fields, plan: Plan) -> int:
-    """The largest microbatch that is asked for; for "auto" one that holds any batch of the plan."""
-    if fields.microbatch_examples_per_device != "auto":
-        return fields.microbatch_examples_per_device
-    unit = fields.noise_small_batch_examples or fields.ghost_batch_examples
-    if fields.reproducible:
-        return unit
-    return -(-int(plan.batch_sizes.max()) // unit) * unit

@@ -8,15 +8,18 @@ project come with the package, and go by their names alone: `digits:increase`.
 import ast
 import dataclasses
 import difflib
+import functools
+import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from bigbatch.config.config import Config, read_config
-from bigbatch.config.fields import UNITS
 from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.schedule.durations import UNITS
 
 
 def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -50,13 +53,14 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
             override(tree, name, text)
         except UserError as error:
             problems += error.problems
+    own = _Callables(module)
     try:
-        config = read_config(tree, experiment)
+        config = read_config(tree, experiment, own.named)
     except UserError as error:
         problems += error.problems
     if problems:
         raise UserError(problems)
-    return config
+    return dataclasses.replace(config, sources=own.sources)
 
 
 def experiment_names(path: str) -> list[str]:
@@ -100,6 +104,48 @@ def _load_module(path: str) -> ModuleType:
     return module
 
 
+class _Callables:
+    """The user's callables that a config file names.
+
+    Attributes:
+      sources: the config's file, and those of the modules beside it that it names.
+    """
+
+    def __init__(self, module: ModuleType):
+        self._config = module
+        self._beside = Path(str(module.__file__)).parent.absolute()
+        self.sources: tuple[Path, ...] = (Path(str(module.__file__)),)
+
+    def named(self, name: str) -> Callable[..., Any]:
+        """The callable "package.module:callable", or ":callable" of the config file itself.
+
+        Raises:
+          UserError: there is none. What the callable raises is one too.
+        """
+        place, _, attribute = name.partition(":")
+        module = self._imported(place, name) if place else self._config
+        function = getattr(module, attribute, None)
+        if not callable(function):
+            names = [known for known, value in vars(module).items() if callable(value)]
+            allowed = f"a callable in {module.__file__}"
+            raise UserError(Problem("", name, allowed, nearest_name(attribute, names)))
+
+        @functools.wraps(function)
+        def told(*arguments: Any, **fields: Any) -> Any:
+            return _run(name, lambda: function(*arguments, **fields), field="name")
+
+        return told
+
+    def _imported(self, place: str, name: str) -> ModuleType:
+        """A module that is installed, in the current directory, or beside the config file."""
+        sys.path += [path for path in (str(Path.cwd()), str(self._beside)) if path not in sys.path]
+        module = _run(name, lambda: importlib.import_module(place), field="")
+        file = Path(module.__file__ or "").absolute()
+        if self._beside in file.parents and file not in self.sources:
+            self.sources += (file,)
+        return module
+
+
 def _bundled() -> dict[str, Path]:
     """The configs that come with the package, by name."""
     package = Path(__file__).parents[1]
@@ -108,15 +154,15 @@ def _bundled() -> dict[str, Path]:
     return {file.stem: file for file in sorted(directory.glob("configs/*.py"))}
 
 
-def _run(reference: str, function: Callable[[], Any]) -> Any:
-    """Runs the user's code; whatever it raises is a mistake in the config file."""
+def _run(reference: str, function: Callable[[], Any], field: str = "config") -> Any:
+    """Runs the user's code; whatever it raises is a mistake in what the field names."""
     try:
         return function()
     except UserError:
         raise
     except Exception as error:
-        what = f"a Python file that runs ({type(error).__name__}: {error})"
-        raise UserError(Problem("config", reference, what)) from error
+        what = f"Python code that runs ({type(error).__name__}: {error})"
+        raise UserError(Problem(field, reference, what)) from error
 
 
 def plain(tree: Any) -> Any:

@@ -22,9 +22,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigbatch.engine import exact_sums, units
 from bigbatch.engine.exact_sums import Bins
-from bigbatch.engine.task import Examples, PyTree, Sums, Task
-from bigbatch.engine.transformations import evaluation_params
-from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, SMALL_SQUARES
+from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task, wide
+from bigbatch.engine.update_rule import Rule
+from bigbatch.noise.sums import small_batch_sums, square
+from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, EXAMPLES, SMALL_SQUARES
 
 DATA_AXIS = "data"
 IS_EXACT = "is_exact"
@@ -55,8 +56,9 @@ class Accumulator(NamedTuple):
     Where sums are reproducible it lies in `exact_sums.Bins`, its leaves [devices, bins, ...].
 
     Attributes:
-      gradients: of the summed loss, like the parameters.
-      sums: what the loss returns, and what `units.small_batch_sums` adds to it.
+      gradients: of the summed loss, like the parameters, in float32 at least.
+      sums: what the loss returns, `examples`, how many there were that are not masked, and what
+        `noise.sums.small_batch_sums` adds to it.
       ghost_statistics: summed over the ghost batches, like the running statistics.
       ghost_batches: how many there were, as a float, so that one all-reduce carries everything.
     """
@@ -110,34 +112,32 @@ def first_bounds(task: Task, state: State, examples: Examples, measures_noise: b
 def _addend_shapes(
     task: Task, state: State, examples: Examples, measures_noise: bool
 ) -> Accumulator:
-    def sums_of(state: State, examples: Examples) -> Sums:
-        outputs, _ = task.apply(state.params, state.running_statistics, examples, True)
-        sums = dict(task.loss(outputs, examples))
+    def zeros_like(state: State, examples: Examples) -> Accumulator:
+        outputs, _ = task.apply_to(
+            state.params, state.running_statistics, examples, True, task.frozen
+        )
+        sums = _sums(task, outputs, examples)
         if measures_noise:
-            sums |= units.small_batch_sums(state.params, sums["count"])
-        return sums
+            sums |= small_batch_sums(state.params, sums[EXAMPLES])
+        addends = Accumulator(
+            state.params, sums, state.running_statistics, jnp.sum(examples["ghost_mask"])
+        )
+        return jax.tree.map(wide, addends)
 
-    sums = jax.eval_shape(sums_of, state, examples)
-    return Accumulator(state.params, sums, state.running_statistics, sums["count"])
-
-
-def sums_so_far(accumulator: Accumulator | Bins) -> Accumulator:
-    """What an accumulator holds, summed over the devices."""
-    slices = accumulator.slices if isinstance(accumulator, Bins) else accumulator
-    total = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), slices)
-    return exact_sums.total(total) if isinstance(accumulator, Bins) else total
+    return jax.eval_shape(zeros_like, state, examples)
 
 
-def mean_ghost_statistics(accumulator: Accumulator | Bins) -> PyTree:
-    """The mean of the ghost statistics that an accumulator holds, as running statistics."""
-    sums = sums_so_far(accumulator)
-    return jax.tree.map(lambda leaf: leaf / sums.ghost_batches, sums.ghost_statistics)
+def _sums(task: Task, outputs: PyTree, examples: Examples) -> Sums:
+    """What the loss returns, and the number of examples that are not masked."""
+    present = jnp.sum(examples["weight"] > 0, dtype=examples["weight"].dtype)
+    return {**task.loss(outputs, examples), EXAMPLES: present}
 
 
 def accumulate(
     state: State,
     accumulator: Accumulator | Bins,
     microbatch: Examples,
+    frozen: PyTree = (),
     addends: jax.Array | None = None,
     *,
     task: Task,
@@ -153,6 +153,7 @@ def accumulate(
       microbatch: arrays [examples, ...] sharded over `data`: whatever the task reads, among it
         `"weight"`, 0 for a masked example; and `"ghost_mask"`, [ghost batches], 1 or 0. Only whole
         ghost batches are masked, and a masked one adds exactly 0.
+      frozen: the task's frozen arrays, replicated.
       addends: makes the sums reproducible, `accumulator` and `state.bounds` being made for it: how
         many units the update has, masked ones included or not. A traced whole number.
       task: what is trained.
@@ -171,22 +172,23 @@ def accumulate(
         bounds: PyTree,
         accumulator: Accumulator | Bins,
         microbatch: Examples,
+        frozen: PyTree,
         addends: jax.Array | None,
     ) -> Accumulator | Bins:
-        params, running, bounds, addends = jax.lax.pcast(
-            (params, running, bounds, addends), DATA_AXIS, to="varying"
+        params, running, bounds, frozen, addends = jax.lax.pcast(
+            (params, running, bounds, frozen, addends), DATA_AXIS, to="varying"
         )
         accumulator = jax.tree.map(lambda leaf: leaf[0], accumulator)
 
         def summed_loss(params: PyTree, unit: Examples) -> tuple[jax.Array, tuple[Sums, PyTree]]:
-            outputs, ghost_statistics = task.apply(params, running, unit, True)
-            sums = task.loss(outputs, unit)
-            return sums["loss"], (sums, ghost_statistics)
+            outputs, ghost_statistics = task.apply_to(params, running, unit, True, frozen)
+            sums = _sums(task, outputs, unit)
+            return sums[task.minimised], (sums, ghost_statistics)
 
         def addend(unit: Examples) -> Accumulator:
             gradients, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(params, unit)
             if measures_noise:
-                sums = {**sums, **units.small_batch_sums(gradients, sums["count"])}
+                sums = {**sums, **small_batch_sums(gradients, sums[EXAMPLES])}
             mask = unit["ghost_mask"]
             ghost_statistics = jax.tree.map(
                 lambda leaf: jnp.tensordot(mask.astype(leaf.dtype), leaf, 1), ghost_statistics
@@ -212,9 +214,30 @@ def accumulate(
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED),
+        in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED),
         out_specs=SHARDED,
-    )(state.params, state.running_statistics, state.bounds, accumulator, microbatch, addends)
+    )(
+        *(state.params, state.running_statistics, state.bounds),
+        *(accumulator, microbatch, frozen, addends),
+    )
+
+
+class Whole:
+    """Where an update is computed: all of it on every device."""
+
+    spec = REPLICATED
+
+    def reduce(self, params: PyTree, own: Accumulator) -> tuple[PyTree, Accumulator]:
+        """On a device: what the optimizer sees of the parameters, and the sums over all devices."""
+        return params, jax.lax.psum(own, DATA_AXIS)
+
+    def collect(self, params: PyTree, gradients: PyTree, like: PyTree) -> tuple[PyTree, jax.Array]:
+        """The new parameters from what the optimizer saw, and whether its gradients are finite."""
+        return params, is_finite(gradients)
+
+    def specs(self, state: State) -> PyTree:
+        """How each array of a state is spread over the devices, or a prefix of that."""
+        return REPLICATED
 
 
 def apply_update(
@@ -223,8 +246,9 @@ def apply_update(
     hyper: Mapping[str, jax.Array],
     *,
     task: Task,
-    optimizer: optax.GradientTransformation,
+    optimizer: Rule,
     mesh: Mesh,
+    where: Whole | None = None,
 ) -> tuple[State, Accumulator | Bins, Sums]:
     """Turns the sums of one update into the next state.
 
@@ -234,8 +258,10 @@ def apply_update(
       hyper: scalars by name (`learning_rate`, `momentum`, ...), traced: another value is no other
         program.
       task: what is trained.
-      optimizer: an Optax transformation whose state has `hyperparams`.
+      optimizer: its rule.
       mesh: the devices, along `data`.
+      where: how the optimizer's work is spread over the devices; `sharded_optimizer.Parts` divides
+        it.
 
     Returns:
       The next state, the accumulator emptied, and the loss's sums over the whole update, with
@@ -244,57 +270,52 @@ def apply_update(
       has failed, and the next state is the old one with bounds that hold; the same update is to be
       computed again.
     """
+    where = where or Whole()
 
-    def on_device(
-        state: State, accumulator: Accumulator | Bins, hyper: Mapping[str, jax.Array]
-    ) -> tuple[State, Accumulator | Bins, Sums]:
+    def reduce_on_device(params: PyTree, accumulator: Accumulator | Bins) -> tuple[Any, ...]:
         own = jax.tree.map(lambda leaf: leaf[0], accumulator)
+        emptied = jax.tree.map(jnp.zeros_like, accumulator)
         if not isinstance(own, Bins):
-            next_state, sums = updated(state, jax.lax.psum(own, DATA_AXIS), hyper)
-        else:
-            exact = jax.lax.psum(own.slices, DATA_AXIS), jax.lax.pmax(own.largest, DATA_AXIS)
-            # From here on the program is the same on any number of devices.
-            slices, largest = jax.lax.optimization_barrier(exact)
-            total = exact_sums.total(slices)
-            bounds, is_exact = exact_sums.next_bounds(total, largest, state.bounds)
-            new_state, sums = updated(state, total, hyper)
-            kept = state._replace(bounds=bounds)
-            next_state = jax.tree.map(
-                lambda new, old: jnp.where(is_exact, new, old),
-                new_state._replace(bounds=bounds),
-                kept,
-            )
-            sums = {**sums, IS_EXACT: is_exact.astype(largest.dtype)}
-        return next_state, jax.tree.map(jnp.zeros_like, accumulator), sums
+            return *where.reduce(params, own), (), emptied
+        exact = jax.lax.psum(own.slices, DATA_AXIS), jax.lax.pmax(own.largest, DATA_AXIS)
+        # From here on the program is the same on any number of devices.
+        slices, largest = jax.lax.optimization_barrier(exact)
+        return params, exact_sums.total(slices), largest, emptied
 
-    def updated(
-        state: State, total: Accumulator, hyper: Mapping[str, jax.Array]
-    ) -> tuple[State, Sums]:
-        count = total.sums["count"]
-        gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
-        injected = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, **hyper})
-        changes, optimizer_state = optimizer.update(
-            gradients, injected, state.params, num_examples=count
-        )
-        running = advance_running_statistics(
-            state.running_statistics,
-            total.ghost_statistics,
-            total.ghost_batches,
-            decay=task.running_decay,
-        )
-        params = optax.apply_updates(state.params, changes)
-        next_state = State(params, running, optimizer_state, state.bounds)
-        sums = {**total.sums, GRADIENT_IS_FINITE: is_finite(gradients)}
-        if SMALL_SQUARES in sums:
-            sums |= {BIG_SQUARE: units.square(gradients)}
-        return next_state, sums
-
-    return jax.shard_map(
-        on_device,
+    params, total, largest, emptied = jax.shard_map(
+        reduce_on_device,
         mesh=mesh,
-        in_specs=(REPLICATED, SHARDED, REPLICATED),
-        out_specs=(REPLICATED, SHARDED, REPLICATED),
-    )(state, accumulator, hyper)
+        in_specs=(REPLICATED, SHARDED),
+        out_specs=(
+            where.spec,
+            Accumulator(where.spec, REPLICATED, REPLICATED, REPLICATED),
+            REPLICATED,
+            SHARDED,
+        ),
+    )(state.params, accumulator)
+    count = total.sums[COUNT]
+    gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
+    changes, optimizer_state = optimizer.update(
+        gradients, state.optimizer, params, hyper, total.sums[EXAMPLES]
+    )
+    params, finite = where.collect(optax.apply_updates(params, changes), gradients, state.params)
+    running = advance_running_statistics(
+        state.running_statistics,
+        total.ghost_statistics,
+        total.ghost_batches,
+        decay=task.running_decay,
+    )
+    sums = {**total.sums, GRADIENT_IS_FINITE: finite}
+    if SMALL_SQUARES in sums:
+        sums |= {BIG_SQUARE: square(gradients)}
+    next_state = State(params, running, optimizer_state, state.bounds)
+    if isinstance(accumulator, Bins):
+        bounds, is_exact = exact_sums.next_bounds(total, largest, state.bounds)
+        next_state = jax.tree.map(lambda new, old: jnp.where(is_exact, new, old), next_state, state)
+        next_state = next_state._replace(bounds=bounds)
+        sums = {**sums, IS_EXACT: is_exact.astype(largest.dtype)}
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), where.specs(state))
+    return jax.lax.with_sharding_constraint(next_state, shardings), emptied, sums
 
 
 def is_finite(tree: PyTree) -> jax.Array:
@@ -307,7 +328,7 @@ def is_finite(tree: PyTree) -> jax.Array:
 
 
 def advance_running_statistics(
-    running: PyTree, ghost_sums: PyTree, ghost_batches: jax.Array, *, decay: float
+    running: PyTree, ghost_sums: PyTree, ghost_batches: jax.Array, *, decay: Any
 ) -> PyTree:
     """Moves the running statistics by one update of K ghost batches, whatever their order.
 
@@ -317,39 +338,52 @@ def advance_running_statistics(
       running: statistics before the update.
       ghost_sums: the same, summed over the update's ghost batches.
       ghost_batches: K, a float scalar.
-      decay: d, a number in (0, 1).
+      decay: d, a number in (0, 1), or one for each array in a tree like the statistics.
 
     Returns:
       The statistics after the update.
     """
-    kept = decay**ghost_batches
-    return jax.tree.map(
-        lambda r, s: kept * r + (1 - kept) * (s / ghost_batches), running, ghost_sums
-    )
+
+    def advanced(decay: Any, running: jax.Array, ghost_sum: jax.Array) -> jax.Array:
+        kept = decay**ghost_batches
+        mean = ghost_sum / ghost_batches
+        return (kept * running + (1 - kept) * mean).astype(running.dtype)
+
+    return jax.tree.map(advanced, jax.tree.broadcast(decay, running), running, ghost_sums)
 
 
-def evaluate(state: State, microbatch: Examples, *, task: Task, mesh: Mesh) -> Sums:
+def evaluate(
+    state: State,
+    microbatch: Examples,
+    frozen: PyTree = (),
+    *,
+    task: Task,
+    optimizer: Rule,
+    mesh: Mesh,
+) -> Sums:
     """The loss's sums over one microbatch of test examples, with the running statistics.
 
     Args:
-      state: its parameters, or their average where the optimizer keeps one, and its running
-        statistics are read.
+      state: its parameters, or what its optimizer evaluates with, such as their average, and its
+        running statistics are read.
       microbatch: as in `accumulate`; single examples may be masked by their weight.
+      frozen: the task's frozen arrays, replicated.
       task: what is trained.
+      optimizer: which parameters are evaluated.
       mesh: the devices, along `data`.
 
     Returns:
       What the loss returns, each leaf [devices]: every device's own sums.
     """
 
-    def on_device(params: PyTree, running: PyTree, microbatch: Examples) -> Sums:
-        outputs, _ = task.apply(params, running, microbatch, False)
+    def on_device(params: PyTree, running: PyTree, microbatch: Examples, frozen: PyTree) -> Sums:
+        outputs, _ = task.apply_to(params, running, microbatch, False, frozen)
         return jax.tree.map(lambda leaf: leaf[None], task.loss(outputs, microbatch))
 
-    params = evaluation_params(state.params, state.optimizer)
+    params = optimizer.evaluation_params(state.optimizer, state.params)
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, SHARDED),
+        in_specs=(REPLICATED, REPLICATED, SHARDED, REPLICATED),
         out_specs=SHARDED,
-    )(params, state.running_statistics, microbatch)
+    )(params, state.running_statistics, microbatch, frozen)

@@ -1,16 +1,20 @@
 """Optimizers by name: their fields, and which hyperparameters the plan sets before each update.
 
 What is constant over a run (weight decay, clipping, the averages' time constants) is a field here;
-what may change with every update (learning rate, momentum, Adam's b1, b2 and eps) comes from the
-plan. The rules themselves are in `bigbatch.engine.transformations`; Optax is imported only there.
+what may change with every update (learning rate, momentum, Adam's b1, b2 and eps) is an argument of
+`links`, which the plan sets. They are short forms of what anyone may write: a function of
+hyperparameters that gives an Optax transformation; see `bigbatch.engine.update_rule`. Optax is
+imported only where a transformation is made.
 
 >>> Momentum(weight_decay=5e-4).hyper_names({"learning_rate": 0, "momentum": 0})
 ('learning_rate', 'momentum')
 """
 
 import dataclasses
+import functools
+import inspect
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -21,8 +25,48 @@ from bigbatch.errors import Problem
 if typing.TYPE_CHECKING:
     import optax
 
-# What every plan gives, whether or not an optimizer takes it.
-_ALWAYS_IN_PLAN = ("learning_rate", "momentum")
+    Links = tuple[optax.GradientTransformation, ...]
+
+
+def arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """The names of a function's arguments, each with its default or `inspect.Parameter.empty`."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def plan_problems(
+    field: str, name: str, hypers: Collection[str], plan_hypers: Mapping[str, np.ndarray]
+) -> list[Problem]:
+    """What a plan sets and an optimizer does not take.
+
+    Args:
+      field: of a config, or the argument, that names the optimizer.
+      name: the optimizer's.
+      hypers: the hyperparameters that it takes.
+      plan_hypers: the plan's columns by name, one value an update.
+
+    Returns:
+      Problems, their fields named as in a config.
+    """
+    problems = []
+    if "momentum" not in hypers and np.any(plan_hypers.get("momentum", 0)):
+        allowed = f"0 with {field} = {name!r}, which takes no momentum"
+        given = float(np.max(plan_hypers["momentum"]))
+        problems.append(Problem("policy.momentum", given, allowed, 0.0))
+    for column in plan_hypers:
+        if column not in hypers and column != "momentum":
+            takers = [
+                other for other, kind in OPTIMIZERS.items() if column in arguments(kind.links)
+            ]
+            allowed = (
+                f"an optimizer that takes the policy's {column}, as an argument of a function or by "
+                f"`optax.inject_hyperparams`; this one takes {', '.join(hypers) or 'nothing'}"
+            )
+            if takers:
+                allowed += "; by name: " + ", ".join(takers)
+            problems.append(Problem(field, name, allowed, next(iter(takers), None)))
+            break
+    return problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +87,6 @@ class Optimizer:
     clip_norm: float | None = None
     average_examples: float | None = None
 
-    # Name -> default of what the plan may set; None: the plan must.
-    hypers: ClassVar[Mapping[str, float | None]] = {}
-
     def __post_init__(self) -> None:
         checks = Checks()
         checks.number("weight_decay", self.weight_decay, "a number from 0 on", at_least=0)
@@ -58,16 +99,22 @@ class Optimizer:
     def check(self, checks: Checks) -> None:
         """Notes what is wrong with the fields of one optimizer."""
 
+    def links(self, *hypers: Any, **named: Any) -> "Links":
+        """The rule itself, between clipping and averaging.
+
+        Each optimizer's has its own arguments: the hyperparameters that the plan may set, with
+        defaults where it need not.
+        """
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Its name in a config."""
+        return next(name for name, kind in OPTIMIZERS.items() if kind is type(self))
+
     def hyper_names(self, plan_hypers: Mapping[str, Any]) -> tuple[str, ...]:
         """The hyperparameters that the optimizer takes from a plan with these columns."""
-        return tuple(name for name in self.hypers if name in plan_hypers)
-
-    def initial(self) -> dict[str, float]:
-        """Each hyperparameter before the first update; the plan then sets those that it has."""
-        return {
-            name: next(v for v in (getattr(self, name, None), default, 0.0) if v is not None)
-            for name, default in self.hypers.items()
-        }
+        return tuple(name for name in arguments(self.links) if name in plan_hypers)
 
     def plan_problems(self, plan_hypers: Mapping[str, np.ndarray]) -> list[Problem]:
         """What a plan sets and this optimizer cannot take, or sets as well.
@@ -78,35 +125,64 @@ class Optimizer:
         Returns:
           Problems, their fields named as in a config.
         """
-        name = next(name for name, kind in OPTIMIZERS.items() if kind is type(self))
-        problems = []
-        if "momentum" not in self.hypers and np.any(plan_hypers["momentum"]):
-            allowed = f"0 with optimizer.name = {name!r}, which has no momentum"
-            given = float(np.max(plan_hypers["momentum"]))
-            problems.append(Problem("policy.momentum", given, allowed, 0.0))
-        for column in plan_hypers:
-            if column not in self.hypers and column not in _ALWAYS_IN_PLAN:
-                takers = [other for other, kind in OPTIMIZERS.items() if column in kind.hypers]
-                allowed = f"an optimizer with the {column} of the policy: " + ", ".join(takers)
-                problems.append(Problem("optimizer.name", name, allowed, takers[0]))
-                break
-        for column in self.hypers:
+        hypers = arguments(self.links)
+        problems = plan_problems("optimizer.name", self.name, hypers, plan_hypers)
+        for column in hypers:
             if column in plan_hypers and getattr(self, column, None) is not None:
                 allowed = "None, as the policy sets it"
                 problems.append(Problem(f"optimizer.{column}", getattr(self, column), allowed))
         return problems
 
     def transformation(self) -> "optax.GradientTransformationExtraArgs":
-        """The Optax transformation, its hyperparameters in its state; see `update_rules`."""
-        from bigbatch.engine import transformations as update_rules
+        """The Optax transformation: clip, rule, average.
 
-        return update_rules.make_transformation(self)
+        Its state has `hyperparams`, by the names of the arguments of `links`; each is the field of
+        that name, the default or 0 before the plan sets it. Its update takes `num_examples`, a
+        scalar, where the optimizer averages.
+        """
+        import optax
+
+        from bigbatch.engine import transformations
+
+        clip = after = optax.identity()
+        if self.clip_norm is not None:
+            clip = optax.clip_by_global_norm(self.clip_norm)
+        if self.average_examples is not None:
+            after = transformations.average_parameters(self.average_examples)
+
+        @functools.wraps(self.links)
+        def chain(**hypers: Any) -> optax.GradientTransformation:
+            return optax.chain(clip, *self.links(**hypers), after)
+
+        unknown = (None, inspect.Parameter.empty)
+        initial = {
+            name: next(v for v in (getattr(self, name, None), default, 0.0) if v not in unknown)
+            for name, default in arguments(self.links).items()
+        }
+        return optax.inject_hyperparams(chain)(**initial)
+
+    def decays(self, params: Any) -> Any:
+        """For each parameter, whether it decays: a mask for Optax."""
+        import jax
+
+        return jax.tree.map(lambda leaf: self.decayed == "all" or leaf.ndim > 1, params)
+
+    def l2_penalty(self) -> "optax.GradientTransformation":
+        """Adds the decay to the gradient."""
+        import optax
+
+        decay = self.weight_decay
+        return optax.add_decayed_weights(decay, self.decays) if decay else optax.identity()
 
 
 class Sgd(Optimizer):
     """w <- w - lr (gradient + weight_decay w)."""
 
-    hypers = dict.fromkeys(["learning_rate"])
+    def links(self, learning_rate: Any) -> "Links":
+        """The decay, and a step along the gradient."""
+        import optax
+
+        return self.l2_penalty(), optax.sgd(learning_rate)
 
 
 class Momentum(Optimizer):
@@ -116,16 +192,22 @@ class Momentum(Optimizer):
     correction of the velocity (Goyal et al. 2017, section 3). A change of m keeps the velocity.
     """
 
-    hypers = dict.fromkeys(["learning_rate", "momentum"])
+    looks_ahead: ClassVar[bool] = False
+
+    def links(self, learning_rate: Any, momentum: Any) -> "Links":
+        """The decay, and a step along the velocity."""
+        import optax
+
+        return self.l2_penalty(), optax.sgd(learning_rate, momentum, nesterov=self.looks_ahead)
 
 
-class Nesterov(Optimizer):
+class Nesterov(Momentum):
     """v as in `Momentum`; w <- w - lr (gradient + weight_decay w + m v).
 
     The look-ahead in the form of Sutskever et al. 2013, as Optax has it.
     """
 
-    hypers = Momentum.hypers
+    looks_ahead = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,12 +228,11 @@ class Adam(Optimizer):
     b2: float | None = None
     eps: float | None = None
 
-    hypers: ClassVar[Mapping[str, float | None]] = {
-        "learning_rate": None,
-        "b1": 0.9,
-        "b2": 0.999,
-        "eps": 1e-8,
-    }
+    def links(self, learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> "Links":
+        """The decay, and Adam's step."""
+        import optax
+
+        return (optax.chain(self.l2_penalty(), optax.adam(learning_rate, b1, b2, eps)),)
 
     def check(self, checks: Checks) -> None:
         """Notes what is wrong with b1, b2 and eps."""
@@ -169,6 +250,13 @@ class AdamW(Adam):
     w <- w - lr (m^ / (sqrt(v^) + eps) + weight_decay w), in the form of Optax and PyTorch, in which
     the learning rate multiplies the decay too.
     """
+
+    def links(self, learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> "Links":
+        """Optax's own."""
+        import optax
+
+        decay = {"weight_decay": self.weight_decay, "mask": self.decays}
+        return (optax.adamw(learning_rate, b1, b2, eps, **decay),)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +276,16 @@ class Lars(Optimizer):
     decayed: Literal["all", "kernels"] = "kernels"
     trust_coefficient: float = 0.001
 
-    hypers = Momentum.hypers
+    def links(self, learning_rate: Any, momentum: Any) -> "Links":
+        """The arrays' own rates, and a step along the velocity."""
+        import optax
+
+        from bigbatch.engine import transformations
+
+        scaled = transformations.scale_by_lars(
+            self.trust_coefficient, self.weight_decay, self.decays
+        )
+        return scaled, optax.sgd(learning_rate, momentum)
 
     def check(self, checks: Checks) -> None:
         """Notes what is wrong with the trust coefficient."""
@@ -204,7 +301,12 @@ class Lamb(Adam):
 
     decayed: Literal["all", "kernels"] = "kernels"
 
-    hypers: ClassVar[Mapping[str, float | None]] = {**Adam.hypers, "eps": 1e-6}
+    def links(self, learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-6) -> "Links":
+        """Optax's own."""
+        import optax
+
+        decay = {"weight_decay": self.weight_decay, "mask": self.decays}
+        return (optax.lamb(learning_rate, b1, b2, eps, **decay),)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

@@ -10,147 +10,148 @@ for: the global one of clipping, those of each array for LARS and LAMB.
 An array is divided as [padded length, 1, 1, ...]: flat, zeros at its end up to a multiple of the
 devices, and with as many axes as it had, since rules ask for them (what has one axis does not
 decay). Zeros change no norm. Outside of the collectives the optimizer sees these arrays whole, as
-ordinary sharded ones, so that any Optax transformation whose state follows the parameters gives
-what it gives undivided. A checkpoint holds the arrays in their own shapes, whatever the devices.
+ordinary sharded ones, so that any Optax transformation that treats all elements of an array alike
+gives what it gives undivided; others are refused, see `divisible`. A checkpoint holds the arrays in
+their own shapes, whatever the devices.
 """
 
-import functools
-from collections.abc import Mapping
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
+from bigbatch.engine import divisible
 from bigbatch.engine.functions import (
     DATA_AXIS,
-    GRADIENT_IS_FINITE,
     REPLICATED,
     SHARDED,
     Accumulator,
     State,
-    advance_running_statistics,
+    Whole,
     is_finite,
 )
-from bigbatch.engine.task import PyTree, Sums, Task
+from bigbatch.engine.task import PyTree
 from bigbatch.engine.transformations import in_shape_of
-from bigbatch.noise.sums import square
-from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, SMALL_SQUARES
+from bigbatch.engine.update_rule import Rule
+from bigbatch.errors import Problem
 
 
-def apply_update(
-    state: State,
-    accumulator: Accumulator,
-    hyper: Mapping[str, jax.Array],
-    *,
-    task: Task,
-    optimizer: optax.GradientTransformationExtraArgs,
-    mesh: Mesh,
-) -> tuple[State, Accumulator, Sums]:
-    """Does what `step.apply_update` does, for a state from `divide`."""
+@dataclasses.dataclass(frozen=True)
+class Parts(Whole):
+    """An update of which every device computes one part, for states from `divide`.
 
-    def reduce_on_device(params: PyTree, accumulator: Accumulator) -> tuple[PyTree, ...]:
-        own = jax.tree.map(lambda leaf: leaf[0], accumulator)
+    Attributes:
+      optimizer: its rule.
+      mesh: the devices, along `data`.
+    """
+
+    optimizer: Rule
+    mesh: Mesh
+
+    spec = SHARDED
+
+    def reduce(self, params: PyTree, own: Accumulator) -> tuple[PyTree, Accumulator]:
+        """On a device: its parts of the parameters and the summed gradients, and the other sums."""
+        devices, device = self.mesh.size, jax.lax.axis_index(DATA_AXIS)
         total = jax.lax.psum(own._replace(gradients=()), DATA_AXIS)
-        joined = jnp.concatenate([_rows(g, mesh.size) for g in jax.tree.leaves(own.gradients)], 1)
-        part = jax.lax.psum_scatter(joined, DATA_AXIS) / total.sums["count"]
-        device = jax.lax.axis_index(DATA_AXIS)
-        own_params = jax.tree.map(lambda p: _as_part(_rows(p, mesh.size)[device], p), params)
-        return _split(part, own_params), own_params, total
+        joined = jnp.concatenate([_rows(g, devices) for g in jax.tree.leaves(own.gradients)], 1)
+        parts = jax.tree.map(lambda p: _as_part(_rows(p, devices)[device], p), params)
+        row = jax.lax.psum_scatter(joined, DATA_AXIS)
+        gradients = jax.tree.map(
+            lambda row, part, whole: row.reshape(part.shape).astype(whole.dtype),
+            _split_rows(row[None], parts),
+            parts,
+            own.gradients,
+        )
+        return parts, total._replace(gradients=gradients)
 
-    gradients, params, total = jax.shard_map(
-        reduce_on_device,
-        mesh=mesh,
-        in_specs=(REPLICATED, SHARDED),
-        out_specs=(SHARDED, SHARDED, REPLICATED),
-    )(state.params, accumulator)
-    injected = state.optimizer._replace(hyperparams={**state.optimizer.hyperparams, **hyper})
-    changes, optimizer_state = optimizer.update(
-        gradients, injected, params, num_examples=total.sums["count"]
-    )
-    optimizer_state = jax.lax.with_sharding_constraint(
-        optimizer_state, _shardings(optimizer, state.params, mesh)
-    )
+    def collect(self, params: PyTree, gradients: PyTree, like: PyTree) -> tuple[PyTree, jax.Array]:
+        """All parameters from their parts, and whether all gradients are finite."""
 
-    def gather_on_device(parts: PyTree, params: PyTree) -> PyTree:
-        joined = jnp.concatenate([part.ravel() for part in jax.tree.leaves(parts)])
-        rows = jax.lax.all_gather(joined, DATA_AXIS)
-        return jax.tree.map(in_shape_of, _split_rows(rows, parts), params)
+        def gather_on_device(
+            parts: PyTree, gradients: PyTree, like: PyTree
+        ) -> tuple[PyTree, jax.Array]:
+            flat = [part.ravel() for part in jax.tree.leaves(parts)]
+            finite = is_finite(gradients)[None]
+            joined = jnp.concatenate([*flat, finite.astype(flat[0].dtype)])
+            rows = jax.lax.all_gather(joined, DATA_AXIS)
+            whole = jax.tree.map(in_shape_of, _split_rows(rows[:, :-1], parts), like)
+            return whole, jnp.min(rows[:, -1]).astype(finite.dtype)
 
-    # The types do not know that an all-gather leaves the same on every device.
-    new_params = jax.shard_map(
-        gather_on_device,
-        mesh=mesh,
-        in_specs=(SHARDED, REPLICATED),
-        out_specs=REPLICATED,
-        check_vma=False,
-    )(optax.apply_updates(params, changes), state.params)
-    running = advance_running_statistics(
-        state.running_statistics,
-        total.ghost_statistics,
-        total.ghost_batches,
-        decay=task.running_decay,
-    )
-    emptied = jax.lax.with_sharding_constraint(
-        jax.tree.map(jnp.zeros_like, accumulator), NamedSharding(mesh, SHARDED)
-    )
-    # A gradient that is not finite makes parameters that are not, and all devices hold those.
-    sums = {**total.sums, GRADIENT_IS_FINITE: is_finite(new_params)}
-    if SMALL_SQUARES in sums:
-        sums |= {BIG_SQUARE: square(gradients)}
-    return State(new_params, running, optimizer_state), emptied, sums
+        # The types do not know that an all-gather leaves the same on every device.
+        return jax.shard_map(
+            gather_on_device,
+            mesh=self.mesh,
+            in_specs=(SHARDED, SHARDED, REPLICATED),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )(params, gradients, like)
 
+    def specs(self, state: State) -> State:
+        """How each array of a state is spread over the devices."""
+        replicated = jax.tree.map(lambda leaf: REPLICATED, state)
+        follows = self._follows_params(state.params)
+        divided = jax.tree.map(lambda follows: SHARDED if follows else REPLICATED, follows)
+        return replicated._replace(optimizer=divided)
 
-def divide(state: State, *, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> State:
-    """The same state, with the optimizer's divided over the devices."""
+    def divide(self, state: State) -> State:
+        """The same state, with the optimizer's divided over the devices."""
 
-    def part(array: jax.Array, is_divided: bool) -> jax.Array:
-        return _as_part(_rows(array, mesh.size), array) if is_divided else array
+        def part(array: jax.Array, is_divided: bool) -> jax.Array:
+            return _as_part(_rows(array, self.mesh.size), array) if is_divided else array
 
-    follows = _follows_params(optimizer, state.params)
-    divided = jax.tree.map(part, state.optimizer, follows)
-    divided = jax.lax.with_sharding_constraint(divided, _shardings(optimizer, state.params, mesh))
-    return state._replace(optimizer=divided)
+        divided = jax.tree.map(part, state.optimizer, self._follows_params(state.params))
+        shardings = jax.tree.map(self._sharding, self.specs(state).optimizer)
+        return state._replace(optimizer=jax.lax.with_sharding_constraint(divided, shardings))
 
+    def unite(self, state: State) -> State:
+        """The same state, every array in its own shape and whole on each device, as in a checkpoint."""
+        shapes = jax.eval_shape(self.optimizer.init, state.params)
+        united = jax.tree.map(in_shape_of, state.optimizer, shapes)
+        replicated = self._sharding(REPLICATED)
+        return state._replace(optimizer=jax.lax.with_sharding_constraint(united, replicated))
 
-def divided_shapes(
-    state: State, *, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh
-) -> State:
-    """Shapes and shardings of what `divide` makes of a state with such shapes."""
-    divided = jax.eval_shape(functools.partial(divide, optimizer=optimizer, mesh=mesh), state)
-    shardings = _shardings(optimizer, state.params, mesh)
+    def shapes(self, state: State) -> State:
+        """Shapes and shardings of what `divide` makes of a state with such shapes."""
 
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        def placed(leaf: jax.ShapeDtypeStruct, spec: jax.P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._sharding(spec))
 
-    return state._replace(optimizer=jax.tree.map(placed, divided.optimizer, shardings))
+        return jax.tree.map(placed, jax.eval_shape(self.divide, state), self.specs(state))
 
+    def problems(self, params: PyTree) -> list[Problem]:
+        """What keeps the optimizer from working on parts of these parameters; shapes are enough."""
+        found = divisible.obstacle(
+            self.optimizer.update,
+            jax.eval_shape(self.optimizer.init, params),
+            self._follows_params(params),
+            params,
+            dict.fromkeys(self.optimizer.hyper_names, 0.0),
+            1.0,
+            devices=self.mesh.size,
+        )
+        if found is None:
+            return []
+        allowed = (
+            f"False with {self.optimizer.name}: an operation of its update ({found}) needs more of "
+            "an array than the part that a device holds"
+        )
+        return [Problem("shard_optimizer", True, allowed, False)]
 
-def unite(state: State, *, optimizer: optax.GradientTransformationExtraArgs, mesh: Mesh) -> State:
-    """The same state, every array in its own shape and whole on each device, as in a checkpoint."""
-    shapes = jax.eval_shape(optimizer.init, state.params)
-    united = jax.tree.map(in_shape_of, state.optimizer, shapes)
-    united = jax.lax.with_sharding_constraint(united, NamedSharding(mesh, REPLICATED))
-    return state._replace(optimizer=united)
+    def _sharding(self, spec: jax.P) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
 
+    def _follows_params(self, params: PyTree) -> PyTree:
+        """For each array of the optimizer's state, whether its shape is that of a parameter."""
 
-def _follows_params(optimizer: optax.GradientTransformation, params: PyTree) -> PyTree:
-    """For each array of the optimizer's state, whether its shape is that of a parameter."""
+        def longer(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((leaf.size + 1, *[1] * (leaf.ndim - 1)), leaf.dtype)
 
-    def longer(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((leaf.size + 1, *[1] * (leaf.ndim - 1)), leaf.dtype)
-
-    shapes = (jax.eval_shape(optimizer.init, p) for p in (params, jax.tree.map(longer, params)))
-    return jax.tree.map(lambda leaf, longer: leaf.shape != longer.shape, *shapes)
-
-
-def _shardings(optimizer: optax.GradientTransformation, params: PyTree, mesh: Mesh) -> PyTree:
-    """Of the optimizer's state."""
-    return jax.tree.map(
-        lambda follows: NamedSharding(mesh, SHARDED if follows else REPLICATED),
-        _follows_params(optimizer, params),
-    )
+        each = (params, jax.tree.map(longer, params))
+        shapes = (jax.eval_shape(self.optimizer.init, p) for p in each)
+        return jax.tree.map(lambda leaf, longer: leaf.shape != longer.shape, *shapes)
 
 
 def _rows(array: jax.Array, devices: int) -> jax.Array:
@@ -161,12 +162,6 @@ def _rows(array: jax.Array, devices: int) -> jax.Array:
 def _as_part(rows: jax.Array, array: jax.Array) -> jax.Array:
     """Rows of an array on one axis, with as many axes as the array."""
     return rows.reshape(-1, *[1] * (array.ndim - 1))
-
-
-def _split(joined: jax.Array, parts: PyTree) -> PyTree:
-    """A device's row of all arrays, cut into arrays like `parts`."""
-    rows = _split_rows(joined[None], parts)
-    return jax.tree.map(lambda row, part: row.reshape(part.shape).astype(part.dtype), rows, parts)
 
 
 def _split_rows(joined: jax.Array, parts: PyTree) -> PyTree:

@@ -5,10 +5,11 @@ sets. Whatever is written as one is trained like every other.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 PyTree = Any
 Sums = dict[str, jax.Array]
@@ -43,8 +44,8 @@ class Task:
       minimised: the sum that is minimised, divided by `count`.
       takes_keys: whether `apply` reads `examples["key"]` in training, uint32[examples, 2]: random
         words of each example's position, so of its epoch too, whatever computes it.
-      frozen: arrays that `apply` reads and nothing changes: they are not differentiated, not summed,
-        unknown to the optimizer, and in no checkpoint.
+      frozen: arrays that `apply` reads and nothing changes: not differentiated, not summed, unknown
+        to the optimizer, and in no checkpoint.
       shares_ghost_batches: whether `apply` can form the statistics of a ghost batch of which a
         device sees a part only, along the mesh axis `data`.
       for_examples: makes the task from the shapes of one microbatch's examples, where it depends on
@@ -97,9 +98,36 @@ class Task:
         count = float(sums[COUNT])
         means = {name: float(value) / count for name, value in sums.items() if name != COUNT}
         shown = {"loss": means[self.minimised]}
-        metrics = self.metrics
-        if metrics is None:
-            metrics = {name: name for name in means if name not in (self.minimised, "loss")}
-        for name, metric in metrics.items():
+        for name, metric in self.shown_metrics(means).items():
             shown[name] = means[metric] if isinstance(metric, str) else float(metric(means))
         return shown
+
+    def shown_metrics(self, sum_names: Iterable[str]) -> Mapping[str, Any]:
+        """The metrics by the names under which they are shown, the main one first."""
+        if self.metrics is not None:
+            return self.metrics
+        return {name: name for name in sum_names if name not in (self.minimised, "loss", COUNT)}
+
+
+def with_float32_masters(task: Task, params: PyTree) -> Task:
+    """The task with parameters in float32 at least, which computes with them in their own dtype.
+
+    Args:
+      task: from whose `init` the parameters come.
+      params: their shapes and dtypes.
+    """
+
+    def init(key: jax.Array) -> tuple[PyTree, PyTree]:
+        params, statistics = task.init(key)
+        return jax.tree.map(wide, params), statistics
+
+    def apply(masters: PyTree, *rest: Any) -> tuple[PyTree, PyTree]:
+        own = jax.tree.map(lambda master, like: master.astype(like.dtype), masters, params)
+        return task.apply(own, *rest)
+
+    return dataclasses.replace(task, init=init, apply=apply)
+
+
+def wide(array: jax.Array) -> jax.Array:
+    """The array in a precision in which sums are taken: float32 at least."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -1,81 +1,12 @@
-"""The optimizers' rules: Optax's own, chained, with hyperparameters that are traced scalars.
+"""What Optax does not have of the optimizers, and what is read from any optimizer's state."""
 
-The hyperparameters live in the optimizer's state (`optax.inject_hyperparams`), where
-`step.apply_update` replaces them before each update: another value is no other program.
-"""
-
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from bigbatch.engine import optimizer as optimizers
-
 PyTree = Any
-
-
-@functools.cache
-def make_transformation(
-    optimizer: optimizers.Optimizer,
-) -> optax.GradientTransformationExtraArgs:
-    """The transformation of an optimizer: clip, decay, rule, average.
-
-    Args:
-      optimizer: its fields.
-
-    Returns:
-      An Optax transformation. Its state has `hyperparams`, by the names of `optimizer.hypers`;
-      its update takes `num_examples`, a scalar, where the optimizer averages. Equal arguments give
-      the same object, so that runs in one process share their programs.
-    """
-    decay, mask = optimizer.weight_decay, decays(optimizer)
-    l2_penalty = optax.add_decayed_weights(decay, mask) if decay else optax.identity()
-    before = optax.identity()
-    if optimizer.clip_norm is not None:
-        before = optax.clip_by_global_norm(optimizer.clip_norm)
-    after = optax.identity()
-    if optimizer.average_examples is not None:
-        after = average_parameters(optimizer.average_examples)
-
-    def plain(learning_rate: Any) -> optax.GradientTransformation:
-        return optax.chain(before, l2_penalty, optax.sgd(learning_rate), after)
-
-    def heavy_ball(learning_rate: Any, momentum: Any) -> optax.GradientTransformation:
-        nesterov = isinstance(optimizer, optimizers.Nesterov)
-        move = optax.sgd(learning_rate, momentum, nesterov=nesterov)
-        return optax.chain(before, l2_penalty, move, after)
-
-    def lars(learning_rate: Any, momentum: Any) -> optax.GradientTransformation:
-        assert isinstance(optimizer, optimizers.Lars)
-        scaled = scale_by_lars(optimizer.trust_coefficient, decay, mask)
-        return optax.chain(before, scaled, optax.sgd(learning_rate, momentum), after)
-
-    def adam(learning_rate: Any, b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
-        if isinstance(optimizer, optimizers.Lamb):
-            move = optax.lamb(learning_rate, b1, b2, eps, weight_decay=decay, mask=mask)
-        elif isinstance(optimizer, optimizers.AdamW):
-            move = optax.adamw(learning_rate, b1, b2, eps, weight_decay=decay, mask=mask)
-        else:
-            move = optax.chain(l2_penalty, optax.adam(learning_rate, b1, b2, eps))
-        return optax.chain(before, move, after)
-
-    rule: Any = heavy_ball
-    if isinstance(optimizer, optimizers.Adam):
-        rule = adam
-    elif isinstance(optimizer, optimizers.Lars):
-        rule = lars
-    elif isinstance(optimizer, optimizers.Sgd):
-        rule = plain
-    return optax.inject_hyperparams(rule)(**optimizer.initial())
-
-
-def decays(optimizer: optimizers.Optimizer) -> Any:
-    """A function for Optax: parameters -> True where the weight decays."""
-    if optimizer.decayed == "all":
-        return lambda params: jax.tree.map(lambda leaf: True, params)
-    return lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) > 1, params)
 
 
 def scale_by_lars(
@@ -148,11 +79,34 @@ def average_parameters(average_examples: float) -> optax.GradientTransformationE
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def evaluation_params(params: PyTree, optimizer_state: optax.OptState) -> PyTree:
-    """The average of the parameters where the optimizer keeps one, else the parameters."""
-    parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: isinstance(part, Average))
-    averages = [part.average for part in parts if isinstance(part, Average)]
-    return jax.tree.map(in_shape_of, averages[0], params) if averages else params
+def kept_averages(optimizer_state: optax.OptState) -> list[Any]:
+    """The parts of a state that know which parameters to evaluate with, wherever they are in it."""
+    kinds = (Average, optax.contrib.ScheduleFreeState)
+    parts = jax.tree.leaves(optimizer_state, is_leaf=lambda part: isinstance(part, kinds))
+    return [part for part in parts if isinstance(part, kinds)]
+
+
+def evaluation_params(optimizer_state: optax.OptState, params: PyTree) -> PyTree:
+    """The parameters' averages where the optimizer keeps them, else the parameters.
+
+    Args:
+      optimizer_state: with any number of `Average` and of Optax's `ScheduleFreeState`, each for all
+        parameters or, in `optax.multi_transform` or `optax.masked`, for some of them.
+      params: those that were trained.
+    """
+    for kept in kept_averages(optimizer_state):
+
+        def evaluated(average: Any, param: PyTree, kept: Any = kept) -> PyTree:
+            if isinstance(average, optax.MaskedNode):
+                return param
+            if isinstance(kept, Average):
+                return average
+            return optax.contrib.schedule_free_eval_params(kept._replace(z=average), param)
+
+        averages = kept.average if isinstance(kept, Average) else kept.z
+        is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+        params = jax.tree.map(evaluated, averages, params, is_leaf=is_masked)
+    return params
 
 
 def in_shape_of(array: jax.Array, like: Any) -> jax.Array:

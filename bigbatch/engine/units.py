@@ -5,8 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from bigbatch.engine.task import Examples, PyTree, Sums
-from bigbatch.schedule.adaptive.gradient_noise import SMALL_BATCHES, SMALL_SQUARES
+from bigbatch.engine.task import Examples, PyTree
 
 # More would take too long to compile.
 _WRITTEN_OUT = 4
@@ -57,26 +56,3 @@ def add_units(
         return add(total, function(unit))
 
     return jax.lax.fori_loop(jnp.zeros_like(present), present, body, total)
-
-
-def square(tree: PyTree) -> jax.Array:
-    """The sum of the squares of all elements, in their precision, float32 at least."""
-    leaves = [
-        leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(tree)
-    ]
-    return sum((jnp.sum(leaf * leaf) for leaf in leaves), start=jnp.zeros((), leaves[0].dtype))
-
-
-def small_batch_sums(gradients: PyTree, count: jax.Array) -> Sums:
-    """What one small batch adds to the measurement of the noise; nothing if all is masked.
-
-    Args:
-      gradients: of its summed loss.
-      count: its examples, by their weights.
-    """
-    held = count > 0
-    squares = square(gradients)
-    return {
-        SMALL_SQUARES: jnp.where(held, squares / jnp.where(held, count, 1), 0),
-        SMALL_BATCHES: held.astype(squares.dtype),
-    }

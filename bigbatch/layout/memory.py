@@ -1,13 +1,6 @@
-"""Device memory: what programs need, the largest microbatch that fits, and one that did not.
+"""Device memory: what programs need, the largest microbatch that fits, and one that did not."""
 
-The microbatch is a hardware quantity, so all of this may choose it freely: it changes no statistics
-of a run, only the order of sums. What is chosen is kept in the working directory, so that a resume
-on the same devices cuts its updates as before, and ends with the same bits.
-"""
-
-import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +10,6 @@ from jax.sharding import Mesh
 
 from bigbatch import distributed
 from bigbatch.errors import Problem, RunError, UserError
-from bigbatch.workdir import files as workdir
 
 # Of a device's memory, for what the analysis of a program does not see: fragments, the runtime.
 USED_SHARE = 0.9
@@ -148,30 +140,3 @@ def smaller(examples_per_device: int, *, unit: int) -> int:
             "smaller network, bfloat16 or shard_optimizer"
         )
     return examples_per_device // (2 * unit) * unit
-
-
-def kept(path: Path | None, key: Mapping[str, Any]) -> int | None:
-    """The microbatch, in examples per device, that was kept for the same wish and devices.
-
-    Process 0 reads, all must call.
-    """
-    if path is None:
-        return None
-    own = distributed.together(lambda: _kept(path, key) if distributed.is_first() else None)
-    found: int | None = json.loads(distributed.gather(json.dumps(own).encode())[0])
-    return found
-
-
-def _kept(path: Path, key: Mapping[str, Any]) -> int | None:
-    if not path.exists():
-        return None
-    found = workdir.read_json(path)
-    chosen = found.pop("chosen_examples_per_device", None)
-    return chosen if found == key else None
-
-
-def keep(path: Path | None, key: Mapping[str, Any], examples_per_device: int) -> None:
-    """Keeps a microbatch for the next start of the run; process 0 writes, all must call."""
-    if path is not None:
-        kept = {**key, "chosen_examples_per_device": examples_per_device}
-        distributed.on_first(lambda: workdir.write_json(path, kept))

@@ -1,4 +1,4 @@
-"""Ghost batches that are larger than a device's share, and batches that are one ghost batch.
+"""Ghost batches that are larger than a device's share.
 
 A layout deals in whole ghost batches. Where a device is too small for one, neighbouring devices
 share it: for the layout, such a group is a single device.
@@ -11,11 +11,8 @@ share it: for the layout, such a group is a single device.
 
 from typing import Any
 
-import numpy as np
-
-from bigbatch.checks import Checks
 from bigbatch.engine.ghost_batches import devices_per_ghost_batch
-from bigbatch.layout.layout import MAX_SHAPES, Layout, make_layout
+from bigbatch.layout.layout import Layout, make_layout
 
 
 def layout_over(
@@ -24,7 +21,6 @@ def layout_over(
     ghost_batch_examples: int,
     devices: int,
     microbatch_examples_per_device: int,
-    full_batch_norm: bool = False,
     noise_small_batch_examples: int | None = None,
     reproducible: bool = False,
 ) -> Layout:
@@ -36,7 +32,6 @@ def layout_over(
       devices: how many share the work.
       microbatch_examples_per_device: the most that a device can compute in one call. Less than a
         ghost batch lets neighbours share one.
-      full_batch_norm: whether the statistics are those of an update's whole batch.
       noise_small_batch_examples: whole small batches of so many must lie on one device; then no
         ghost batch is shared.
       reproducible: whether every call computes one ghost batch (or small batch) a device: one
@@ -48,8 +43,6 @@ def layout_over(
     Raises:
       UserError: the layout cannot be formed.
     """
-    if full_batch_norm:
-        return _full_batch_layout(plan_or_batch_sizes, devices, microbatch_examples_per_device)
     small = noise_small_batch_examples
     if reproducible:
         small = small or ghost_batch_examples
@@ -73,24 +66,3 @@ def layout_over(
         devices=devices // sharing,
         microbatch_examples_per_device=microbatch_examples_per_device * sharing,
     )
-
-
-def _full_batch_layout(
-    plan_or_batch_sizes: Any, devices: int, microbatch_examples_per_device: int
-) -> Layout:
-    """One microbatch an update, nothing masked, over a single group of all the devices."""
-    batch_sizes = getattr(plan_or_batch_sizes, "batch_sizes", plan_or_batch_sizes)
-    sizes = sorted({int(size) for size in np.asarray(batch_sizes)}, reverse=True)
-    checks = Checks()
-    largest = microbatch_examples_per_device * devices
-    for size in sizes:
-        nearest = min(devices * max(1, round(size / devices)), largest)
-        allowed = (
-            f"with full_batch_norm, a multiple of the {devices} device{'s' * (devices > 1)}, at "
-            f"most {largest} in one microbatch"
-        )
-        checks.require(size == nearest, "batch_size", size, allowed, nearest)
-    allowed = f"with full_batch_norm, at most {MAX_SHAPES} batch sizes in a run"
-    checks.require(len(sizes) <= MAX_SHAPES, "batch_size", f"{len(sizes)} of them", allowed)
-    checks.done()
-    return Layout(ghost_batch_examples=1, devices=1, shapes=tuple(sizes))

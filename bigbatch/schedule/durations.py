@@ -18,12 +18,13 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bigbatch import errors
+from bigbatch.checks import Checks
 
 UNITS = ("epochs", "examples", "updates")
 
@@ -59,6 +60,48 @@ class Every:
         ends = (first_example, first_example + batch_size)
         before, after = (math.floor(position / length * _ROUNDINGS) for position in ends)
         return after > before
+
+
+class Intervals(NamedTuple):
+    """When a run logs, evaluates and saves.
+
+    Attributes:
+      log_every: interval of the training records.
+      evaluate_every: of the evaluations.
+      checkpoint_every: of the checkpoints.
+      keep_every: of the checkpoints that are kept for good; None for none.
+    """
+
+    log_every: Every
+    evaluate_every: Every
+    checkpoint_every: Every
+    keep_every: Every | None = None
+
+    @classmethod
+    def of(
+        cls, given: Mapping[str, float | None], otherwise: Mapping[str, Every] | None = None
+    ) -> "Intervals":
+        """The intervals of fields such as `log_every_epochs`, each in one of its units.
+
+        Args:
+          given: values by the fields' names; None counts as not given, other names are left alone.
+          otherwise: where nothing is given, by the attributes' names.
+
+        Raises:
+          UserError: with each interval that is given not at all, twice, or not above 0.
+        """
+        checks, found = Checks(), dict(otherwise or {})
+        for stem in cls._fields:
+            names = {f"{stem}_{unit}": unit for unit in UNITS}
+            values = {name: given[name] for name in names if given.get(name) is not None}
+            fits = len(values) == 1 or (not values and (stem in found or stem == "keep_every"))
+            allowed = "exactly one of " + ", ".join(names)
+            checks.require(fits, stem, values or "nothing", allowed)
+            for name, value in values.items():
+                checks.number(name, value, "a number above 0", above=0)
+                found[stem] = Every(value, names[name])  # type: ignore[arg-type]
+        checks.done()
+        return cls(**found)
 
 
 def first_example_from(epoch: float, train_examples: int) -> int:

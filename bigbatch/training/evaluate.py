@@ -6,42 +6,38 @@ import jax
 import numpy as np
 
 from bigbatch import distributed
-from bigbatch.config.assemble import Source
 from bigbatch.engine.functions import State
 from bigbatch.layout import memory
 from bigbatch.training import microbatches
+from bigbatch.training.microbatches import Source
 from bigbatch.training.preemption import StopRequest
-from bigbatch.training.reestimate import reestimate
-from bigbatch.training.run import Run, Updates
+from bigbatch.training.run import Run
 
 
 def evaluate(run: Run, state: State, stop: StopRequest | None = None) -> dict[str, float]:
-    """The loss and accuracy on the test set.
+    """The loss and the task's metrics on the test examples.
 
     Args:
       run: the prepared run.
-      state: its parameters, or their average, and its running statistics are used; the latter are
-        estimated anew first where the config asks for it.
+      state: its running statistics are used, and its parameters, or what its optimizer evaluates
+        with.
       stop: is asked before every microbatch.
 
     Returns:
-      `test_loss` (nats) and `test_accuracy` (a share), means over all test examples.
+      `test_loss`, and `test_NAME` for each of the task's metrics: sums over all test examples,
+      divided by their count; nothing where there are no test examples.
 
     Raises:
       StopNoticeError: `stop` says so.
     """
-    if run.config.reestimate_examples is not None:
-        state = reestimate(run, state)
-    totals = source_sums(run, state, run.test_source, run.data.test_examples, stop)
-    count = totals["count"]
-    return {
-        "test_loss": totals["loss"] / count,
-        "test_accuracy": totals["correct"] / count,
-    }
+    if not run.data.test_examples:
+        return {}
+    totals = source_sums(run, state, run.data.evaluation, run.data.test_examples, stop)
+    return {f"test_{name}": value for name, value in run.task.quotients(totals).items()}
 
 
 def sums(
-    run: Updates,
+    run: Run,
     state: State,
     arrays: Mapping[str, np.ndarray],
     stop: StopRequest | None = None,
@@ -49,8 +45,8 @@ def sums(
     """What the task's loss returns, summed over all the examples of some arrays.
 
     Args:
-      run: from `run.prepare` or `own_task.prepare_task`.
-      state: its parameters, or their average, and its running statistics are used.
+      run: the prepared run.
+      state: as in `evaluate`.
       arrays: [examples, ...] by name, shaped as in training.
       stop: is asked before every microbatch.
 
@@ -65,7 +61,7 @@ def sums(
 
 
 def source_sums(
-    run: Updates,
+    run: Run,
     state: State,
     source: Source,
     num_examples: int,
@@ -76,8 +72,8 @@ def source_sums(
     Every process evaluates the examples of its own devices; together they count each once.
 
     Args:
-      run: from `run.prepare` or `own_task.prepare_task`.
-      state: its parameters, or their average, and its running statistics are used.
+      run: the prepared run.
+      state: as in `evaluate`.
       source: gives the examples, shaped as in training.
       num_examples: how many there are.
       stop: is asked before every microbatch.
@@ -92,9 +88,8 @@ def source_sums(
             stop.check()
         present = min(size, num_examples - first)
         try:
-            part = run.programs.evaluate(
-                state, microbatches.place(source, first, present, size, None, run.mesh)
-            )
+            examples = microbatches.place(source, first, present, size, None, run.mesh)
+            part = run.programs.evaluate(state, examples, run.frozen)
             # Summed on the host in float64, by device: the number of processes changes nothing.
             for name, per_device in part.items():
                 total = totals.setdefault(name, np.zeros(run.mesh.size))

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,75 +21,120 @@ import numpy as np
 from tqdm import tqdm
 
 from bigbatch import distributed
-from bigbatch.data.records.record_set import RecordSet
-from bigbatch.engine import functions as step
+from bigbatch.engine import functions
 from bigbatch.engine.task import Sums
 from bigbatch.errors import StoppedError
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.course import Course
+from bigbatch.schedule.durations import UNITS, Every, Intervals
 from bigbatch.schedule.plan import Row
-from bigbatch.training import progress as training_log
+from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.preemption import StopNoticeError, StopRequest
-from bigbatch.training.progress import Progress
+from bigbatch.training.progress import Progress, span
+from bigbatch.training.restore import restore
 from bigbatch.training.run import Run
 from bigbatch.training.updates import updates, waits_for
 from bigbatch.training.watch import STALL_S, Watchdog
-from bigbatch.workdir import files as workdir
-from bigbatch.workdir import metrics
-from bigbatch.workdir.checkpoint import Checkpoints, params_sha256
+from bigbatch.workdir import metrics, packing, resume, storage
+from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.event_files import EventFiles
-from bigbatch.workdir.network_file import read_initial
-from bigbatch.workdir.resume import whose
+from bigbatch.workdir.files import Workdir, read_json, write_json
 
 # How long the sums of a finished update may wait for those of the next ones: to read and log many
 # short updates in one go takes a third of the time.
 _UNREAD_S = 0.1
+_OTHERWISE = {
+    "log_every": Every(1, "updates"),
+    "evaluate_every": Every(1, "epochs"),
+    "checkpoint_every": Every(1, "epochs"),
+}
 
 
 def train(
-    run: Run, directory: Path, *, show_progress: bool = False, stall_s: float = STALL_S
+    run: Run,
+    directory: str | Path,
+    *,
+    keep_checkpoints: int = 2,
+    change_future: bool = False,
+    record: Mapping[str, Any] | None = None,
+    sources: Sequence[Path] = (),
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
+    show_progress: bool = False,
+    stall_s: float = STALL_S,
+    **intervals: float | None,
 ) -> dict[str, Any]:
     """Trains the run's plan to its end, from wherever the working directory stands.
 
     Args:
-      run: from `run.prepare`.
-      directory: a working directory that was claimed for this run.
+      run: from `prepare`.
+      directory: a new or empty directory, or that of the same run, which then goes on.
+      keep_checkpoints: how many of the newest are kept, at least 2.
+      change_future: lets the plan differ from that of the run in the directory after its newest
+        checkpoint.
+      record: nested plain values that are kept in config.json for the reader; None for what the
+        run says of itself, and the directory's name as its `experiment`.
+      sources: files that are copied into the directory for the record.
+      on_record: is told of each record of the log, on process 0: the place of a tracker.
       show_progress: whether to show a progress bar (on a terminal) and every evaluation, on
         standard error.
       stall_s: seconds without a movement after which a word is said on standard error.
+      **intervals: `log_every`, `evaluate_every`, `checkpoint_every` and `keep_every`, each with
+        `_epochs`, `_examples` or `_updates` behind it. By default every update is logged, every
+        epoch evaluated and saved, and no checkpoint kept for good.
 
     Returns:
       What was written to result.json.
 
     Raises:
+      UserError: the directory cannot be used, or holds another run.
       RunError: the loss is no longer finite, or a checkpoint cannot be written.
       StoppedError: SIGTERM or the runtime asked for it; the state is saved.
     """
-    files = workdir.Workdir(directory)
+    due, files = _intervals(intervals), Workdir(Path(directory))
+    if record is None:
+        record = {"experiment": files.path.name, **run.identity}
+    metric_names = list(run.task.shown_metrics(run.programs.sum_names))
+    plan = resume.open_run(
+        files,
+        run.identity,
+        run.plan,
+        record=record,
+        metrics=metric_names,
+        adaptive=run.controller is not None,
+        change_future=change_future,
+        sources=sources,
+    )
+    if files.result.exists():
+        result: dict[str, Any] = read_json(files.result)
+        return result
+    run = dataclasses.replace(run, plan=plan)
     show_progress = show_progress and distributed.is_first()
-    kept = functools.partial(_kept, run)
-    with Checkpoints(files.checkpoints, run.config.keep_checkpoints, kept) as checkpoints:
+    kept = functools.partial(_kept, run, due.keep_every)
+    with Checkpoints(files.checkpoints, keep_checkpoints, kept) as checkpoints:
         state, progress = restore(run, checkpoints)
         course = Course(run.plan, run.controller, progress.controller)
         run = _as_known(run, course, files)
         distributed.on_first(lambda: _truncate(files, progress))
         with (
             metrics.MetricsLog(
-                files.metrics if distributed.is_first() else None, _events(run, files, progress)
+                files.metrics if distributed.is_first() else None,
+                _events(run, files, progress, record, metric_names),
             ) as log,
-            training_log.progress_bar(run, progress, show_progress) as bar,
+            progress_lib.progress_bar(run, progress, show_progress) as bar,
         ):
             say = functools.partial(bar.write, file=sys.stderr)
             if show_progress:
-                say(training_log.memory_line(run))
+                say(progress_lib.memory_line(run))
             with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
                 loop = _Loop(
                     run=run,
+                    due=due,
                     state=state,
                     progress=progress,
                     checkpoints=checkpoints,
                     log=log,
+                    on_record=on_record,
                     bar=bar,
                     say=say if show_progress else None,
                     watchdog=watchdog,
@@ -101,78 +146,81 @@ def train(
     progress = loop.progress
     run = loop.run
     if run.controller is not None and distributed.is_first():
-        workdir.write_text(files.plan, course.to_json())
+        storage.put(files.plan, course.to_json())
     result = {
         "updates": run.plan.num_updates,
         "examples": run.plan.num_examples,
-        "test_accuracy": progress.test_accuracy,
-        "test_loss": progress.test_loss,
+        **progress.test,
         "train_loss": progress.train_loss,
         "seconds": round(progress.seconds, 3),
         "compilations": run.programs.compilations,
-        "params_sha256": params_sha256(loop.state.params),
+        "params_sha256": packing.sha256(loop.state.params),
     }
-    if isinstance(run.data, RecordSet) and run.config.data.on_bad_record == "replace":
+    if run.data.num_bad_records is not None:
         # Each process has read its own devices' part of them.
         bad = distributed.gather(str(run.data.num_bad_records).encode())
         result["bad_records"] = sum(map(int, bad))
-    distributed.on_first(lambda: workdir.write_json(files.result, result))
+    distributed.on_first(lambda: write_json(files.result, result))
     return result
 
 
-def _events(run: Run, files: workdir.Workdir, progress: Progress) -> EventFiles | None:
+def _intervals(given: Mapping[str, float | None]) -> Intervals:
+    """The intervals of `train`.
+
+    Raises:
+      TypeError: a name is none of them.
+      UserError: a value is not above 0, or there are two of one interval.
+    """
+    names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in UNITS]
+    for name in given:
+        if name not in names:
+            raise TypeError(f"train() has no argument {name!r}; its intervals: {', '.join(names)}")
+    return Intervals.of(given, _OTHERWISE)
+
+
+def _events(
+    run: Run,
+    files: Workdir,
+    progress: Progress,
+    record: Mapping[str, Any],
+    metric_names: Sequence[str],
+) -> EventFiles | None:
     """The TensorBoard files of a run that goes on from there; process 0 writes them."""
     if not distributed.is_first():
         return None
     done = progress.updates
     examples = int(run.plan.batch_sizes[:done].sum())
-    with workdir.writing(files.tensorboard):
+    tested = ["loss", *metric_names] if run.data.test_examples else []
+    with storage.writing(files.tensorboard):
         return EventFiles(
-            files.tensorboard, last_update=done, last_example=examples, config=run.config.tree
+            files.tensorboard,
+            last_update=done,
+            last_example=examples,
+            config=resume.plain(record),
+            metrics=[*(f"test_{name}" for name in tested), "train_loss"],
         )
 
 
-def _truncate(files: workdir.Workdir, progress: Progress) -> None:
+def _truncate(files: Workdir, progress: Progress) -> None:
     """Removes what the log says of the time after the checkpoint."""
     metrics.truncate(
         files.metrics, last_update=progress.updates, without_test=progress.evaluation_due
     )
 
 
-def restore(run: Run, checkpoints: Checkpoints) -> tuple[step.State, Progress]:
-    """The state and progress of the newest checkpoint that is whole, or of the start."""
-    programs, start = run.programs, run.init_state()
-    restored = checkpoints.restore(programs.unite(start), whose(run.config), _warn)
-    if restored is None:
-        network = distributed.together(lambda: read_initial(run.config))
-        return (start if network is None else run.state_from(*network)), Progress()
-    return run.on_devices(restored.state), Progress.read(restored.record["progress"])
-
-
-def _warn(text: str) -> None:
-    if distributed.is_first():
-        print(f"bigbatch: warning: {text}", file=sys.stderr)
-
-
-def _kept(run: Run, updates_done: int) -> bool:
+def _kept(run: Run, every: Every | None, updates_done: int) -> bool:
     """Whether the checkpoint after so many updates is kept for good."""
-    every = run.config.keep_every
     if every is None or not 0 < updates_done <= run.plan.num_updates:
         return False
-    return every.due(*_span(run, run.plan.row(updates_done - 1)))
+    return every.due(*span(run, run.plan.row(updates_done - 1)))
 
 
-def _span(run: Run, row: Row) -> tuple[int, int, int, int]:
-    """What an interval asks of an update."""
-    return row.first_example, row.batch_size, row.update, run.plan.train_examples
-
-
-def _as_known(run: Run, course: Course, files: workdir.Workdir) -> Run:
+def _as_known(run: Run, course: Course, files: Workdir) -> Run:
     """The run with all that is known of its plan, which an adaptive run also writes down."""
     if run.plan is course.plan:
         return run
     if distributed.is_first():
-        workdir.write_text(files.plan, course.to_json())
+        storage.put(files.plan, course.to_json())
     return dataclasses.replace(run, plan=course.plan)
 
 
@@ -186,16 +234,18 @@ class _Loop:
     """
 
     run: Run
-    state: step.State
+    due: Intervals
+    state: functions.State
     progress: Progress
     checkpoints: Checkpoints
     log: metrics.MetricsLog
+    on_record: Callable[[Mapping[str, Any]], None]
     bar: tqdm
     say: Callable[[str], None] | None
     watchdog: Watchdog
     stop: StopRequest
     course: Course
-    files: workdir.Workdir
+    files: Workdir
 
     def __post_init__(self) -> None:
         self._start_s = time.monotonic() - self.progress.seconds
@@ -226,12 +276,12 @@ class _Loop:
                 f"{self.run.plan.num_updates:,}; the same command continues"
             ) from None
 
-    def _use(self, smaller: Run, state: step.State) -> None:
+    def _use(self, smaller: Run, state: functions.State) -> None:
         """Goes on with smaller microbatches, from the update that did not fit."""
         self.state = state
         self.run = dataclasses.replace(smaller, plan=self.run.plan)
         if self.say is not None:
-            self.say(f"out of device memory; now {training_log.memory_line(self.run)}")
+            self.say(f"out of device memory; now {progress_lib.memory_line(self.run)}")
 
     def _after(self, row: Row, sums: Sums) -> None:
         """What is due after an update."""
@@ -245,11 +295,11 @@ class _Loop:
         if not self.bar.disable:
             loss = self.progress.train_loss
             self.bar.set_postfix(batch_size=row.batch_size, loss=loss, refresh=False)
-        config, span = self.run.config, _span(self.run, row)
+        due, at = self.due, span(self.run, row)
         is_last = row.update + 1 == self.run.plan.num_updates
-        evaluation_due = is_last or config.evaluate_every.due(*span)
-        checkpoint_due = is_last or config.checkpoint_every.due(*span)
-        checkpoint_due = checkpoint_due or _kept(self.run, row.update + 1)
+        evaluation_due = is_last or due.evaluate_every.due(*at)
+        checkpoint_due = is_last or due.checkpoint_every.due(*at)
+        checkpoint_due = checkpoint_due or _kept(self.run, due.keep_every, row.update + 1)
         if evaluation_due or checkpoint_due:
             self._read()
         if evaluation_due:
@@ -284,22 +334,28 @@ class _Loop:
             on_host: dict[str, Any] = {name: np.asarray(value) for name, value in sums.items()}
             self.course.observe(gradient_noise.measurement_of(on_host))
             progress = self.progress._replace(controller=self.course.saved)
-            self.progress = training_log.record(self.run, progress, row, on_host, self.log, done_s)
+            self.progress = progress_lib.record(
+                self.run, progress, row, on_host, done_s, self.due.log_every, self._write
+            )
         self.run = _as_known(self.run, self.course, self.files)
         self.bar.total = self.run.plan.num_examples
 
+    def _write(self, record: dict[str, Any]) -> None:
+        """Adds a record to the log."""
+        self.log.write(record)
+        if distributed.is_first():
+            self.on_record(record)
+
     def _evaluate(self, row: Row) -> None:
+        if not self.run.data.test_examples:
+            return
         self.progress = self.progress._replace(evaluation_due=True)
         with self.watchdog.phase("evaluation"):
             test = evaluate(self.run, self.state, self.stop)
-        self.log.write(training_log.position(self.run, row) | test)
+        self._write(progress_lib.position(self.run, row) | test)
         if self.say is not None:
-            self.say(training_log.evaluation_line(self.run, row, self.progress, test))
-        self.progress = self.progress._replace(
-            evaluation_due=False,
-            test_loss=test["test_loss"],
-            test_accuracy=test["test_accuracy"],
-        )
+            self.say(progress_lib.evaluation_line(self.run, row, self.progress, test))
+        self.progress = self.progress._replace(evaluation_due=False, test=test)
 
     def _save(self) -> None:
         """Saves the state, unless this very update is saved."""
@@ -310,11 +366,11 @@ class _Loop:
         self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
         last = self.run.plan.row(updates_done - 1)
         record = {
-            "run": whose(self.run.config),
+            "run": resume.whose(self.run.identity),
             "progress": self.progress._asdict(),
             "examples": last.first_example + last.batch_size,
             "plan": self.run.plan.fingerprint,
-            "seed": self.run.config.seed,
+            "seed": self.run.seed,
         }
         self.log.sync()
         with self.watchdog.phase("checkpoint"):

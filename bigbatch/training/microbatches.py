@@ -5,7 +5,7 @@ range of each microbatch.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import distributed
-from bigbatch.config.assemble import Source
-from bigbatch.engine import functions as step
+from bigbatch.data import on_device, stream
+from bigbatch.data.source import TrainingData
+from bigbatch.engine import functions
 from bigbatch.engine.task import Examples
 from bigbatch.layout.layout import Layout, Microbatch
 from bigbatch.schedule.plan import Plan
@@ -23,6 +24,10 @@ from bigbatch.schedule.plan import Plan
 MICROBATCHES_IN_FLIGHT = 4
 # A call brings so much to a single device itself, faster than a put of its own would.
 _SMALL_BYTES = 2**16
+
+
+# Gives a range of examples: (position of the first, how many) -> arrays by name.
+Source = Callable[[int, int], Mapping[str, np.ndarray]]
 
 
 class Request(NamedTuple):
@@ -70,7 +75,7 @@ def place(
       ghost_batch_examples], 1 or 0 for masked. Devices that share a ghost batch have an entry each,
       1 for the first of them only, so that it counts once.
     """
-    sharding = NamedSharding(mesh, step.SHARDED)
+    sharding = NamedSharding(mesh, functions.SHARDED)
     begin, end = _own_range(mesh, size)
     held = min(max(present - begin, 0), end - begin)
     # A share that is masked as a whole still needs an example, for its shape.
@@ -95,28 +100,47 @@ def place(
     return placed
 
 
-def maker(
-    source: Source, layout: Layout, mesh: Mesh, ghost_batch_examples: int | None
+def of(
+    data: TrainingData,
+    layout: Layout,
+    mesh: Mesh,
+    seed: int,
+    ghost_batch_examples: int,
+    *,
+    takes_keys: bool,
 ) -> Callable[[Request], tuple[int, Examples]]:
-    """A function that makes requested microbatches.
+    """A function that makes the requested microbatches of a run.
 
     Args:
-      source: the example stream.
+      data: the training examples.
       layout: how updates are cut.
       mesh: the devices.
-      ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
+      seed: of the order of the examples.
+      ghost_batch_examples: examples that share statistics.
+      takes_keys: whether to give the task's random keys too, as `key`, uint32[examples, 2].
 
     Returns:
       request -> (the number of examples that the microbatch computes, its arrays from `place`,
       small ones for a single device NumPy's).
     """
 
+    def source(first_example: int, num_examples: int) -> Mapping[str, np.ndarray]:
+        span = seed, first_example, num_examples
+        made = data.training(*span)
+        if not takes_keys:
+            return made
+        return {**made, "key": stream.example_keys(data.train_examples, *span)}
+
     def make(request: Request) -> tuple[int, Examples]:
         size = layout.devices * request.part.examples_per_device
         span = request.first_example, request.part.num_examples
-        return size, place(source, *span, size, ghost_batch_examples or size, mesh)
+        return size, place(source, *span, size, ghost_batch_examples, mesh)
 
-    return make
+    sizes = [layout.devices * shape for shape in layout.shapes]
+    sharding = NamedSharding(mesh, functions.SHARDED)
+    return (
+        make if data.on_device is None else on_device.maker(make, data.on_device, sharding, sizes)
+    )
 
 
 def _own_range(mesh: Mesh, size: int) -> tuple[int, int]:

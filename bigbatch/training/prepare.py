@@ -1,159 +1,317 @@
-"""Training of any model and loss on any arrays, without a config: a plan and a `Task`.
+"""`prepare`, the only builder of a run: a task, data, a plan and an optimizer, made ready to train.
 
->>> import bigbatch, jax.numpy as jnp, numpy as np
->>> from bigbatch.training.prepare import Task, fit, prepare_task
->>> from bigbatch.engine.optimizer import Momentum
+>>> import bigbatch as bb, jax.numpy as jnp, numpy as np
 >>> x = np.random.default_rng(0).normal(size=(1000, 3)).astype(np.float32)
 >>> arrays = {"x": x, "y": x @ np.float32([1, 2, 3]), "weight": np.linspace(0, 2, 1000)}
 >>> def squared_error(prediction, examples):
 ...     weight, error = examples["weight"], prediction - examples["y"]
 ...     return {"loss": jnp.sum(weight * error**2), "count": jnp.sum(weight)}
->>> task = Task(
+>>> task = bb.Task(
 ...     init=lambda key: (jnp.zeros(3), {}),
 ...     apply=lambda params, statistics, examples, train: (examples["x"] @ params, {}),
 ...     loss=squared_error,
 ... )
->>> recipe = bigbatch.step_decay(0.05, 10, 0.9, boundaries_epochs=[2, 4], factor=0.2)
->>> growing = bigbatch.grow_batch(recipe, max_batch_size=200)
->>> plan = bigbatch.make_plan(growing, train_examples=1000, epochs=5)
->>> run = prepare_task(task, arrays, plan, Momentum(), microbatch_examples_per_device=50)
->>> [round(float(param), 3) for param in fit(run).params]
+>>> recipe = bb.step_decay(0.05, 10, 0.9, boundaries_epochs=[2, 4], factor=0.2)
+>>> growing = bb.grow_batch(recipe, max_batch_size=200)
+>>> plan = bb.make_plan(growing, train_examples=1000, epochs=5)
+>>> run = bb.prepare(task, arrays, plan, bb.Momentum(), microbatch_examples_per_device=50)
+>>> [round(float(param), 3) for param in bb.fit(run).params]
 [1.0, 2.0, 3.0]
 """
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
+from bigbatch import distributed
 from bigbatch.checks import Checks
-from bigbatch.data import stream
-from bigbatch.engine import functions as step
-from bigbatch.engine.optimizer import Optimizer
-from bigbatch.engine.task import Task
+from bigbatch.data.source import Data, TrainingData
+from bigbatch.engine import functions
+from bigbatch.engine.sharded_optimizer import Parts
+from bigbatch.engine.task import PyTree, Task, with_float32_masters
+from bigbatch.engine.task_checks import Shapes, check_task
+from bigbatch.engine.update_rule import Rule, resolve
+from bigbatch.errors import Problem, UserError
 from bigbatch.layout import memory
 from bigbatch.layout.sharing import layout_over
+from bigbatch.schedule.adaptive.controller import Controller, Decisions
 from bigbatch.schedule.plan import Plan
-from bigbatch.training import microbatches
-from bigbatch.training.loop import updates
+from bigbatch.training import fitting, microbatches
 from bigbatch.training.programs import compile_programs
-from bigbatch.training.run import Updates
+from bigbatch.training.run import Run
+from bigbatch.workdir import packing
 
 
-def prepare_task(
+def prepare(
     task: Task,
-    arrays: Mapping[str, np.ndarray],
-    plan: Plan,
-    optimizer: Optimizer,
+    data: TrainingData | Mapping[str, np.ndarray],
+    plan: Plan | Controller,
+    optimizer: Any,
     *,
-    microbatch_examples_per_device: int,
-    ghost_batch_examples: int = 1,
+    microbatch_examples_per_device: int | Literal["auto"],
+    ghost_batch_examples: int | None = None,
+    evaluation_batch_examples: int | None = None,
     noise_small_batch_examples: int | None = None,
     reproducible: bool = False,
-    seed: int = 0,
     shard_optimizer: bool = False,
+    float32_masters: bool = False,
+    seed: int = 0,
+    initial: Any = None,
+    evaluation_params: Callable[[PyTree, PyTree], PyTree] | None = None,
+    device_memory_bytes: int | None = None,
+    batch_sizes: Any = None,
     mesh: Mesh | None = None,
-) -> Updates:
-    """Lays a plan out over the devices and compiles everything for a task of one's own.
+    identity: Mapping[str, Any] | None = None,
+    kept: Path | None = None,
+) -> Run:
+    """Checks that all fits together, lays the plan out over the devices and compiles everything.
 
     Args:
-      task: model and loss.
-      arrays: the training examples, [examples, ...] by name, as the task reads them; `weight`,
-        [examples], among them or not (then all are 1). Order and epochs are those of
-        `data.stream`.
-      plan: for as many training examples.
-      optimizer: one of `bigbatch.engine.optimizer`.
-      microbatch_examples_per_device: the most that a device computes in one call.
-      ghost_batch_examples: examples that share statistics; 1 for a model without batch norm.
-      noise_small_batch_examples: measures the gradient noise from small batches of so many; see
-        `gradient_noise`.
+      task: what is trained.
+      data: its examples: a `Data`, or arrays [examples, ...] by name.
+      plan: every update of the run, for as many training examples; a `Controller` for a run that
+        decides its batch sizes itself.
+      optimizer: one of `bigbatch.engine.optimizer`, a function of hyperparameters by name that
+        gives an Optax transformation, or a transformation that holds `hyperparams` in its state.
+      microbatch_examples_per_device: the most that a device computes in one call; "auto" for the
+        most that fits into its memory. A hardware quantity, without influence on the result.
+      ghost_batch_examples: examples that share statistics; None for 1, in a task without any.
+      evaluation_batch_examples: examples evaluated at a time; None for as many as are trained.
+      noise_small_batch_examples: measures the gradient noise from small batches of so many; None:
+        a controller's ghost batches, else nothing is measured.
       reproducible: sums exactly, one ghost batch (or small batch) a call and device, so that
         devices and processes change no bit; see `exact_sums`.
-      seed: of the initial parameters and the order of the examples.
       shard_optimizer: whether the optimizer's state is divided over the devices.
-      mesh: the devices; None for all there are.
+      float32_masters: keeps parameters of less precision in float32, and computes with them in
+        their own.
+      seed: of the initial parameters and the order of the examples.
+      initial: (parameters, running statistics) to begin with, or a function that reads them; None
+        for random ones.
+      evaluation_params: (optimizer's state, parameters) -> those to evaluate with; None for what is
+        found in the state: the average of an optimizer that keeps one, else the parameters.
+      device_memory_bytes: of each device, for "auto"; None for what the devices report.
+      batch_sizes: of the updates that will come, in examples; None for the plan's.
+      mesh: the devices, along one axis `data`; None for all there are.
+      identity: what decides the result, by dotted name, beside the plan; None for what is seen
+        here.
+      kept: a file for the microbatch that was found to fit; None to find it anew.
 
     Returns:
-      What `fit`, `train.updates` and `evaluate.sums` need.
+      What training and evaluation need.
 
     Raises:
-      UserError: the arrays do not fit the plan, the plan not the optimizer, or the layout cannot be
-        formed.
+      UserError: something does not fit, with all that was found.
     """
-    mesh = step.data_mesh() if mesh is None else mesh
+    mesh = functions.data_mesh() if mesh is None else mesh
     checks = Checks()
-    for name, array in arrays.items():
-        length, allowed = np.shape(array)[:1], f"{plan.train_examples} examples, as in the plan"
-        checks.require(length == (plan.train_examples,), f"arrays.{name}", length, allowed)
-    checks.problems += optimizer.plan_problems(plan.hypers)
-    allowed = "False with shard_optimizer"
+    allowed = "a mesh of the one axis 'data': parameters are replicated here"
+    fits = mesh.axis_names == (functions.DATA_AXIS,)
+    checks.require(fits, "mesh", mesh.axis_names, allowed, (functions.DATA_AXIS,))
+    allowed = "False with shard_optimizer, whose sums lie elsewhere on other devices"
     checks.require(not (reproducible and shard_optimizer), "reproducible", True, allowed, False)
     checks.done()
-    # JAX has no float64 outside of its 64-bit mode; weights are float32, as masks are.
-    held = {name: np.asarray(jax.device_get(jax.numpy.asarray(a))) for name, a in arrays.items()}
-    if "weight" in held:
-        held["weight"] = held["weight"].astype(np.float32)
-    layout = layout_over(
-        plan,
+    if isinstance(data, Mapping):
+        data = Data(data)
+    controller = plan if isinstance(plan, Controller) else None
+    if isinstance(plan, Controller):
+        batch_sizes = plan.likely_batch_sizes if batch_sizes is None else batch_sizes
+        noise_small_batch_examples = noise_small_batch_examples or plan.small_batch_examples
+        plan = plan.plan(Decisions())
+    if data.train_examples != plan.train_examples:
+        allowed = f"the {plan.train_examples:,} training examples that the plan is for"
+        raise UserError(Problem("data.train_examples", data.train_examples, allowed))
+    task, shapes = specialised(task, data, ghost_batch_examples)
+    if float32_masters:
+        task, shapes = with_float32_masters(task, shapes.params), shapes
+    ghost_batch_examples = ghost_batch_examples or 1
+    rule = resolve(optimizer, plan.hypers, shapes.params, evaluation_params)
+    if shard_optimizer:
+        checks.problems += Parts(rule, mesh).problems(shapes.params)
+    checks.done()
+    _check_initial(initial, shapes)
+    laid_out = functools.partial(
+        layout_over,
+        plan if batch_sizes is None else batch_sizes,
         ghost_batch_examples=ghost_batch_examples,
         devices=mesh.size,
-        microbatch_examples_per_device=microbatch_examples_per_device,
         noise_small_batch_examples=noise_small_batch_examples,
         reproducible=reproducible,
     )
-    hyper_names = optimizer.hyper_names(plan.hypers)
-    sizes = tuple(layout.devices * shape for shape in layout.shapes)
-    programs = compile_programs(
+    unit_examples = noise_small_batch_examples or ghost_batch_examples
+    compiled = functools.partial(
+        compile_programs,
         task,
-        optimizer.transformation(),
+        rule,
         mesh,
-        example_shapes=tuple((name, a.shape[1:], a.dtype) for name, a in held.items()),
-        training_shapes=(),
-        hyper_names=hyper_names,
-        microbatch_examples=sizes,
-        evaluation_examples=sizes[0],
+        example_shapes=tuple((name, *kind) for name, kind in data.example_shapes.items()),
+        evaluation_examples=-(-(evaluation_batch_examples or 0) // mesh.size) * mesh.size or None,
         ghost_batch_examples=ghost_batch_examples,
         noise_small_batch_examples=noise_small_batch_examples,
         shard_optimizer=shard_optimizer,
         reproducible=reproducible,
     )
-
-    def source(first_example: int, num_examples: int) -> dict[str, np.ndarray]:
-        index = stream.indices(plan.train_examples, seed, first_example, num_examples)
-        return {name: array.take(index, axis=0) for name, array in held.items()}
-
-    def smaller() -> Updates:
-        return prepare_task(
-            task,
-            arrays,
-            plan,
-            optimizer,
-            microbatch_examples_per_device=memory.smaller(
-                sizes[0] // mesh.size, unit=noise_small_batch_examples or ghost_batch_examples
-            ),
-            ghost_batch_examples=ghost_batch_examples,
-            noise_small_batch_examples=noise_small_batch_examples,
-            reproducible=reproducible,
-            seed=seed,
-            shard_optimizer=shard_optimizer,
-            mesh=mesh,
+    fit = fitting.Fitting(kept, microbatch_examples_per_device, device_memory_bytes, mesh)
+    microbatch_examples_per_device = fit.examples_per_device(
+        lambda examples: compiled(microbatch_examples=(examples * mesh.size,)).device_bytes,
+        data,
+        unit=unit_examples,
+        # What holds any batch of the plan.
+        most=-(-int(np.max(plan.batch_sizes)) // unit_examples) * unit_examples,
+        reproducible=reproducible,
+    )
+    layout = laid_out(microbatch_examples_per_device=microbatch_examples_per_device)
+    if layout.devices < mesh.size and not task.shares_ghost_batches:
+        allowed = (
+            f"a multiple of ghost_batch_examples = {ghost_batch_examples}: this task forms its "
+            "statistics or random numbers on one device. Devices share a ghost batch with "
+            "bigbatch.GhostNorm"
         )
+        given = microbatch_examples_per_device
+        field = "microbatch_examples_per_device"
+        raise UserError(Problem(field, given, allowed, ghost_batch_examples))
+    programs = compiled(microbatch_examples=tuple(layout.devices * n for n in layout.shapes))
+    options = {
+        "ghost_batch_examples": ghost_batch_examples,
+        "evaluation_batch_examples": evaluation_batch_examples,
+        "noise_small_batch_examples": noise_small_batch_examples,
+        "reproducible": reproducible,
+        "shard_optimizer": shard_optimizer,
+        "seed": seed,
+        "initial": initial,
+        "evaluation_params": evaluation_params,
+        "batch_sizes": batch_sizes,
+        "mesh": mesh,
+        "kept": kept,
+    }
+    if identity is None:
+        identity = _identity(task, data, rule, shapes, controller, options)
+    options |= {"identity": identity}
+    again = functools.partial(
+        _again, task, data, controller or plan, optimizer, microbatch_examples_per_device, options
+    )
+    largest = layout.devices * layout.shapes[0] // mesh.size
 
-    return Updates(
+    def smaller() -> Run:
+        half = memory.smaller(largest, unit=unit_examples)
+        fit.keep(half)
+        return again(microbatch_examples_per_device=half)
+
+    return Run(
+        task=task,
+        data=data,
         plan=plan,
+        optimizer=rule,
         layout=layout,
         mesh=mesh,
         programs=programs,
-        hyper_names=hyper_names,
+        frozen=distributed.put(task.frozen, NamedSharding(mesh, functions.REPLICATED)),
         seed=seed,
-        microbatch=microbatches.maker(source, layout, mesh, ghost_batch_examples),
-        evaluation_examples_per_device=sizes[0] // mesh.size,
+        initial=initial if callable(initial) or initial is None else lambda: initial,
+        microbatch=microbatches.of(
+            data, layout, mesh, seed, ghost_batch_examples, takes_keys=task.takes_keys
+        ),
+        evaluation_examples_per_device=programs.evaluation_examples // mesh.size,
+        unit_examples=unit_examples,
+        controller=controller,
+        identity=identity,
+        again=again,
         smaller=smaller,
     )
 
 
-def fit(run: Updates) -> step.State:
-    """The state at the end of a run's plan. `train.updates` gives it after every update."""
-    *_, (_, state, _) = updates(run, run.init_state(), 0)
-    return state
+def _again(
+    task: Task,
+    data: TrainingData,
+    plan: Plan | Controller,
+    optimizer: Any,
+    microbatch_examples_per_device: int,
+    options: Mapping[str, Any],
+    **changes: Any,
+) -> Run:
+    """The run with other options, `plan` and `data` among them."""
+    given = {
+        "data": data,
+        "plan": plan,
+        "microbatch_examples_per_device": microbatch_examples_per_device,
+        **options,
+        **changes,
+    }
+    return prepare(task, optimizer=optimizer, **given)
+
+
+def specialised(
+    task: Task, data: TrainingData, ghost_batch_examples: int | None
+) -> tuple[Task, Shapes]:
+    """The task for the examples of some data, checked, and the shapes of what it makes.
+
+    Raises:
+      UserError: the task is none, or reads what the data do not give.
+    """
+    size = ghost_batch_examples or 1
+    kinds = {
+        "weight": ((), np.float32),
+        **data.example_shapes,
+        **({"key": ((2,), np.uint32)} if task.takes_keys else {}),
+    }
+    examples = {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in kinds.items()
+    }
+    if task.for_examples is not None:
+        return specialised(task.for_examples(examples), data, ghost_batch_examples)
+    examples["ghost_mask"] = jax.ShapeDtypeStruct((1,), np.float32)
+    shapes = check_task(task, examples)
+    if ghost_batch_examples is None and jax.tree.leaves(shapes.running_statistics):
+        allowed = "how many examples share statistics: this task has running statistics"
+        raise UserError(Problem("ghost_batch_examples", None, allowed))
+    return task, shapes
+
+
+def _check_initial(initial: Any, shapes: Shapes) -> None:
+    """Refuses initial values that are not those of the task, or lie in parts."""
+    if initial is None or callable(initial):
+        return
+    expected = (shapes.params, shapes.running_statistics)
+    if jax.tree.structure(initial) != jax.tree.structure(expected):
+        allowed = f"(parameters, running statistics) as the task's init gives them: {expected}"
+        raise UserError(Problem("initial", jax.tree.structure(initial), allowed))
+    checks = Checks()
+    for (path, leaf), like in zip(
+        jax.tree.leaves_with_path(initial), jax.tree.leaves(expected), strict=True
+    ):
+        name = "initial" + jax.tree_util.keystr(path)
+        checks.require(np.shape(leaf) == like.shape, name, np.shape(leaf), f"{like.shape}")
+        parts = getattr(leaf, "sharding", None)
+        allowed = "a whole array on every device: parameters in parts are not trained here"
+        whole = parts is None or parts.is_fully_replicated
+        checks.require(whole, name, getattr(parts, "spec", parts), allowed)
+    checks.done()
+
+
+def _identity(
+    task: Task,
+    data: TrainingData,
+    rule: Rule,
+    shapes: Shapes,
+    controller: Controller | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What decides the result of a run beside its plan, as far as it can be seen."""
+    names = ("seed", "ghost_batch_examples", "noise_small_batch_examples", "reproducible")
+    identity: dict[str, Any] = {name: options[name] for name in names}
+    initial = options["initial"]
+    return {
+        **identity,
+        "optimizer": rule.name,
+        "data": data.description,
+        "parameters": packing.described(shapes.params),
+        "running_statistics": packing.described(shapes.running_statistics),
+        **({"frozen_sha256": packing.sha256(task.frozen)} if jax.tree.leaves(task.frozen) else {}),
+        **({"initial_params_sha256": packing.sha256(initial[0])} if initial else {}),
+        **({"policy": dataclasses.asdict(controller)} if controller else {}),
+    }

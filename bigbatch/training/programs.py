@@ -6,18 +6,19 @@ compilation is an error and not a pause of a minute.
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch.engine import functions as step
-from bigbatch.engine import sharded_optimizer
+from bigbatch.engine import functions
+from bigbatch.engine.sharded_optimizer import Parts
 from bigbatch.engine.task import PyTree, Task
+from bigbatch.engine.update_rule import Rule
 from bigbatch.layout import memory
 from bigbatch.training import compilation_cache
 
@@ -31,31 +32,35 @@ class Programs:
     """The programs of one task, optimizer and mesh.
 
     Attributes:
-      accumulate: microbatch examples -> compiled `step.accumulate` (the accumulator is donated).
-      apply_update: compiled `step.apply_update` (state and accumulator are donated).
-      evaluate: compiled `step.evaluate`.
+      accumulate: microbatch examples -> compiled `functions.accumulate`, to which the accumulator is
+        donated.
+      apply_update: compiled `functions.apply_update` (state and accumulator are donated).
+      evaluate: compiled `functions.evaluate`.
       init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
       state_from: parameters, running statistics -> state, otherwise like it; compiled when it is
         called, which few runs do.
       divide: from a state as in a checkpoint, replicated, to that which the updates take.
       unite: and back. Both the same one where the optimizer's state is not divided.
       state_shapes: shapes, dtypes and shardings of the state that the updates take.
+      checkpoint_shapes: of the state as in a checkpoint.
+      sum_names: of what the loss returns.
       empty_accumulator: makes the accumulator that the first update starts with.
-      mean_ghost_statistics: compiled where it is asked for; an accumulator -> running statistics,
-        replicated.
+      evaluation_examples: of an evaluation microbatch, over all devices.
       reproducible_unit_examples: of an addend of the reproducible sums; None where they are not.
     """
 
     accumulate: Mapping[int, Callable]
     apply_update: Callable
     evaluate: Callable
-    init_state: Callable[[jax.Array], step.State]
-    state_from: Callable[[PyTree, PyTree], step.State]
-    divide: Callable[[step.State], step.State]
-    unite: Callable[[step.State], step.State]
-    state_shapes: step.State
-    empty_accumulator: Callable[[], step.Accumulator]
-    mean_ghost_statistics: Callable[[Any], PyTree] | None
+    init_state: Callable[[jax.Array], functions.State]
+    state_from: Callable[[PyTree, PyTree], functions.State]
+    divide: Callable[[functions.State], functions.State]
+    unite: Callable[[functions.State], functions.State]
+    state_shapes: functions.State
+    checkpoint_shapes: functions.State
+    sum_names: tuple[str, ...]
+    empty_accumulator: Callable[[], functions.Accumulator]
+    evaluation_examples: int
     reproducible_unit_examples: int | None = None
 
     def addends(self, batch_size: int) -> tuple[np.ndarray, ...]:
@@ -84,54 +89,68 @@ class Programs:
         }
 
 
-@functools.cache
+def _while_in_use(compile_anew: Callable[..., Programs]) -> Callable[..., Programs]:
+    """Gives equal arguments the same programs, while some run has them or no others are newer."""
+    known: weakref.WeakValueDictionary[Any, Programs] = weakref.WeakValueDictionary()
+    newest: list[Programs] = []
+
+    @functools.wraps(compile_anew)
+    def compile_programs(*arguments: Any, **options: Any) -> Programs:
+        key = arguments, tuple(sorted(options.items()))
+        programs = known.get(key)
+        if programs is None:
+            programs = known[key] = compile_anew(*arguments, **options)
+        newest[:] = [programs]
+        return programs
+
+    return compile_programs
+
+
+@_while_in_use
 @compilation_cache.guarded()
 def compile_programs(
     task: Task,
-    optimizer: optax.GradientTransformationExtraArgs,
+    optimizer: Rule,
     mesh: Mesh,
     *,
     example_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...],
-    training_shapes: tuple[tuple[str, tuple[int, ...], np.dtype], ...],
-    hyper_names: tuple[str, ...],
     microbatch_examples: tuple[int, ...],
-    evaluation_examples: int,
-    ghost_batch_examples: int | None,
-    noise_small_batch_examples: int | None = None,
-    shard_optimizer: bool = False,
-    reproducible: bool = False,
-    reestimates: bool = False,
+    evaluation_examples: int | None,
+    ghost_batch_examples: int,
+    noise_small_batch_examples: int | None,
+    shard_optimizer: bool,
+    reproducible: bool,
 ) -> Programs:
     """Compiles everything that a run will call.
 
     Args:
       task: what is trained.
-      optimizer: an Optax transformation whose state has `hyperparams`.
+      optimizer: its rule.
       mesh: the devices.
       example_shapes: name, shape and dtype of what the stream gives for one example.
-      training_shapes: likewise, of what only training reads.
-      hyper_names: the names of the hyperparameters that the plan gives.
       microbatch_examples: how many a microbatch computes over all devices, for each shape.
-      evaluation_examples: likewise, of an evaluation microbatch.
-      ghost_batch_examples: examples that share batch-norm statistics; None: all of a microbatch.
+      evaluation_examples: likewise, of an evaluation microbatch; None: as many as of the first.
+      ghost_batch_examples: examples that share batch-norm statistics.
       noise_small_batch_examples: of the noise measurement; None: nothing is measured.
       shard_optimizer: whether the optimizer's state is divided over the devices.
       reproducible: sums exactly, so that no layout changes a bit; see `exact_sums`.
-      reestimates: whether running statistics are estimated anew; see `reestimate`.
 
     Returns:
-      The programs. Equal arguments return the same ones without compiling anew.
+      The programs.
     """
-    replicated, sharded = (NamedSharding(mesh, spec) for spec in (step.REPLICATED, step.SHARDED))
+    replicated, sharded = (
+        NamedSharding(mesh, spec) for spec in (functions.REPLICATED, functions.SHARDED)
+    )
 
     def microbatch(examples: int, *, training: bool = True) -> dict[str, Any]:
-        shapes = example_shapes + (training_shapes if training else ())
-        leaves = {name: ((examples, *shape), dtype) for name, shape, dtype in shapes}
+        leaves = {name: ((examples, *shape), dtype) for name, shape, dtype in example_shapes}
         leaves["weight"] = ((examples,), np.dtype(np.float32))
         if training:
             # Devices that share a ghost batch have an entry each; see `microbatches.place`.
-            entries = max(examples // (ghost_batch_examples or examples), mesh.size)
+            entries = max(examples // ghost_batch_examples, mesh.size)
             leaves["ghost_mask"] = ((entries,), np.dtype(np.float32))
+        if training and task.takes_keys:
+            leaves["key"] = ((examples, 2), np.dtype(np.uint32))
         return {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharded)
             for name, (shape, dtype) in leaves.items()
@@ -147,35 +166,36 @@ def compile_programs(
     if reproducible and unit_examples is None:
         unit_examples = ghost_batch_examples
 
-    def first_state(key: jax.Array) -> step.State:
-        return with_bounds(step.init_state(task, optimizer, key))
+    def first_state(key: jax.Array) -> functions.State:
+        return with_bounds(functions.init_state(task, optimizer, key))
 
-    def state_from(params: PyTree, running_statistics: PyTree) -> step.State:
-        return with_bounds(step.State(params, running_statistics, optimizer.init(params)))
+    def state_from(params: PyTree, running_statistics: PyTree) -> functions.State:
+        given = params, running_statistics
+        params, running_statistics = jax.tree.map(lambda a, like: a.astype(like.dtype), given, like)
+        return with_bounds(functions.State(params, running_statistics, optimizer.init(params)))
 
-    def with_bounds(state: step.State) -> step.State:
+    def with_bounds(state: functions.State) -> functions.State:
         if not reproducible:
             return state
         examples = microbatch(microbatch_examples[0])
-        return state._replace(bounds=step.first_bounds(task, state, examples, measures_noise))
+        return state._replace(bounds=functions.first_bounds(task, state, examples, measures_noise))
 
     # Called once: on CPU, to compile it well takes seconds and saves milliseconds.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     init_state = jax.jit(first_state, compiler_options=quick)
-    whole = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
-    state = whole
-    divide: Callable[[step.State], step.State] = _unchanged
-    unite = divide
-    update: Callable = step.apply_update
+    whole = state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
+    like = state.params, state.running_statistics
+    frozen = with_sharding(task.frozen, replicated)
+    divide = unite = _unchanged
+    where = functions.Whole()
     if shard_optimizer:
-        over = {"optimizer": optimizer, "mesh": mesh}
-        divide = jax.jit(functools.partial(sharded_optimizer.divide, **over)).lower(state).compile()
-        state = sharded_optimizer.divided_shapes(state, **over)
-        unite = jax.jit(functools.partial(sharded_optimizer.unite, **over)).lower(state).compile()
-        update = sharded_optimizer.apply_update
+        where = parts = Parts(optimizer, mesh)
+        divide = jax.jit(parts.divide).lower(whole).compile()
+        state = parts.shapes(whole)
+        unite = jax.jit(parts.unite).lower(state).compile()
     empty = functools.partial(
-        step.empty_accumulator,
+        functions.empty_accumulator,
         task,
         state,
         microbatch(microbatch_examples[0]),
@@ -184,11 +204,13 @@ def compile_programs(
         reproducible=reproducible,
     )
     accumulator = with_sharding(jax.eval_shape(empty), sharded)
-    precision = jax.tree.leaves(state.params)[0].dtype
-    hyper = {name: jax.ShapeDtypeStruct((), precision, sharding=replicated) for name in hyper_names}
+    hyper = {
+        name: jax.ShapeDtypeStruct((), precision(state), sharding=replicated)
+        for name in optimizer.hyper_names
+    }
     accumulate = jax.jit(
         functools.partial(
-            step.accumulate,
+            functions.accumulate,
             task=task,
             mesh=mesh,
             unit_examples=unit_examples,
@@ -198,10 +220,15 @@ def compile_programs(
     )
     addends = (jax.ShapeDtypeStruct((), np.int32, sharding=replicated),) if reproducible else ()
     apply_update = jax.jit(
-        functools.partial(update, task=task, optimizer=optimizer, mesh=mesh),
+        functools.partial(
+            functions.apply_update, task=task, optimizer=optimizer, mesh=mesh, where=where
+        ),
         donate_argnums=(0, 1),
     )
-    evaluate = jax.jit(functools.partial(step.evaluate, task=task, mesh=mesh))
+    evaluate = jax.jit(
+        functools.partial(functions.evaluate, task=task, optimizer=optimizer, mesh=mesh)
+    )
+    evaluation_examples = evaluation_examples or microbatch_examples[0]
     # The compiler lets Python go on: one program is traced while others are compiled. Processes
     # compile in one order, in case their compilers speak with each other.
     workers = _ON_CPU if on_cpu or jax.process_count() > 1 else _ELSEWHERE
@@ -212,15 +239,15 @@ def compile_programs(
 
         # What takes longest comes first.
         accumulates = {
-            examples: compiled(accumulate.lower(state, accumulator, microbatch(examples), *addends))
+            examples: compiled(
+                accumulate.lower(state, accumulator, microbatch(examples), frozen, *addends)
+            )
             for examples in microbatch_examples
         }
         applied = compiled(apply_update.lower(state, accumulator, hyper))
         initial = compiled(init_state.lower(jax.random.key(0)))
         test = microbatch(evaluation_examples, training=False)
-        evaluated = compiled(evaluate.lower(state, test))
-        means = jax.jit(step.mean_ghost_statistics, out_shardings=replicated)
-        averaged = compiled(means.lower(accumulator)) if reestimates else None
+        evaluated = compiled(evaluate.lower(state, test, frozen))
         return Programs(
             accumulate={examples: one.result() for examples, one in accumulates.items()},
             apply_update=applied.result(),
@@ -230,8 +257,10 @@ def compile_programs(
             divide=divide,
             unite=unite,
             empty_accumulator=functools.partial(_zeros, accumulator, sharded),
-            mean_ghost_statistics=averaged.result() if averaged else None,
+            evaluation_examples=evaluation_examples,
             state_shapes=state,
+            checkpoint_shapes=whole,
+            sum_names=tuple(jax.eval_shape(evaluate, state, test, frozen)),
             reproducible_unit_examples=unit_examples if reproducible else None,
         )
 
@@ -251,5 +280,11 @@ def _zeros(shapes: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(zeros, shapes)
 
 
-def _unchanged(state: step.State) -> step.State:
+def precision(state: functions.State) -> np.dtype:
+    """In which hyperparameters reach the optimizer: float32 at least."""
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(state.params)}
+    return jax.numpy.result_type(np.float32, *kinds)
+
+
+def _unchanged(state: functions.State) -> functions.State:
     return state

@@ -1,19 +1,20 @@
 """What a run says of itself while it trains: progress, the records of the log, the bar."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bigbatch.engine.task import Sums
+from bigbatch.engine.functions import EXAMPLES
+from bigbatch.engine.task import COUNT, Sums
 from bigbatch.errors import RunError
 from bigbatch.layout import memory
 from bigbatch.schedule import divergence
 from bigbatch.schedule.adaptive import gradient_noise
+from bigbatch.schedule.durations import Every
 from bigbatch.schedule.plan import Row
 from bigbatch.training.run import Run
-from bigbatch.workdir import metrics
 
 
 class Progress(NamedTuple):
@@ -23,12 +24,12 @@ class Progress(NamedTuple):
       updates: done so far.
       seconds: spent so far, over all resumes.
       loss_sum: training loss summed over the examples since the last record of the log.
-      loss_examples: those examples, by their weights.
+      loss_count: what it is divided by.
+      loss_examples: those examples.
       input_wait_s: seconds for which the loop has waited for examples since that record.
       record_seconds: when that record was written, in the same seconds.
       train_loss: of that record.
-      test_loss: of the last evaluation.
-      test_accuracy: likewise.
+      test: the last evaluation's results, by name; empty before the first.
       evaluation_due: whether the evaluation after the last update was cut short.
       noise: averages of the gradient noise, empty where it is not measured.
       controller: an adaptive run's decisions so far and what the next is made from; see `course`.
@@ -37,12 +38,12 @@ class Progress(NamedTuple):
     updates: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0
+    loss_count: float = 0.0
     loss_examples: float = 0.0
     input_wait_s: float = 0.0
     record_seconds: float = 0.0
     train_loss: float = math.nan
-    test_loss: float = math.nan
-    test_accuracy: float = math.nan
+    test: dict[str, float] = {}  # noqa: RUF012 - never changed in place
     controller: dict[str, Any] | None = None
     evaluation_due: bool = False
     noise: gradient_noise.Smoothed = gradient_noise.Smoothed()
@@ -54,10 +55,16 @@ class Progress(NamedTuple):
 
 
 def record(
-    run: Run, progress: Progress, row: Row, sums: Sums, log: metrics.MetricsLog, now_s: float
+    run: Run,
+    progress: Progress,
+    row: Row,
+    sums: Sums,
+    now_s: float,
+    log_every: Every,
+    write: Callable[[dict[str, Any]], None],
 ) -> Progress:
     """Adds an update's sums to the progress, and writes a record where one is due."""
-    loss, count = float(sums["loss"]), float(sums["count"])
+    loss, count = float(sums[run.task.minimised]), float(sums[COUNT])
     if not (math.isfinite(loss) and float(sums["gradient_is_finite"])):
         what = (
             "the gradient is not finite" if math.isfinite(loss) else f"the training loss is {loss}"
@@ -66,20 +73,21 @@ def record(
     progress = progress._replace(
         updates=row.update + 1,
         loss_sum=progress.loss_sum + loss,
-        loss_examples=progress.loss_examples + count,
+        loss_count=progress.loss_count + count,
+        loss_examples=progress.loss_examples + float(sums[EXAMPLES]),
         input_wait_s=progress.input_wait_s + float(sums["input_wait_s"]),
     )
     noise, noise_fields = _noise(run, progress.noise, sums)
     progress = progress._replace(noise=noise)
-    span = row.first_example, row.batch_size, row.update, run.plan.train_examples
-    if not run.config.log_every.due(*span) and progress.updates < run.plan.num_updates:
+    if not log_every.due(*span(run, row)) and progress.updates < run.plan.num_updates:
         return progress
-    train_loss = progress.loss_sum / progress.loss_examples
+    train_loss = progress.loss_sum / progress.loss_count
     rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
     speed = {"examples_per_s": round(rate, 1), "input_wait_s": round(progress.input_wait_s, 6)}
-    log.write(position(run, row) | {"train_loss": train_loss, **speed, **noise_fields})
+    write(position(run, row) | {"train_loss": train_loss, **speed, **noise_fields})
     return progress._replace(
         loss_sum=0.0,
+        loss_count=0.0,
         loss_examples=0.0,
         input_wait_s=0.0,
         record_seconds=now_s,
@@ -105,6 +113,11 @@ def _noise(
     return smoothed, gradient_noise.log_fields(smoothed, estimate)
 
 
+def span(run: Run, row: Row) -> tuple[int, int, int, int]:
+    """What an interval asks of an update."""
+    return row.first_example, row.batch_size, row.update, run.plan.train_examples
+
+
 def position(run: Run, row: Row) -> dict[str, Any]:
     """What every record of the log says of the time at which it was written."""
     examples = row.first_example + row.batch_size
@@ -121,7 +134,7 @@ def position(run: Run, row: Row) -> dict[str, Any]:
 def memory_line(run: Run) -> str:
     """What a run needs on each device, in one line for the user."""
     needs = {name: f"{size / memory.MIB:,.1f}" for name, size in run.programs.device_bytes.items()}
-    largest = run.layout.devices * run.layout.shapes[0] // run.mesh.size
+    largest = run.microbatch_examples_per_device
     return (
         f"microbatches of up to {largest:,} examples a device; MiB a device: parameters, "
         f"statistics and optimizer {needs['state']}, with accumulate {needs['accumulate']}, with "
@@ -129,14 +142,39 @@ def memory_line(run: Run) -> str:
     )
 
 
-def evaluation_line(run: Run, row: Row, progress: Progress, test: dict[str, float]) -> str:
+def evaluation_line(run: Run, row: Row, progress: Progress, test: Mapping[str, float]) -> str:
     """An evaluation in one line for the user."""
     epoch = (row.first_example + row.batch_size) / run.plan.train_examples
+    results = "".join(f", {in_words(name, value)}" for name, value in test.items())
     return (
         f"epoch {epoch:.4g} of {run.plan.epochs:g}, update {row.update + 1:,} of "
         f"{run.plan.num_updates:,}, batch size {row.batch_size:,}: train loss "
-        f"{progress.train_loss:.4g}, test loss {test['test_loss']:.4g}, test accuracy "
-        f"{test['test_accuracy']:.2%}"
+        f"{progress.train_loss:.4g}{results}"
+    )
+
+
+def in_words(name: str, value: float) -> str:
+    """A result such as `test_accuracy`, for the user.
+
+    >>> in_words("test_accuracy", 0.97222), in_words("test_perplexity", 12.3456)
+    ('test accuracy 97.22%', 'test perplexity 12.35')
+    """
+    shown = f"{value:.2%}" if name.endswith("accuracy") else f"{value:.4g}"
+    return f"{name.replace('_', ' ')} {shown}"
+
+
+def main_metric(result: Mapping[str, Any]) -> str:
+    """The name of the result that a run is judged by: its task's first metric, or a loss."""
+    tested = [name for name in result if name.startswith("test_")]
+    return next((name for name in tested if name != "test_loss"), (*tested, "train_loss")[0])
+
+
+def result_line(result: Mapping[str, Any]) -> str:
+    """The end of a run in one line for the user: its main metric, its updates, its seconds."""
+    main = main_metric(result)
+    return (
+        f"{in_words(main, result[main])} after {result['updates']} updates, {result['examples']} "
+        f"examples, {result['seconds']:.1f} s"
     )
 
 

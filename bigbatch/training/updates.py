@@ -12,16 +12,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import distributed
-from bigbatch.engine import functions as step
+from bigbatch.engine import functions
 from bigbatch.engine.task import Sums
 from bigbatch.layout import memory
+from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.course import Course
 from bigbatch.schedule.plan import Row
 from bigbatch.training import microbatches
 from bigbatch.training.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.training.preemption import StopRequest
 from bigbatch.training.prefetch import Prefetch
-from bigbatch.training.run import Updates
+from bigbatch.training.programs import precision
+from bigbatch.training.run import Run
 from bigbatch.training.watch import Watchdog
 
 # What did not fit into the memory, and what to try.
@@ -34,14 +36,14 @@ _UPDATE = (
 
 
 def updates(
-    run: Updates,
-    state: step.State,
+    run: Run,
+    state: functions.State,
     first_update: int,
     course: Course | None = None,
     watchdog: Watchdog | None = None,
     stop: StopRequest | None = None,
-    use: Callable[[Any, step.State], None] = lambda run, state: None,
-) -> Generator[tuple[Row, step.State, Sums], None, None]:
+    use: Callable[[Any, functions.State], None] = lambda run, state: None,
+) -> Generator[tuple[Row, functions.State, Sums], None, None]:
     """Runs the plan from an update on.
 
     Where a microbatch does not fit into the devices' memory, its update begins again with
@@ -50,7 +52,7 @@ def updates(
     run ends: the others may have finished that update.
 
     Args:
-      run: from `run.prepare` or `own_task.prepare_task`.
+      run: from `prepare`.
       state: the state before that update; its buffers are given away.
       first_update: its number.
       course: of an adaptive run. The measurement of each update goes into it before the one after
@@ -82,19 +84,19 @@ def updates(
 
 
 def _updates(
-    run: Updates,
-    state: step.State,
+    run: Run,
+    state: functions.State,
     first_update: int,
     course: Course,
     watchdog: Watchdog,
     stop: StopRequest,
-) -> Generator[tuple[Row, step.State, Sums], None, tuple[step.State, int] | None]:
+) -> Generator[tuple[Row, functions.State, Sums], None, tuple[functions.State, int] | None]:
     """The updates with one layout, as far as the memory allows.
 
     Returns:
       Where a microbatch did not fit, the state before its update and that update's number.
     """
-    precision = jax.tree.leaves(state.params)[0].dtype
+    dtype = precision(state)
     accumulator = run.programs.empty_accumulator()
     update, known = first_update, course.known_updates
     untried = set(run.programs.accumulate)
@@ -111,13 +113,16 @@ def _updates(
                 if total is None:
                     return state, update
                 hyper = {
-                    name: _scalar(row.hyper[name], precision, run.mesh) for name in run.hyper_names
+                    name: _scalar(row.hyper[name], dtype, run.mesh)
+                    for name in run.optimizer.hyper_names
                 }
                 try:
                     state, accumulator, sums = run.programs.apply_update(state, total, hyper)
                 except jax.errors.JaxRuntimeError as error:
                     raise memory.exhausted(error, *_UPDATE) from error
-                if run.programs.reproducible_unit_examples is None or bool(sums[step.IS_EXACT]):
+                if run.programs.reproducible_unit_examples is None or bool(
+                    sums[functions.IS_EXACT]
+                ):
                     break
                 # A bound of the sums had failed and was raised; nothing else has changed.
                 source = _made(run, row)
@@ -132,15 +137,15 @@ def _updates(
 
 
 def _accumulate(
-    run: Updates,
+    run: Run,
     row: Row,
-    state: step.State,
-    accumulator: step.Accumulator,
+    state: functions.State,
+    accumulator: functions.Accumulator,
     source: Iterator[tuple[int, Any]],
     untried: set[int],
     watchdog: Watchdog,
     stop: StopRequest,
-) -> step.Accumulator | None:
+) -> functions.Accumulator | None:
     """The sums of an update's microbatches; None where one of them did not fit.
 
     `untried` are the sizes that have not been computed yet; those that are here leave it.
@@ -166,7 +171,9 @@ def _accumulate(
         is_first_of_any |= is_first
         untried.discard(size)
         try:
-            accumulator = run.programs.accumulate[size](state, accumulator, examples, *addends)
+            accumulator = run.programs.accumulate[size](
+                state, accumulator, examples, run.frozen, *addends
+            )
             # The first of its size is waited for: if it does not fit that shows here, while the
             # state before the update still stands.
             if is_first or (one_at_a_time and holds_collective):
@@ -193,11 +200,13 @@ def _scalar(value: float, dtype: np.dtype, mesh: Mesh) -> np.ndarray | jax.Array
     """
     scalar = np.asarray(value, dtype)
     return (
-        scalar if mesh.size == 1 else distributed.put(scalar, NamedSharding(mesh, step.REPLICATED))
+        scalar
+        if mesh.size == 1
+        else distributed.put(scalar, NamedSharding(mesh, functions.REPLICATED))
     )
 
 
-def _made(run: Updates, row: Row) -> Iterator[tuple[int, Any]]:
+def _made(run: Run, row: Row) -> Iterator[tuple[int, Any]]:
     """The microbatches of an update, made when they are asked for."""
     for part in run.layout.microbatches(row.batch_size):
         request = microbatches.Request(row.first_example + part.offset_examples, part)
@@ -207,3 +216,16 @@ def _made(run: Updates, row: Row) -> Iterator[tuple[int, Any]]:
 def waits_for() -> str:
     """What a call that is not done waits for."""
     return "device" if jax.process_count() == 1 else "other host"
+
+
+def fit(run: Run) -> functions.State:
+    """The state at the end of a run's plan, trained without a directory.
+
+    Nothing is logged or saved; `updates` gives the state after every update.
+    """
+    course = Course(run.plan, run.controller)
+    final = first = run.first_state()
+    for _, final, sums in updates(run, first, 0, course):  # noqa: B007 - the last is the result
+        if run.controller is not None:
+            course.observe(gradient_noise.measurement_of(jax.device_get(sums)))
+    return final

@@ -313,13 +313,3 @@ def _pieces(packed: np.ndarray) -> dict[str, np.ndarray]:
     """Bytes as the arrays that are written, in the order of their names; they share its memory."""
     begins = range(0, len(packed), _PIECE_BYTES)
     return {f"{number:06}": packed[b : b + _PIECE_BYTES] for number, b in enumerate(begins)}
-
-
-def params_sha256(params: Any) -> str:
-    """A hash of the parameters' names, shapes, dtypes and bytes."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype};".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()

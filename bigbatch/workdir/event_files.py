@@ -11,14 +11,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.data.records.tfrecord import framed
+from bigbatch.data.tfrecord import framed
 
 _AXES = {"updates": "update", "examples": "examples"}
-_METRICS = ("test_accuracy", "test_loss", "train_loss")
 # Records go to the files in groups, so many or so old: readers see whole ones.
 _MOST_WAITING = 128
 _LONGEST_WAIT_S = 10.0
@@ -31,11 +30,18 @@ class EventFiles:
       directory: gets a directory for each axis.
       last_update: updates done at the checkpoint from which the run goes on; 0 at its start.
       last_example: examples seen at that point.
-      config: the config's nested values, shown as hyperparameters.
+      config: nested plain values, shown as hyperparameters.
+      metrics: names of the scalars that are shown beside them.
     """
 
     def __init__(
-        self, directory: Path, *, last_update: int, last_example: int, config: Mapping[str, Any]
+        self,
+        directory: Path,
+        *,
+        last_update: int,
+        last_example: int,
+        config: Mapping[str, Any],
+        metrics: Sequence[str],
     ):
         # Imported by runs that log, and by nothing else. It needs no TensorFlow.
         from tensorboardX.proto import event_pb2, summary_pb2
@@ -59,7 +65,7 @@ class EventFiles:
                 event_pb2.Event(wall_time=now_s, file_version="brain.Event:2"),
                 event_pb2.Event(wall_time=now_s, step=first[axis], session_log=start),
             ]
-            settings = hparams(dict(_flat(config)), dict.fromkeys(_METRICS, 0.0))
+            settings = hparams(dict(_flat(config)), dict.fromkeys(metrics, 0.0))
             events += [event_pb2.Event(wall_time=now_s, summary=setting) for setting in settings]
             self._waiting[axis] = [framed(event.SerializeToString()) for event in events]
         self.sync()

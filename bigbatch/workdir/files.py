@@ -1,7 +1,9 @@
 """The working directory of a run: which files it holds, and how they are written.
 
     config.json     the config as it was read, with the experiment's name
+    run.json        what decides the run's result, the names of its metrics, versions
     plan.json       the plan; the truth for every resume
+    source/         copies of the config file and of the modules beside it, for the record
     metrics.jsonl   one JSON object a line
     tensorboard/    the same for TensorBoard
     result.json     written last: the run is finished
@@ -10,20 +12,16 @@
     critical/       branches of `bigbatch critical`, and what they show
     programs/       compiled programs, where --compilation-cache names it
 
-Files are replaced atomically, so a kill at any moment leaves the old one or the new one.
+Every file is put whole (`storage`), so a kill at any moment leaves the old one or the new one.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bigbatch.errors import Problem, RunError, UserError
-
-_TEMPORARY_SUFFIX = ".being-written"
+from bigbatch.errors import Problem, UserError
+from bigbatch.workdir import storage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +35,8 @@ class Workdir:
     path: Path
 
     config = property(lambda self: self.path / "config.json")
+    run = property(lambda self: self.path / "run.json")
+    source = property(lambda self: self.path / "source")
     plan = property(lambda self: self.path / "plan.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     tensorboard = property(lambda self: self.path / "tensorboard")
@@ -52,14 +52,7 @@ class Workdir:
         Raises:
           UserError: it is a file, cannot be made, or holds something else.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            allowed = f"a directory that can be made and written ({error.strerror})"
-            raise UserError(Problem("workdir", str(self.path), allowed)) from error
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            allowed = "a directory that can be written (permission denied)"
-            raise UserError(Problem("workdir", str(self.path), allowed))
+        storage.claim(self.path, "workdir")
         self._refuse_foreign()
 
     def expect_run(self) -> None:
@@ -77,8 +70,7 @@ class Workdir:
 
     def _refuse_foreign(self) -> None:
         # The cache of compiled programs may be there before the run is.
-        found = [path for path in self.path.iterdir() if path != self.programs]
-        names = sorted(path.name for path in found if path.suffix != _TEMPORARY_SUFFIX)
+        names = [name for name in storage.listed(self.path) if name != self.programs.name]
         if names and not self.config.exists():
             allowed = (
                 "a new or empty directory, or the directory of a run; this one holds "
@@ -87,40 +79,13 @@ class Workdir:
             raise UserError(Problem("workdir", str(self.path), allowed))
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """While a file of a run is written.
-
-    Raises:
-      RunError: the file system does not take it.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror}): make room or mend the permissions, and "
-            "give the same command again"
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file atomically; after a power loss too it holds the old or the new text.
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a file by indented JSON, whole.
 
     Raises:
       RunError: it cannot be written; the old one is as it was.
     """
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
-    with writing(path):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces a file by indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    storage.put(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -130,6 +95,6 @@ def read_json(path: Path) -> Any:
       UserError: it cannot be read or is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(storage.read(path))
     except (OSError, ValueError) as error:
         raise UserError(Problem("workdir", str(path), f"a readable JSON file ({error})")) from error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from bigbatch.workdir import files as workdir
+from bigbatch.workdir import storage
 from bigbatch.workdir.event_files import EventFiles
 
 
@@ -25,7 +25,7 @@ class MetricsLog:
     def __init__(self, path: Path | None, events: EventFiles | None = None):
         self._events = events
         self._path = Path(os.devnull) if path is None else path
-        with workdir.writing(self._path):
+        with storage.writing(self._path):
             self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._is_file = path is not None
 
@@ -35,7 +35,7 @@ class MetricsLog:
         Raises:
           RunError: it cannot be written.
         """
-        with workdir.writing(self._path):
+        with storage.writing(self._path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             if self._events is not None:
@@ -47,7 +47,7 @@ class MetricsLog:
         Raises:
           RunError: it cannot be written.
         """
-        with workdir.writing(self._path):
+        with storage.writing(self._path):
             if self._is_file:
                 os.fsync(self._file.fileno())
             if self._events is not None:
@@ -57,7 +57,7 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with workdir.writing(self._path):
+        with storage.writing(self._path):
             self._file.close()
             if self._events is not None:
                 self._events.close()
@@ -83,4 +83,4 @@ def truncate(path: Path, *, last_update: int, without_test: bool = False) -> Non
         again = without_test and update == last_update and "test_loss" in record
         if update <= last_update and not again:
             kept.append(line + "\n")
-    workdir.write_text(path, "".join(kept))
+    storage.put(path, "".join(kept))

@@ -1,81 +1,95 @@
 """What a working directory holds, against what is asked for now.
 
-What decides the result of a run (data, model, optimizer, seed, ghost batch, and the plan as far as
-it has been trained) must be what it was. What the hardware asks for, and how often is logged,
-evaluated and saved, may change at every start.
+A run is its *identity*, plain values by dotted name that decide the result, and its plan. The
+identity must be what it was, value for value as the run uses them; the plan as far as it has been
+trained. Everything else may differ at every start: the hardware, where files lie, how often is
+logged, evaluated and saved.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import jax
+from typing import Any
 
 from bigbatch import distributed
-from bigbatch.config.config import Config, read_config
-from bigbatch.config.fields import UNITS
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.plan import Plan
-from bigbatch.workdir.checkpoint import Checkpoints, params_sha256
-from bigbatch.workdir.files import Workdir, read_json, write_json, write_text
-
-if TYPE_CHECKING:
-    from bigbatch.engine.functions import State
-    from bigbatch.training.run import Run
+from bigbatch.workdir import storage
+from bigbatch.workdir.checkpoint import Checkpoints
+from bigbatch.workdir.files import Workdir, read_json, write_json
 
 # Processes with other versions may compute something else.
 _SAME_VERSIONS = ("bigbatch", "jax", "numpy", "optax")
-_INTERVALS = ("log_every", "evaluate_every", "checkpoint_every", "keep_every")
-# Fields that may change between two starts of a run.
-_FREE_FIELDS = {
-    "microbatch_examples_per_device",
-    "shard_optimizer",
-    "device_memory_bytes",
-    "evaluation_batch_examples",
-    "reestimate_examples",
-    "keep_checkpoints",
-    "data.directory",
-    # Where it lies; what it holds is compared.
-    "initial_params",
-    "experiment",
-    *(f"{interval}_{unit}" for interval in _INTERVALS for unit in UNITS),
-}
-# What a plan is made from: plans are compared instead. An adaptive run has no plan beforehand.
-_PLAN_FIELDS = {"epochs", "policy", "transformations"}
 
 
-def open_run(config: Config, files: Workdir, *, change_future: bool = False) -> Plan:
-    """Claims a working directory for a run, new or begun.
+def open_run(
+    files: Workdir,
+    identity: Mapping[str, Any],
+    plan: Plan,
+    *,
+    record: Mapping[str, Any],
+    metrics: Sequence[str] | None = None,
+    adaptive: bool = False,
+    change_future: bool = False,
+    sources: Sequence[Path] = (),
+) -> Plan:
+    """Claims a working directory for a run, new or begun. May be called again.
 
     Args:
-      config: what is asked for, from `network_file.identified`.
       files: the directory.
+      identity: what decides the result, beside the plan.
+      plan: what is asked for.
+      record: nested plain values for config.json, which nothing is decided by.
+      metrics: names of the task's metrics, the main one first; None where they are not known yet.
+      adaptive: whether the plan is made while the run goes on; then the directory's own counts.
       change_future: whether the plan may differ from the directory's after what has been trained.
+      sources: files of the user's that are copied for the record.
 
     With many processes all call it; process 0 writes, and the others read what it has written.
 
     Returns:
-      The plan to train: the directory's own where the config still gives the same.
+      The plan to train: the directory's own where the same is asked for.
 
     Raises:
       UserError: the directory cannot be used, or holds another run; nothing in it was changed.
     """
-    versions = {package: metadata.version(package) for package in _SAME_VERSIONS}
-    asked = {
-        **_flat(config.tree, {"data.directory", "initial_params"}),
-        "change-future": change_future,
-        "versions": versions,
-        **distributed.devices(),
-    }
-    distributed.agree(asked, "value")
+    identity = plain(identity)
+    versions = {package: _version(package) for package in _SAME_VERSIONS}
+    asked = {**flat(identity), "change-future": change_future, "versions": versions}
+    distributed.agree({**asked, **distributed.devices()}, "value")
     plans: list[Plan] = []
-    distributed.on_first(lambda: plans.append(_open(config, files, change_future)))
-    plan = distributed.together(lambda: plans[0] if plans else _of_first(files))
-    distributed.agree({"plan": plan.fingerprint}, "plan (a workdir that all processes see)")
-    return plan
+
+    def open_first() -> None:
+        files.claim()
+        chosen = plan
+        if files.config.exists():
+            check_same(files, identity)
+            if files.plan.exists():
+                begun = read_plan(files)
+                # What an adaptive run has decided, its checkpoint knows.
+                chosen = begun if adaptive else _continued(begun, plan, files, change_future)
+                if chosen is not begun:
+                    files.result.unlink(missing_ok=True)
+        described = {"bigbatch": versions["bigbatch"], "metrics": metrics, "identity": identity}
+        if metrics is None and files.run.exists():
+            described["metrics"] = read_json(files.run)["metrics"]
+        for path, value in ((files.config, plain(record)), (files.run, plain(described))):
+            if not path.exists() or read_json(path) != value:
+                write_json(path, value)
+        if not files.plan.exists() or chosen is plan:
+            storage.put(files.plan, chosen.to_json())
+        for source in sources:
+            storage.claim(files.source, "workdir")
+            storage.put(files.source / source.name, storage.read(source))
+        plans.append(chosen)
+
+    distributed.on_first(open_first)
+    chosen = distributed.together(lambda: plans[0] if plans else _of_first(files))
+    distributed.agree({"plan": chosen.fingerprint}, "plan (a workdir that all processes see)")
+    return chosen
 
 
 def _of_first(files: Workdir) -> Plan:
@@ -86,29 +100,6 @@ def _of_first(files: Workdir) -> Plan:
     return read_plan(files)
 
 
-def _open(config: Config, files: Workdir, change_future: bool) -> Plan:
-    """What `open_run` does on the process that writes."""
-    assert (config.initial_params is None) == (config.initial_params_sha256 is None), "identified"
-    files.claim()
-    tree = {"experiment": config.experiment, **config.tree}
-    plan = config.plan
-    if files.config.exists():
-        check_same(files, config)
-        if files.plan.exists():
-            begun = read_plan(files)
-            # What an adaptive run has decided, its checkpoint knows.
-            adaptive = config.controller is not None
-            plan = begun if adaptive else _continued(begun, config.plan, files, change_future)
-            if plan is begun:
-                if read_json(files.config) != tree:
-                    write_json(files.config, tree)
-                return plan
-            files.result.unlink(missing_ok=True)
-    write_json(files.config, tree)
-    write_text(files.plan, plan.to_json())
-    return plan
-
-
 def read_plan(files: Workdir) -> Plan:
     """The plan of a run.
 
@@ -116,93 +107,33 @@ def read_plan(files: Workdir) -> Plan:
       UserError: it cannot be read.
     """
     try:
-        return Plan.from_json(files.plan.read_text(encoding="utf-8"))
+        return Plan.from_json(storage.read(files.plan))
     except (OSError, UserError) as error:
         raise UserError(
             Problem("workdir", str(files.plan), f"a readable plan ({error})")
         ) from error
 
 
-def read_run_config(files: Workdir) -> Config:
-    """The config of the run in a working directory."""
-    tree = read_json(files.config)
-    experiment = tree.pop("experiment", "")
-    return read_config(tree, experiment)
+def whose(identity: Mapping[str, Any]) -> str:
+    """A name of a run: a hash of its identity."""
+    text = json.dumps(plain(identity), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def evaluate_run(files: Workdir) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a run, with the config and plan in its directory.
-
-    Returns:
-      `updates` done at the checkpoint, `test_loss` and `test_accuracy`.
+def check_same(files: Workdir, identity: Mapping[str, Any]) -> None:
+    """Refuses an identity that is not that of the run in a working directory.
 
     Raises:
-      UserError: there is no checkpoint yet, or a file is damaged.
+      UserError: with every value that differs; or an older version has begun the run.
     """
-    from bigbatch.training.evaluate import evaluate
-
-    run, state, updates = _newest(files)
-    return {"updates": updates, **evaluate(run, state)}
-
-
-def export_run(files: Workdir, out: Path) -> dict[str, Any]:
-    """Writes the newest checkpoint's network as plain arrays that NumPy alone can read.
-
-    Args:
-      files: the run's directory.
-      out: an npz file; `params/...` are the parameters, or their average where the optimizer keeps
-        one, `running_statistics/...` those of batch norm, each by its place in the network.
-
-    Returns:
-      `updates` done at the checkpoint, how many `arrays`, and the `params_sha256` of those written.
-
-    Raises:
-      UserError: there is no checkpoint yet, a file is damaged, or `out` cannot be written.
-    """
-    from bigbatch.engine.transformations import evaluation_params
-    from bigbatch.workdir import network_file
-
-    _, state, updates = _newest(files)
-    params = jax.device_get(evaluation_params(state.params, state.optimizer))
-    network = network_file.Network(params, jax.device_get(state.running_statistics))
-    arrays = network_file.write(out, network)
-    return {"updates": updates, "arrays": arrays, "params_sha256": params_sha256(params)}
-
-
-def _newest(files: Workdir) -> tuple["Run", "State", int]:
-    """The run in a directory, its newest state that is whole, and the updates done at it."""
-    from bigbatch.training.loop import restore
-    from bigbatch.training.run import prepare
-
-    run = prepare(read_run_config(files), read_plan(files))
-    with Checkpoints(files.checkpoints) as checkpoints:
-        state, progress = restore(run, checkpoints)
-    if progress.updates == 0:
-        allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
+    if not files.run.exists():
+        allowed = (
+            "a new workdir: this run was begun by bigbatch 0.1, whose records say less of it. "
+            "Finish it with that version, or `bigbatch export` its network with that version and "
+            "begin here with initial_params"
+        )
         raise UserError(Problem("workdir", str(files.path), allowed))
-    return run, state, progress.updates
-
-
-def whose(config: Config) -> str:
-    """A name of the run of a config: a hash of the fields that decide what it trains."""
-    fields = json.dumps(
-        _flat(config.tree, _FREE_FIELDS | _PLAN_FIELDS), sort_keys=True, default=str
-    )
-    return hashlib.sha256(fields.encode()).hexdigest()
-
-
-def check_same(files: Workdir, config: Config) -> None:
-    """Refuses a config that trains something else than the run in a working directory.
-
-    Plans are not compared here; the policy of an adaptive run is.
-
-    Raises:
-      UserError: with every field that differs.
-    """
-    trees = read_json(files.config), config.tree
-    adaptive = any(tree.get("policy", {}).get("name") == "adaptive" for tree in trees)
-    free = _FREE_FIELDS if adaptive else _FREE_FIELDS | _PLAN_FIELDS
-    before, now = (_flat(tree, free) for tree in trees)
+    before, now = flat(read_json(files.run)["identity"]), flat(plain(identity))
     problems = [
         Problem(
             name,
@@ -217,18 +148,26 @@ def check_same(files: Workdir, config: Config) -> None:
         raise UserError(problems)
 
 
-def _flat(tree: Mapping[str, Any], free: Set[str], prefix: str = "") -> dict[str, Any]:
-    """The fields that are not free, by dotted name."""
+def plain(value: Any) -> Any:
+    """Values as they come back from JSON; what JSON does not know, in words."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested groups, by dotted name."""
     fields: dict[str, Any] = {}
     for name, value in tree.items():
-        dotted = f"{prefix}{name}"
-        if dotted in free:
-            continue
         if isinstance(value, Mapping):
-            fields |= _flat(value, free, f"{dotted}.")
+            fields |= flat(value, f"{prefix}{name}.")
         else:
-            fields[dotted] = value
+            fields[f"{prefix}{name}"] = value
     return fields
+
+
+@functools.cache
+def _version(package: str) -> str:
+    """Of a package; the search for one takes milliseconds."""
+    return metadata.version(package)
 
 
 def _continued(begun: Plan, asked: Plan, files: Workdir, change_future: bool) -> Plan:

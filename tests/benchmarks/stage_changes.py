@@ -38,7 +38,7 @@ def config():
 def rates(run) -> dict[int, np.ndarray]:
     """Examples a second of every update of one training, by batch size, in order."""
     with tempfile.TemporaryDirectory() as directory:
-        train.train(run, Path(directory))
+        trained.train(run, Path(directory))
         lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if "train_loss" in record]
     found: dict[int, list[float]] = {}

@@ -132,7 +132,7 @@ def measure(name: str) -> dict:
         with tempfile.TemporaryDirectory() as directory:
             train.updates = instead_of_updates
             try:
-                train.train(run, Path(directory))
+                trained.train(run, Path(directory))
             except EndError:
                 pass
             finally:

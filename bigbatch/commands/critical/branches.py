@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,10 @@ import numpy as np
 from bigbatch.commands.critical.fit import reached_after
 from bigbatch.commands.critical.table import Noise
 from bigbatch.engine.functions import State
+from bigbatch.engine.task import COUNT
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.plan import Plan, Row
-from bigbatch.training.run import Run, training_input
+from bigbatch.training.run import Run
 from bigbatch.training.updates import updates
 
 # The noise at a checkpoint: small batches to an update on each device, epochs at most, and the
@@ -57,10 +58,10 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
       row: an update of the run's plan, for the other hyperparameters.
     """
     total = run.plan.train_examples
-    size = noise_batch_size(run.config.microbatch_unit_examples, run.mesh.size, total)
+    size = noise_batch_size(run.unit_examples, run.mesh.size, total)
     plan = constant_plan(run.plan, row, size, 0.0, _NOISE_EPOCHS)
-    smoothed, loss, count = gradient_noise.Smoothed(), 0.0, 0.0
-    with contextlib.closing(_updates(run, state, plan, seed=run.config.seed)) as parts:
+    smoothed, loss, count, examples = gradient_noise.Smoothed(), 0.0, 0.0, 0
+    with contextlib.closing(_updates(run, state, plan, seed=run.seed)) as parts:
         for _, _, sums in parts:
             measured = gradient_noise.measurement_of(sums)
             assert measured is not None, "the run was prepared to measure"
@@ -71,10 +72,11 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
                 # The parameters stay: nothing grows old.
                 memory_examples=1e6 * total,
             )
-            loss, count = loss + float(sums["loss"]), count + float(sums["count"])
+            loss, count = loss + float(sums[run.task.minimised]), count + float(sums[COUNT])
+            examples += size
             scale, error = smoothed.noise_scale, smoothed.standard_error
             known = scale is not None and error is not None and error < _NOISE_ERROR * scale
-            if known and smoothed.effective_updates > _NOISE_UPDATES and count >= total:
+            if known and smoothed.effective_updates > _NOISE_UPDATES and examples >= total:
                 break
     return Noise(loss / count, smoothed.noise_scale, smoothed.standard_error, smoothed.status)
 
@@ -100,7 +102,7 @@ def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) ->
             if row.update + 1 < min(look, plan.num_updates):
                 continue
             for read in unread:
-                _read(done, read)
+                _read(done, read, run.task.minimised)
             unread, look = [], row.update + 2 + int(_LOOK_SHARE * row.update)
             finite = math.isfinite(done.losses[-1])
             if not finite or reached_after(done.losses, size, target_loss) is not None:
@@ -108,9 +110,9 @@ def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) ->
     return done
 
 
-def _read(done: Branch, sums: Any) -> None:
+def _read(done: Branch, sums: Any, minimised: str) -> None:
     """Adds an update's numbers to a branch."""
-    done.losses.append(float(sums["loss"]) / float(sums["count"]))
+    done.losses.append(float(sums[minimised]) / float(sums[COUNT]))
     measured = gradient_noise.measurement_of(sums)
     estimate = None if measured is None else gradient_noise.estimate(measured)
     if estimate is not None:
@@ -135,16 +137,5 @@ def constant_plan(
 def _updates(run: Run, state: State, plan: Plan, seed: int) -> Any:
     """The updates of a plan from a copy of a state on, on examples in the order of a seed."""
     # The first update is given its state's buffers.
-    return updates(_with_seed(run, plan, seed), jax.tree.map(jnp.copy, state), 0)
-
-
-def _with_seed(run: Run, plan: Plan, seed: int) -> Run:
-    """The run with another plan, and its examples in another order."""
-    config = dataclasses.replace(run.config, seed=seed % _MAX_WORD)
-    return dataclasses.replace(
-        run,
-        plan=plan,
-        controller=None,
-        microbatch=training_input(config, run.data, run.layout, run.mesh),
-        smaller=lambda: _with_seed(cast(Run, run.smaller()), plan, seed),
-    )
+    own = jax.tree.map(jnp.copy, state)
+    return updates(run.again(plan=plan, seed=seed % _MAX_WORD), own, 0)

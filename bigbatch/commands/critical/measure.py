@@ -21,10 +21,11 @@ made for the same question, is not run again.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from bigbatch.checks import Checks
@@ -37,15 +38,11 @@ from bigbatch.commands.critical.branches import (
     noise_batch_size,
 )
 from bigbatch.commands.critical.table import Noise, Point, SizeResult
-from bigbatch.config.assemble import load_data
-from bigbatch.config.config import Config
-from bigbatch.data.records.record_set import RecordSet
-from bigbatch.data.sets import DataSet
-from bigbatch.engine.functions import State, data_mesh
+from bigbatch.engine.functions import State
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
 from bigbatch.schedule.plan import Plan
-from bigbatch.training.run import Run, prepare
+from bigbatch.training.run import Run
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir, read_json, write_json
 from bigbatch.workdir.resume import read_plan, whose
@@ -72,13 +69,13 @@ class Asked:
     most_epochs: float = 40.0
     lr_factors: tuple[float, ...] = (1.0,)
 
-    def check(self, config: Config) -> None:
-        """Makes sure that a run of the config can be asked that.
+    def check(self, identity: Mapping[str, Any]) -> None:
+        """Makes sure that a run with that identity can be asked that.
 
         Raises:
           UserError: with every mistake.
         """
-        checks, ghost = Checks(), config.ghost_batch_examples
+        checks, ghost = Checks(), identity["ghost_batch_examples"]
         for size in self.sizes or ():
             allowed = f"a multiple of the {ghost} examples of a ghost batch"
             nearest = max(1, round(size / ghost)) * ghost
@@ -94,19 +91,18 @@ class Asked:
         checks.number("most_epochs", self.most_epochs, "a number of epochs above 0", above=0)
         for factor in self.lr_factors:
             checks.number("lr_factors", factor, "numbers above 0", above=0)
-        name = config.tree["optimizer"]["name"]
+        optimizer = identity["optimizer"]
+        name = optimizer if isinstance(optimizer, str) else optimizer["name"]
         allowed = "one of " + ", ".join(_OPTIMIZERS) + ": the branches' learning rate is SGD's rule"
         checks.require(name in _OPTIMIZERS, "optimizer.name", name, allowed)
-        allowed = "False: the noise is measured between ghost batches"
-        checks.require(not config.full_batch_norm, "full_batch_norm", True, allowed, False)
         allowed = "False, or True in a run with noise_small_batch_examples"
-        measures = config.noise_small_batch_examples is not None
-        checks.require(measures or not config.reproducible, "reproducible", True, allowed, False)
+        fits = identity["noise_small_batch_examples"] or not identity["reproducible"]
+        checks.require(bool(fits), "reproducible", True, allowed, False)
         checks.done()
 
 
 def measure(
-    config: Config,
+    prepared: Callable[..., Run],
     files: Workdir,
     asked: Asked,
     at_updates: Sequence[int] | None = None,
@@ -115,8 +111,8 @@ def measure(
     """Branches from the checkpoints of a run.
 
     Args:
-      config: of the run in the working directory; the noise is measured between its small batches,
-        or its ghost batches where it has none.
+      prepared: prepares the run in the working directory with other options of `prepare`. The
+        noise is measured between its small batches, or its ghost batches where it has none.
       files: the directory; the branches are kept in its `critical`.
       asked: what to find out.
       at_updates: the checkpoints to branch from, by the updates done; None for all but one at the
@@ -129,11 +125,12 @@ def measure(
     Raises:
       UserError: there is no such checkpoint, or the run cannot be asked that.
     """
-    asked.check(config)
+    identity = read_json(files.run)["identity"]
+    asked.check(identity)
     plan = read_plan(files)
     with Checkpoints(files.checkpoints) as checkpoints:
         at_updates = _there(files, checkpoints, plan, at_updates)
-        bench = _Bench(config, files, plan, checkpoints, asked, say)
+        bench = _Bench(prepared, identity, files, plan, checkpoints, asked, say)
         noises = [bench.noise(update) for update in at_updates]
         sizes = [bench.sizes(noise) for noise in noises]
         # One layout for all: nothing is compiled for each.
@@ -169,18 +166,20 @@ class _Bench:
 
     def __init__(
         self,
-        config: Config,
+        prepared: Callable[..., Run],
+        identity: Mapping[str, Any],
         files: Workdir,
         plan: Plan,
         checkpoints: Checkpoints,
         asked: Asked,
         say: Callable[[str], None],
     ):
-        self._config, self._files, self._plan = config, files, plan
+        self._prepare, self._identity, self._files, self._plan = prepared, identity, files, plan
         self._checkpoints, self._asked, self._say = checkpoints, asked, say
         self.all_sizes: tuple[int, ...] = ()
-        unit = config.noise_small_batch_examples
-        self._small_batch_examples = unit or config.ghost_batch_examples
+        self._ghost_batch_examples = identity["ghost_batch_examples"]
+        unit = identity["noise_small_batch_examples"]
+        self._small_batch_examples = unit or self._ghost_batch_examples
         # Where everything is done already, nothing is loaded or compiled.
         self._run = functools.lru_cache(maxsize=2)(self._prepared)
         self._state = functools.lru_cache(maxsize=1)(self._restored)
@@ -200,7 +199,7 @@ class _Bench:
             return ()
         if self._asked.sizes is not None:
             return tuple(sorted({int(size) for size in self._asked.sizes}))
-        unit, total = self._config.ghost_batch_examples, self._plan.train_examples
+        unit, total = self._ghost_batch_examples, self._plan.train_examples
         return tuple(critical_batch.spread_sizes(noise.scale, unit, total))
 
     def point(self, update: int, noise: Noise, sizes: Sequence[int]) -> Point:
@@ -249,7 +248,7 @@ class _Bench:
             question = {
                 "batch_size": size,
                 "learning_rate": rate,
-                "seed": self._config.seed + 1 + number,
+                "seed": self._identity["seed"] + 1 + number,
                 "target_loss": target,
                 "most_epochs": self._asked.most_epochs,
             }
@@ -280,7 +279,7 @@ class _Bench:
         self, update: int, name: str, question: dict[str, Any], make: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         """What a file says if it was made for the same question; else it is made."""
-        question = {**question, "run": whose(self._config), "plan": self._plan.fingerprint}
+        question = {**question, "run": whose(self._identity), "plan": self._plan.fingerprint}
         path: Path = self._files.critical / f"update_{update}" / f"{name}.json"
         if path.exists():
             kept = read_json(path)
@@ -293,30 +292,16 @@ class _Bench:
 
     def _prepared(self, sizes: tuple[int, ...]) -> Run:
         """The run, measuring noise, with a layout for these batch sizes."""
-        config = dataclasses.replace(
-            self._config,
-            noise_small_batch_examples=self._small_batch_examples,
-            controller=None,
+        small, total = self._small_batch_examples, self._plan.train_examples
+        noise_size = noise_batch_size(small, jax.device_count(), total)
+        return self._prepare(
+            noise_small_batch_examples=small, batch_sizes=np.array([noise_size, *sizes], np.int64)
         )
-        mesh = data_mesh()
-        noise_size = noise_batch_size(
-            self._small_batch_examples, mesh.size, self._plan.train_examples
-        )
-        plan = dataclasses.replace(
-            self._plan,
-            batch_sizes=np.array([noise_size, *sizes], np.int64),
-            hypers={name: column[:1] for name, column in self._plan.hypers.items()},
-        )
-        return prepare(config, plan, mesh, self._data)
 
     def _restored(self, update: int) -> State:
         """The state at a checkpoint, on the devices."""
         run = self._run(())
-        like = run.programs.unite(run.init_state())
-        found = self._checkpoints.restore(like, whose(self._config), at=update)
+        like = run.programs.checkpoint_shapes
+        found = self._checkpoints.restore(like, whose(self._identity), at=update)
         assert found is not None, "it was listed"
         return run.on_devices(found.state)
-
-    @functools.cached_property
-    def _data(self) -> DataSet | RecordSet:
-        return load_data(self._config)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigbatch.commands.critical.fit import Fit, Intervals
-from bigbatch.workdir.files import write_json, write_text
+from bigbatch.workdir import storage
+from bigbatch.workdir.files import write_json
 
 _HEADER = (
     "batch size",
@@ -105,7 +106,7 @@ def write(points: Sequence[Point], directory: Path) -> str:
     """
     write_json(directory / "critical.json", [_plain(point) for point in points])
     sections = [section(point) for point in points]
-    write_text(directory / "critical.md", "\n\n".join(sections) + "\n")
+    storage.put(directory / "critical.md", "\n\n".join(sections) + "\n")
     return sections[-1]
 
 

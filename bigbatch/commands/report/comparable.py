@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bigbatch.commands.report.runs import Run
+from bigbatch.commands.report.runs import LoggedRun
 
 
-def within(name: str, runs: Sequence[Run]) -> Iterator[str]:
+def within(name: str, runs: Sequence[LoggedRun]) -> Iterator[str]:
     """What speaks against taking runs as repetitions of one experiment, a sentence each."""
     finished = sum(run.finished for run in runs)
     if 0 < finished < len(runs):
@@ -27,7 +27,7 @@ def within(name: str, runs: Sequence[Run]) -> Iterator[str]:
         yield f"{name}: its runs have different plans; they are not one experiment."
 
 
-def between(name: str, run: Run, reference_name: str, reference: Run) -> Iterator[str]:
+def between(name: str, run: LoggedRun, reference_name: str, reference: LoggedRun) -> Iterator[str]:
     """What speaks against comparing an experiment with the reference, a sentence each.
 
     Args:
@@ -54,7 +54,7 @@ def between(name: str, run: Run, reference_name: str, reference: Run) -> Iterato
             )
 
 
-def config_differences(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
+def config_differences(runs: Sequence[LoggedRun]) -> dict[str, tuple[str, ...]]:
     """The config fields that are not the same in all runs.
 
     Args:
@@ -68,7 +68,7 @@ def config_differences(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
     return {field: tuple(c.get(field, "-") for c in configs) for field in _differing(runs)}
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
+def _differing(runs: Sequence[LoggedRun]) -> list[str]:
     configs = [_flat(run.config) for run in runs]
     fields = dict.fromkeys(field for config in configs for field in config)
     return [field for field in fields if len({config.get(field) for config in configs}) > 1]

@@ -32,7 +32,7 @@ def bin_means(training: Columns, field: str, edges_examples: np.ndarray) -> np.n
     that range, the record counts with that part.
 
     Args:
-      training: `Run.training`, float64[records] a field.
+      training: `LoggedRun.training`, float64[records] a field.
       field: the field to average, e.g. "train_loss".
       edges_examples: float64[bins + 1], rising, in examples.
 

@@ -4,7 +4,9 @@ Matplotlib is imported when the first figure is drawn, and used without its glob
 """
 
 import dataclasses
+import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bigbatch.commands.report.runs import Columns
-from bigbatch.commands.report.summary import Experiment, Summary
+from bigbatch.commands.report.summary import Curve, Experiment, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito (2008): told apart with every common colour blindness; the last is a dark red in
 # place of their yellow, which is faint on white. The reference is grey.
@@ -82,63 +83,42 @@ def styles(summary: Summary) -> dict[str, Style]:
 Panel = Callable[["Axes", Summary], None]
 
 
-def loss_by_epochs(axes: "Axes", summary: Summary) -> None:
-    """Training loss against epochs."""
-    _loss(axes, summary, "epochs")
-    axes.set(title="Training loss, by epochs", xlabel="epochs")
-
-
-def loss_by_updates(axes: "Axes", summary: Summary) -> None:
-    """Training loss against updates."""
-    _loss(axes, summary, "updates")
-    axes.set(title="Training loss, by updates", xlabel="updates")
-    _count_updates(axes)
-
-
-def accuracy_by_epochs(axes: "Axes", summary: Summary) -> None:
-    """Test accuracy against epochs."""
-    _accuracy(axes, summary, "epochs")
-    axes.set(title="Test accuracy (%), by epochs", xlabel="epochs")
-
-
-def accuracy_by_updates(axes: "Axes", summary: Summary) -> None:
-    """Test accuracy against updates."""
-    _accuracy(axes, summary, "updates")
-    axes.set(title="Test accuracy (%), by updates", xlabel="updates")
-    _count_updates(axes)
-
-
-def batch_size(axes: "Axes", summary: Summary) -> None:
-    """Batch size against epochs, of each experiment's first run."""
-    _schedule(axes, summary, "batch_size")
-    axes.set(title="Batch size (examples)", xlabel="epochs")
-
-
-def learning_rate(axes: "Axes", summary: Summary) -> None:
-    """Learning rate against epochs, of each experiment's first run."""
-    _schedule(axes, summary, "learning_rate")
-    axes.set(title="Learning rate", xlabel="epochs")
-
-
-def curve_gap(axes: "Axes", summary: Summary) -> None:
+def _curve_gap(axes: "Axes", summary: Summary) -> None:
     """The curve gap d/s in each epoch, with the band that it keeps to without a difference."""
-    compared = [e for e in summary.experiments if e.gap is not None]
-    for experiment, style in _styled(summary):
-        if experiment.gap is not None:
-            axes.plot(experiment.gap.epochs + 0.5, experiment.gap.gaps, **_line(style))
-    bands = {round(e.gap.expected_rms, 6) for e in compared if e.gap is not None}
-    for band in bands:
+    gaps = [(e.gap, style) for e, style in _styled(summary) if e.gap is not None]
+    for gap, style in gaps:
+        axes.plot(gap.epochs + 0.5, gap.gaps, **_line(style))
+    for band in {round(gap.expected_rms, 6) for gap, _ in gaps}:
         axes.axhspan(-2 * band, 2 * band, color=REFERENCE_COLOUR, alpha=0.18, linewidth=0)
     axes.axhline(0, color=REFERENCE_COLOUR, linewidth=2, zorder=1)
     axes.set_yscale("symlog", linthresh=4, linscale=2)
     ticks = [1, 2, 4, 10, 20, 50, 100, 200, 500, 1000]
-    highest = max((abs(e.gap.max) for e in compared if e.gap is not None), default=0.0)
+    highest = max(abs(gap.max) for gap, _ in gaps)
     shown = [tick for tick in ticks if tick <= max(4.0, 1.3 * highest)]
     axes.set_yticks([*(-t for t in reversed(shown)), 0, *shown])
     axes.set_yticklabels([f"{t:g}".replace("-", "\N{MINUS SIGN}") for t in axes.get_yticks()])
     axes.minorticks_off()
     title = f"Loss difference from {summary.reference.name}, in seed spreads"
     axes.set(title=title, xlabel="epochs")
+
+
+def panels(summary: Summary) -> dict[str, tuple[Panel, ...]]:
+    """Names of the PNG and SVG files and their panels, for all that there is to draw."""
+    found: dict[str, tuple[Panel, ...]] = {"growing_batch": _by_epochs_and_updates(_loss)}
+    if any(experiment.gap is not None for experiment in summary.experiments):
+        found["curve_gap"] = (_curve_gap,)
+    titles = {"batch_size": "Batch size (examples)", "learning_rate": "Learning rate"}
+    found["schedules"] = tuple(
+        functools.partial(_schedule, field=field, title=title) for field, title in titles.items()
+    )
+    if metric := summary.metric:
+        # Whatever a metric is called, its file lies beside the others.
+        found[re.sub(r"\W", "_", f"test_{metric.name}")] = _by_epochs_and_updates(_metric)
+    return found
+
+
+def _by_epochs_and_updates(panel: Callable[..., None]) -> tuple[Panel, ...]:
+    return tuple(functools.partial(panel, against=against) for against in ("epochs", "updates"))
 
 
 def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
@@ -152,11 +132,14 @@ def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context(_RC):
+        # A bare Figure needs no pyplot, hence no display and no choice of backend.
+        from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
         names = [_legend_text(experiment) for experiment in summary.experiments]
         columns = _legend_columns(names)
-        figure = _figure((10.0, 4.3 + 0.3 * math.ceil(len(names) / columns)))
+        height = 4.3 + 0.3 * math.ceil(len(names) / columns)
+        figure = Figure(figsize=(10.0, height), layout="constrained")
         grid = figure.subplots(1, len(panels), squeeze=False)
         for axes, panel in zip(grid[0], panels, strict=True):
             panel(axes, summary)
@@ -164,13 +147,6 @@ def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
         figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=12)
         figure.savefig(path, dpi=160, metadata={"Software": "bigbatch"})
         figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": "bigbatch"})
-
-
-def _figure(size: tuple[float, float]) -> "Figure":
-    # A bare Figure needs no pyplot, hence no display and no choice of backend.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
 
 
 def _legend_text(experiment: Experiment) -> str:
@@ -195,61 +171,69 @@ def _line(style: Style) -> dict[str, Any]:
 
 
 def _loss(axes: "Axes", summary: Summary, against: str) -> None:
-    for experiment, style in _styled(summary):
-        curves = experiment.curves
-        x = getattr(curves, against)
-        if len(experiment.runs) > 1:
-            axes.fill_between(
-                x, curves.low, curves.high, color=style.colour, alpha=0.2, linewidth=0
-            )
-        axes.plot(x, curves.loss, **_line(style))
-        _end(axes, x, curves.loss, style, against)
-    axes.set_yscale("log")
+    _curves(axes, summary, [e.loss_curve for e in summary.experiments], against, alpha=0.2)
+    axes.set(title=f"Training loss, by {against}", yscale="log")
 
 
-def _accuracy(axes: "Axes", summary: Summary, against: str) -> None:
-    shown = []
-    for experiment, style in _styled(summary):
-        curve = experiment.accuracies
+def _metric(axes: "Axes", summary: Summary, against: str) -> None:
+    _curves(axes, summary, [e.metric_curve for e in summary.experiments], against, alpha=0.12)
+    metric = summary.metrics[0]
+    unit = " (%)" if metric.percent else ""
+    axes.set(title=f"Test {metric.name}{unit}, by {against}", ylim=metric_limits(summary))
+
+
+def _curves(
+    axes: "Axes", summary: Summary, curves: Sequence[Curve], against: str, alpha: float
+) -> None:
+    """A line and a band for each experiment."""
+    for (experiment, style), curve in zip(_styled(summary), curves, strict=True):
         x = getattr(curve, against)
         if len(experiment.runs) > 1:
-            low, high = curve.mean - curve.sd, curve.mean + curve.sd
-            axes.fill_between(x, low, high, color=style.colour, alpha=0.12, linewidth=0)
+            axes.fill_between(
+                x, curve.low, curve.high, color=style.colour, alpha=alpha, linewidth=0
+            )
         axes.plot(x, curve.mean, **_line(style))
-        _end(axes, x, curve.mean, style, against)
-        shown.append(curve.mean)
-    values = np.concatenate(shown)
-    values = values[np.isfinite(values)]
-    if values.size:
-        # The first evaluations lie far below, and would flatten what the figure is for.
-        low = min(np.quantile(values, 0.2), min(v[-1] for v in shown if v.size))
-        high = values.max()
-        margin = max(high - low, 0.5) * 0.15
-        axes.set_ylim(low - margin, min(high + margin, 100.0 + margin / 3))
+        if against == "updates" and x.size:
+            # By epochs all end alike.
+            axes.plot(x[-1:], curve.mean[-1:], "o", color=style.colour, markersize=style.width + 4)
+    axes.set_xlabel(against)
+    if against == "updates":
+        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlim(left=0)
 
 
-def _end(axes: "Axes", x: np.ndarray, y: np.ndarray, style: Style, against: str) -> None:
-    """Marks where a run ends; by epochs all end alike."""
-    if against == "updates" and x.size:
-        axes.plot(x[-1:], y[-1:], "o", color=style.colour, markersize=style.width + 4)
+def metric_limits(summary: Summary) -> tuple[float, float] | None:
+    """The ends of the y axis for the main metric; None if it has no value.
+
+    The first evaluations lie far below the others, or above where the metric falls. They would
+    flatten what the figure is for.
+    """
+    means = [experiment.metric_curve.mean for experiment in summary.experiments]
+    shown = [values[np.isfinite(values)] for values in means if np.isfinite(values).any()]
+    if not shown:
+        return None
+    percent = summary.metrics[0].percent
+    sign = -1 if not percent and sum(values[-1] - values[0] for values in shown) < 0 else 1
+    values = sign * np.concatenate(shown)
+    low = min(np.quantile(values, 0.2), *(sign * own[-1] for own in shown))
+    high = values.max()
+    margin = 0.15 * (max(high - low, 0.5) if percent else high - low or abs(high) or 1.0)
+    ends = sorted((sign * (low - margin), sign * (high + margin)))
+    return ends[0], min(ends[1], 100.0 + margin / 3) if percent else ends[1]
 
 
-def _count_updates(axes: "Axes") -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.set_xlim(left=0)
-
-
-def _schedule(axes: "Axes", summary: Summary, field: str) -> None:
+def _schedule(axes: "Axes", summary: Summary, field: str, title: str) -> None:
+    """As logged by the first run of each experiment."""
     for experiment, style in _styled(summary):
         run = experiment.runs[0]
         positions, values = _thinned(run.training, field)
         # A record's value held since the record before.
         x = np.append(0.0, positions / run.train_examples)
         axes.plot(x, np.append(values[:1], values), drawstyle="steps-pre", **_line(style))
-    axes.set_yscale("log")
+    axes.set(title=title, xlabel="epochs", yscale="log")
     if field == "batch_size":
         axes.minorticks_off()
         ticks = _apart([run.training[field] for run in (e.runs[0] for e in summary.experiments)])

@@ -4,15 +4,17 @@ A *grid* is a row of points with their place on every x axis; a *series* is a ro
 grid; a *chart* is a list of series. `page.js` draws them.
 """
 
+import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from bigbatch.commands.report import timing
-from bigbatch.commands.report.figures import styles
-from bigbatch.commands.report.runs import Run
-from bigbatch.commands.report.summary import Experiment, Summary
+from bigbatch.commands.report.figures import metric_limits, styles
+from bigbatch.commands.report.runs import LoggedRun
+from bigbatch.commands.report.summary import Curve, Experiment, Summary
 
 AXES = ("epochs", "updates", "examples", "seconds")
 _MAX_POINTS = 400
@@ -27,23 +29,17 @@ def page_data(summary: Summary) -> dict[str, Any]:
 
     Returns:
       `axes`; `experiments`, each with name, colour, dashed and width; `charts`, each with id,
-      title, scale ("log" or "linear"), steps, percent, series, and for some bands and limits. A
+      title, scale ("log" or "linear"), steps, series, and for some bands and limits. A
       value that is not known is null.
     """
-    look = styles(summary)
     experiments = [
-        {
-            "name": experiment.name,
-            "colour": look[experiment.name].colour,
-            "dashed": look[experiment.name].dashed,
-            "width": round(min(look[experiment.name].width, 4.5), 2),
-        }
-        for experiment in summary.experiments
+        {"name": name, **dataclasses.asdict(style), "width": round(min(style.width, 4.5), 2)}
+        for name, style in styles(summary).items()
     ]
     charts = [
         _loss(summary),
         _gap(summary),
-        _accuracy(summary),
+        *_metric(summary),
         *_schedules(summary),
         _gradient_noise(summary),
         _throughput(summary),
@@ -60,7 +56,7 @@ def _chart(name: str, title: str, series: list[dict[str, Any]], **fields: Any) -
     return {"id": name, "title": title, **defaults, **fields, "series": series}
 
 
-def _grid(runs: tuple[Run, ...], examples: np.ndarray, updates: np.ndarray) -> dict[str, Any]:
+def _grid(runs: tuple[LoggedRun, ...], examples: np.ndarray, updates: np.ndarray) -> dict[str, Any]:
     """The points' places on every axis that is known."""
     columns = {
         "epochs": examples / runs[0].train_examples,
@@ -95,18 +91,23 @@ def _rounded(value: float) -> float | int | None:
 
 
 def _loss(summary: Summary) -> dict[str, Any]:
-    series = []
-    for number, experiment in enumerate(summary.experiments):
-        curves = experiment.curves
-        band = (curves.low, curves.high) if len(experiment.runs) > 1 else (None, None)
-        series.append(_series(number, _curve_grid(experiment), curves.loss, *band))
-    return _chart("loss", "Training loss", series, scale="log")
+    curves = [experiment.loss_curve for experiment in summary.experiments]
+    return _chart("loss", "Training loss", _curves(summary, curves), scale="log")
 
 
-def _curve_grid(experiment: Experiment) -> dict[str, Any]:
-    curves = experiment.curves
-    examples = curves.epochs * experiment.runs[0].train_examples
-    return _grid(experiment.runs, examples, curves.updates)
+def _curves(summary: Summary, curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """A series for each experiment whose curve has points."""
+    return [
+        _series(number, _curve_grid(experiment, curve), curve.mean, *band)
+        for number, (experiment, curve) in enumerate(zip(summary.experiments, curves, strict=True))
+        for band in [(curve.low, curve.high) if len(experiment.runs) > 1 else ()]
+        if curve.mean.size
+    ]
+
+
+def _curve_grid(experiment: Experiment, curve: Curve) -> dict[str, Any]:
+    examples = curve.epochs * experiment.runs[0].train_examples
+    return _grid(experiment.runs, examples, curve.updates)
 
 
 def _gap(summary: Summary) -> dict[str, Any]:
@@ -118,30 +119,15 @@ def _gap(summary: Summary) -> dict[str, Any]:
     return _chart("gap", title, series, bands=[[-b, b] for b in bands])
 
 
-def _accuracy(summary: Summary) -> dict[str, Any]:
-    series, shown = [], []
-    for number, experiment in enumerate(summary.experiments):
-        curve = experiment.accuracies
-        if not curve.mean.size:
-            continue
-        examples = curve.epochs * experiment.runs[0].train_examples
-        band = (
-            (curve.mean - curve.sd, curve.mean + curve.sd)
-            if len(experiment.runs) > 1
-            else (None, None)
-        )
-        grid = _grid(experiment.runs, examples, curve.updates)
-        series.append(_series(number, grid, curve.mean, *band))
-        shown.append(curve.mean[np.isfinite(curve.mean)])
-    fields: dict[str, Any] = {}
-    values = np.concatenate(shown) if shown else np.empty(0)
-    if values.size:
-        # The first evaluations lie far below, and would flatten what the figure is for.
-        low = min(np.quantile(values, 0.2), min(v[-1] for v in shown if v.size))
-        margin = 0.15 * max(values.max() - low, 0.5)
-        limits = np.array([low - margin, min(values.max() + margin, 100 + margin / 3)])
-        fields["limits"] = _plain(limits)
-    return _chart("accuracy", "Test accuracy, %", series, **fields)
+def _metric(summary: Summary) -> Iterator[dict[str, Any]]:
+    """The main metric, if anything was evaluated."""
+    series = _curves(summary, [experiment.metric_curve for experiment in summary.experiments])
+    limits = metric_limits(summary)
+    fields = {} if limits is None else {"limits": _plain(np.array(limits))}
+    if metric := summary.metric:
+        # An accuracy has a caption of its own.
+        name = "accuracy" if metric.percent else "metric"
+        yield _chart(name, f"Test {metric.name}{metric.unit}", series, **fields)
 
 
 def _schedules(summary: Summary) -> list[dict[str, Any]]:
@@ -165,7 +151,7 @@ def _schedules(summary: Summary) -> list[dict[str, Any]]:
     return list(charts.values())
 
 
-def _schedule_points(run: Run) -> np.ndarray:
+def _schedule_points(run: LoggedRun) -> np.ndarray:
     """Indices of some hundreds of records, with both ends of each change of the batch size."""
     sizes = run.training["batch_size"]
     changes = np.flatnonzero(np.diff(sizes) != 0)
@@ -197,13 +183,12 @@ def _gradient_noise(summary: Summary) -> dict[str, Any]:
 def _throughput(summary: Summary) -> dict[str, Any]:
     series = []
     for number, experiment in enumerate(summary.experiments):
-        curves, size = experiment.curves, experiment.runs[0].train_examples
-        centres = curves.epochs * size
+        centres = experiment.loss_curve.epochs * experiment.runs[0].train_examples
         half = centres[0]
         edges = np.append(centres - half, centres[-1] + half)
         seconds = np.diff(timing.mean_seconds_at(experiment.runs, edges))
         known = seconds > 0
         rates = np.divide(np.diff(edges), seconds, out=np.full(len(seconds), np.nan), where=known)
         if known.any():
-            series.append(_series(number, _curve_grid(experiment), rates))
+            series.append(_series(number, _curve_grid(experiment, experiment.loss_curve), rates))
     return _chart("throughput", "Examples a second", series)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bigbatch.commands.plan import abridged
-from bigbatch.commands.report.runs import Run
+from bigbatch.commands.report.runs import LoggedRun
 from bigbatch.commands.report.summary import Summary
 from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
 
@@ -36,7 +36,7 @@ def rows(summary: Summary) -> list[Sequence[str]]:
     return found
 
 
-def _stages(run: Run) -> list[tuple[str, ...]]:
+def _stages(run: LoggedRun) -> list[tuple[str, ...]]:
     """The stages of a run, as far as they were measured."""
     scales, update = run.training["gradient_noise_scale"], run.training["update"]
     found: list[tuple[str, ...]] = []

@@ -9,19 +9,11 @@ from typing import Any
 import numpy as np
 
 from bigbatch.commands.report import figures, linear_scaling, table
-from bigbatch.commands.report.figures import Panel
 from bigbatch.commands.report.interactive import AXES, page_data
-from bigbatch.commands.report.runs import Run
-from bigbatch.commands.report.summary import Summary
+from bigbatch.commands.report.runs import LoggedRun
+from bigbatch.commands.report.summary import MeanSd, Summary
 from bigbatch.commands.report.timing import StageSpeed, equal_budgets, input_wait_s, stage_speeds
 
-# Name of the PNG and SVG files -> their panels.
-FIGURES: dict[str, tuple[Panel, ...]] = {
-    "growing_batch": (figures.loss_by_epochs, figures.loss_by_updates),
-    "curve_gap": (figures.curve_gap,),
-    "schedules": (figures.batch_size, figures.learning_rate),
-    "test_accuracy": (figures.accuracy_by_epochs, figures.accuracy_by_updates),
-}
 _CAPTIONS = {
     "loss": "Mean over the seeds of the log training loss; the band is one standard deviation of a "
     "run. Losses are averages over whole epochs, in which every run has seen every example once. A "
@@ -31,6 +23,8 @@ _CAPTIONS = {
     "that does not differ seldom leaves it.",
     "accuracy": "Mean over the seeds; the band is one standard deviation of a run. The lowest of "
     "the early evaluations lie below the figure.",
+    "metric": "Mean over the seeds; the band is one standard deviation of a run. The first "
+    "evaluations may lie outside the figure.",
     "batch_size": "As logged by the first run of each experiment.",
     "learning_rate": "Likewise.",
     "noise_scale": "What the plan keeps where the learning rate falls or the batch grows.",
@@ -78,7 +72,7 @@ def page(summary: Summary) -> str:
         *_warnings(summary),
         *_figures(summary, data),
         "<h2>Numbers</h2>",
-        _html_table(table.COLUMNS, table.table(summary)),
+        _html_table(table.columns(summary), table.table(summary)),
         f'<p class="small">{escape(table.notes(summary))}</p>',
         f'<p class="small">{escape(table.explanation(summary))}</p>',
         *_budgets(summary),
@@ -166,20 +160,15 @@ def _json(data: Mapping[str, Any]) -> str:
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def has_gap(summary: Summary) -> bool:
-    """Whether there is a curve gap to draw."""
-    return any(experiment.gap is not None for experiment in summary.experiments)
-
-
 def _budgets(summary: Summary) -> Iterator[str]:
-    """Test accuracy at equal updates, examples and seconds."""
+    """The main metric, if anything was evaluated, at equal updates, examples and seconds."""
     groups = [experiment.runs for experiment in summary.experiments]
-    budgets = equal_budgets(groups) if len(groups) > 1 else []
-    if budgets:
-        yield "<h2>Test accuracy at equal cost, %</h2>"
+    if len(groups) > 1 and (metric := summary.metric):
+        budgets = equal_budgets(groups, metric)
+        yield f"<h2>Test {escape(metric.name)} at equal cost{metric.unit}</h2>"
         head = ["experiment", *(f"at {_amount(b.amount)} {b.unit}" for b in budgets)]
         rows = [
-            (experiment.name, *(table.percent(b.accuracies[i].tolist()) for b in budgets))
+            (experiment.name, *(table.metric_text(MeanSd.of(b.values[i]), metric) for b in budgets))
             for i, experiment in enumerate(summary.experiments)
         ]
         yield _html_table(head, rows)
@@ -203,15 +192,11 @@ def _times(summary: Summary) -> Iterator[str]:
         wait_s, seconds = float(np.mean(waited)), experiment.seconds.mean
         share = 100 * wait_s / seconds if seconds > 0 else np.nan
         cells = (
-            _known(v, form) for v, form in ((seconds, ",.1f"), (wait_s, ",.2f"), (share, ".1f"))
+            _number(v, form) for v, form in ((seconds, ",.1f"), (wait_s, ",.2f"), (share, ".1f"))
         )
         rows.append((experiment.name, *cells))
     yield "<h2>Where the time went</h2>"
     yield _html_table(("experiment", "seconds", "of them waiting for input", "%"), rows)
-
-
-def _known(value: float, form: str) -> str:
-    return format(value, form) if np.isfinite(value) else table.MISSING
 
 
 def _linear_scaling(summary: Summary) -> Iterator[str]:
@@ -248,7 +233,7 @@ def _plans(summary: Summary) -> Iterator[str]:
         yield _html_table(_STAGE_HEAD, [_stage_row(i, *pair) for i, pair in enumerate(stages, 1)])
 
 
-def _of_one_plan(runs: Sequence[Run]) -> Sequence[Sequence[Run]]:
+def _of_one_plan(runs: Sequence[LoggedRun]) -> Sequence[Sequence[LoggedRun]]:
     return [[run] for run in runs] if runs[0].decides else [runs]
 
 
@@ -264,32 +249,32 @@ def _stage_row(number: int, stage: Mapping[str, Any], speed: StageSpeed) -> tupl
         first if first == last else f"{first} to {last}",
         _number(stage["momentum"], ".6g"),
         _number(stage["noise_scale"], ".4g"),
-        _known(speed.seconds, ",.1f"),
-        _known(speed.examples_per_s, ",.0f"),
+        _number(speed.seconds, ",.1f"),
+        _number(speed.examples_per_s, ",.0f"),
     )
 
 
 def _number(value: object, form: str) -> str:
-    """The value as text; a plan may lack some, as Adam's has no momentum."""
-    return format(value, form) if isinstance(value, int | float) else table.MISSING
+    """The value as text; a plan may lack some, as Adam's has no momentum, and a log its times."""
+    known = isinstance(value, int | float) and np.isfinite(value)
+    return format(value, form) if known else table.MISSING
 
 
 def _runs(summary: Summary) -> Iterator[str]:
     yield "<h2>Runs</h2>"
-    rows = []
-    for experiment in summary.experiments:
-        for run in experiment.runs:
-            accuracy = (run.result or {}).get("test_accuracy")
-            rows.append(
-                (
-                    str(run.path),
-                    experiment.name,
-                    table.MISSING if run.seed is None else str(run.seed),
-                    "finished" if run.finished else f"at epoch {run.epochs:.1f}",
-                    f"{100 * accuracy:.2f}" if isinstance(accuracy, float) else table.MISSING,
-                )
-            )
-    yield _html_table(("directory", "experiment", "seed", "state", "test accuracy, %"), rows)
+    head = ("directory", "experiment", "seed", "state", *(m.heading for m in summary.metrics))
+    rows = [
+        (
+            str(run.path),
+            experiment.name,
+            table.MISSING if run.seed is None else str(run.seed),
+            "finished" if run.finished else f"at epoch {run.epochs:.1f}",
+            *(table.final(run, m) if run.finished else table.MISSING for m in summary.metrics),
+        )
+        for experiment in summary.experiments
+        for run in experiment.runs
+    ]
+    yield _html_table(head, rows)
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:

@@ -1,7 +1,7 @@
 """Reads the directory of one run into a value, and names what it could not read.
 
 A run is killed at any moment and its log may lose lines, so everything but config.json may be
-missing, cut or damaged. What is left is read; what is not is said in `Run.warnings`.
+missing, cut or damaged. What is left is read; what is not is said in `LoggedRun.warnings`.
 """
 
 import dataclasses
@@ -34,7 +34,6 @@ TRAINING_FIELDS = (
     "gradient_noise_scale",
     "gradient_noise_scale_error",
 )
-EVALUATION_FIELDS = (*POSITION_FIELDS, "test_loss", "test_accuracy")
 
 _PLAN_FIELDS: dict[str, type | tuple[type, ...]] = {
     "train_examples": int,
@@ -60,7 +59,7 @@ Columns = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Run:
+class LoggedRun:
     """What one run directory says.
 
     Attributes:
@@ -74,7 +73,10 @@ class Run:
         order of the examples, and `since_examples`: the position at which a record's range
         begins. A record's train_loss is the mean over examples [since_examples, examples). NaN
         where the log lacks the field; since_examples is NaN where lines before were lost.
-      evaluations: the evaluation records, one float64[records] a field of `EVALUATION_FIELDS`.
+      metrics: names of what the run is judged by, the main one first: the metrics of its task, or
+        "loss" if it has none.
+      evaluations: the evaluation records, one float64[records] a field of `POSITION_FIELDS`, the
+        test loss and the metrics, each as `test_NAME`.
       result: result.json; None if the run is not finished.
       warnings: what could not be read, one sentence each.
     """
@@ -85,6 +87,7 @@ class Run:
     config: Mapping[str, Any]
     plan: Mapping[str, Any] | None
     training: Columns
+    metrics: tuple[str, ...]
     evaluations: Columns
     result: Mapping[str, Any] | None
     warnings: tuple[str, ...]
@@ -98,6 +101,12 @@ class Run:
     def usable(self) -> bool:
         """Whether there is a training record, and its place in an epoch is known."""
         return self.training["update"].size > 0 and self.train_examples > 0
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is an evaluation, in the log or in the result."""
+        logged = self.evaluations["update"].size > 0
+        return logged or not math.isnan(self.final("test_loss", math.nan))
 
     @property
     def decides(self) -> bool:
@@ -122,15 +131,20 @@ class Run:
         done = float(examples[-1] / size) if examples.size and size else 0.0
         return min(done, float(self.plan["epochs"])) if self.plan is not None else done
 
+    def final(self, field: str, otherwise: float) -> float:
+        """A number of the result, or `otherwise` where there is none."""
+        value = (self.result or {}).get(field)
+        return float(value) if isinstance(value, int | float) else otherwise
 
-def read_run(run_dir: str | Path) -> Run:
+
+def read_run(run_dir: str | Path) -> LoggedRun:
     """Reads a directory written by `bigbatch train`.
 
     Args:
       run_dir: the run's working directory. It is only read.
 
     Returns:
-      The run; `Run.warnings` names each part that is missing or damaged.
+      The run; `LoggedRun.warnings` names each part that is missing or damaged.
 
     Raises:
       UserError: the directory is no run: it has no readable config.json with an experiment.
@@ -151,7 +165,8 @@ def read_run(run_dir: str | Path) -> Run:
     if result is None:
         state = "damaged" if (path / "result.json").exists() else "missing"
         warnings.append(f"result.json is {state}: the run counts as not finished")
-    training, evaluations, log_warnings = _read_log(path / "metrics.jsonl")
+    metrics = _metrics(path / "run.json", warnings)
+    training, evaluations, log_warnings = _read_log(path / "metrics.jsonl", metrics)
     warnings.extend(log_warnings)
     if training["train_loss"].size == 0:
         warnings.append("there are no training records")
@@ -162,13 +177,14 @@ def read_run(run_dir: str | Path) -> Run:
             warnings.append(f"the training loss is not finite from update {update:,} on")
 
     seed = config.get("seed")
-    return Run(
+    return LoggedRun(
         path=path,
         experiment=config["experiment"],
         seed=seed if isinstance(seed, int) else None,
         config=config,
         plan=plan,
         training=training,
+        metrics=metrics,
         evaluations=evaluations,
         result=result,
         warnings=tuple(warnings),
@@ -184,6 +200,16 @@ def _read_object(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _metrics(path: Path, warnings: list[str]) -> tuple[str, ...]:
+    """What a run is judged by, as run.json says; bigbatch 0.1 wrote none and knew accuracy only."""
+    described = _read_object(path) if path.exists() else {"metrics": ["accuracy"]}
+    names = (described or {}).get("metrics", "")
+    if not isinstance(names, list | None):
+        warnings.append("run.json is damaged: the run is judged by its test loss")
+        names = None
+    return tuple(map(str, names or ["loss"]))
+
+
 def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     """The plan without its columns; None unless it has all that a report needs."""
     if plan is None or not all(
@@ -196,10 +222,11 @@ def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     return {field: plan.get(field) for field in (*_PLAN_FIELDS, "num_examples", "fingerprint")}
 
 
-def _read_log(path: Path) -> tuple[Columns, Columns, list[str]]:
+def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, list[str]]:
     """Training columns, evaluation columns and warnings of a metrics.jsonl."""
     training = _Table(TRAINING_FIELDS, needed=("update", "examples", "train_loss"))
-    evaluations = _Table(EVALUATION_FIELDS, needed=("update", "examples", "test_accuracy"))
+    tested = dict.fromkeys(f"test_{name}" for name in ("loss", *metrics))
+    evaluations = _Table((*POSITION_FIELDS, *tested), needed=("update", "examples", "test_loss"))
     damaged: list[int] = []  # line numbers, from 1
     num_lines = 0
     ends_cut = False
@@ -210,7 +237,7 @@ def _read_log(path: Path) -> tuple[Columns, Columns, list[str]]:
             for lines in _chunks(file):
                 rows = _parse(lines)
                 training.add(rows, "train_loss", num_lines + 1, damaged)
-                evaluations.add(rows, "test_accuracy", num_lines + 1, damaged)
+                evaluations.add(rows, "test_loss", num_lines + 1, damaged)
                 damaged.extend(num_lines + 1 + i for i, row in enumerate(rows) if row is None)
                 num_lines += len(lines)
                 ends_cut = not lines[-1].endswith("\n")

@@ -8,7 +8,8 @@ import numpy as np
 
 from bigbatch.commands.report import comparable
 from bigbatch.commands.report.curves import CurveGap, bin_means, curve_gap, log_loss
-from bigbatch.commands.report.runs import Run
+from bigbatch.commands.report.metric import Metric, common_metrics
+from bigbatch.commands.report.runs import LoggedRun
 
 REFERENCE_NAME = "decay"
 # Curves are drawn with one point an epoch, and shorter runs with about this many in all.
@@ -18,7 +19,7 @@ _EQUAL_NOISE = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class MeanSd:
     """Mean and sample standard deviation of n runs; sd is NaN for n = 1, both for n = 0."""
 
     mean: float
@@ -26,8 +27,8 @@ class Estimate:
     n: int
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """The estimate from one value a run; a value that is NaN counts, and shows."""
+    def of(cls, values: Sequence[float]) -> "MeanSd":
+        """Of one value a run; a value that is NaN counts, and shows."""
         mean = float(np.mean(values)) if len(values) else math.nan
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
         return cls(mean, sd, len(values))
@@ -42,34 +43,22 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Curves:
-    """The training loss of an experiment's runs on one grid of examples.
+class Curve:
+    """A quantity of an experiment's runs at common points, for drawing.
 
     Attributes:
-      epochs: float64[bins], the bins' centres.
-      updates: float64[bins], updates done at the centres, mean over the runs.
-      loss: float64[bins], geometric mean over the runs.
-      low: float64[bins], one standard deviation of the log loss below; equal to loss for one run.
-      high: float64[bins], the same above.
-      noise_scale: float64[bins], mean over the bin, of the first run.
+      epochs: float64[points].
+      updates: float64[points], updates done by then, mean over the runs.
+      mean: float64[points], mean over the runs; the geometric mean of a training loss.
+      low: float64[points], one standard deviation below (of the log loss); the mean for one run.
+      high: float64[points], the same above.
     """
 
     epochs: np.ndarray
     updates: np.ndarray
-    loss: np.ndarray
+    mean: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    noise_scale: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Accuracies:
-    """Test accuracy at each evaluation: mean and standard deviation over the runs, in percent."""
-
-    epochs: np.ndarray
-    updates: np.ndarray
-    mean: np.ndarray
-    sd: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,33 +70,36 @@ class Experiment:
       runs: the runs that the numbers come from: the finished ones, or all if none is finished.
       num_unfinished: runs that are not finished, whether they are among `runs` or not.
       updates: updates done by the end; runs of an adaptive experiment differ in them.
-      test_accuracy: at the end, in percent.
-      train_loss: mean over the last whole epoch.
+      metrics: at the end, one for each of `Summary.metrics`.
+      train_loss: mean over the last whole epoch; NaN where there is none.
       examples_per_s: training examples per second of training.
       seconds: of a whole run.
       epoch_losses: float64[runs, epochs], mean training loss in each epoch; NaN where unknown.
-      curves: the same for drawing.
-      accuracies: for drawing.
+      loss_curve: the same on a finer grid of bins; its points are their centres.
+      noise_scale: float64[bins], mean over each bin of `loss_curve`, of the first run.
+      metric_curve: the main metric at each evaluation.
       equal_noise: whether the noise scale follows the reference's.
       gap: distance of the loss curve from the reference's; None where it has no meaning.
-      accuracy_difference: from the reference, in points of a percent; None for the reference.
+      metric_difference: of the main metric, from the reference; None for the reference, and if
+        nothing was evaluated.
       updates_ratio: the reference's updates divided by this experiment's.
     """
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[LoggedRun, ...]
     num_unfinished: int
-    updates: Estimate
-    test_accuracy: Estimate
-    train_loss: Estimate
-    examples_per_s: Estimate
-    seconds: Estimate
+    updates: MeanSd
+    metrics: tuple[MeanSd, ...]
+    train_loss: MeanSd
+    examples_per_s: MeanSd
+    seconds: MeanSd
     epoch_losses: np.ndarray
-    curves: Curves
-    accuracies: Accuracies
+    loss_curve: Curve
+    noise_scale: np.ndarray
+    metric_curve: Curve
     equal_noise: bool = True
     gap: CurveGap | None = None
-    accuracy_difference: Difference | None = None
+    metric_difference: Difference | None = None
     updates_ratio: float = 1.0
 
 
@@ -117,14 +109,21 @@ class Summary:
 
     Attributes:
       experiments: the reference first, then as they came.
+      metrics: what was evaluated, the main one first; see `common_metrics`.
       config_differences: for each dotted config field in which experiments differ, the value in
         each experiment as JSON text ("-" where it lacks the field), in the order of experiments.
       warnings: what is missing, damaged or not comparable, one sentence each.
     """
 
     experiments: tuple[Experiment, ...]
+    metrics: tuple[Metric, ...]
     config_differences: Mapping[str, tuple[str, ...]]
     warnings: tuple[str, ...]
+
+    @property
+    def metric(self) -> Metric | None:
+        """The main one; None if nothing was evaluated."""
+        return next(iter(self.metrics), None)
 
     @property
     def reference(self) -> Experiment:
@@ -132,7 +131,7 @@ class Summary:
         return self.experiments[0]
 
 
-def summarise(runs: Sequence[Run]) -> Summary:
+def summarise(runs: Sequence[LoggedRun]) -> Summary:
     """Puts runs together by experiment and compares each experiment with the reference.
 
     The reference is the experiment named "decay", or the first if there is none.
@@ -144,67 +143,58 @@ def summarise(runs: Sequence[Run]) -> Summary:
       The summary, with the runs' own warnings in it.
     """
     warnings = [f"{run.path}: {text}." for run in runs for text in run.warnings]
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[LoggedRun]] = {}
     for run in runs:
         if run.usable:
             groups.setdefault(run.experiment, []).append(run)
+    metrics, differing = common_metrics([run for run in runs if run.usable])
+    warnings.extend(differing)
     names = sorted(groups, key=lambda name: name != REFERENCE_NAME)
     for name in names:
         warnings.extend(comparable.within(name, groups[name]))
         warnings.extend(comparable.between(name, groups[name][0], names[0], groups[names[0]][0]))
-    reference, *others = (_experiment(name, groups[name]) for name in names)
+    reference, *others = (_experiment(name, groups[name], metrics) for name in names)
     return Summary(
         experiments=(reference, *(_compared(other, reference) for other in others)),
+        metrics=metrics,
         config_differences=comparable.config_differences([groups[name][0] for name in names]),
         warnings=tuple(warnings),
     )
 
 
-def _experiment(name: str, runs: Sequence[Run]) -> Experiment:
+def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Experiment:
     used = [run for run in runs if run.finished] or list(runs)
     # Numbers are of the epochs that all runs have; finished runs of one plan have the same.
     edges = np.arange(math.floor(min(run.epochs for run in used) + 1e-9) + 1.0)
     losses = np.array(
         [bin_means(run.training, "train_loss", edges * run.train_examples) for run in used]
     )
+    loss_curve, noise_scale = _loss_curve(used)
     return Experiment(
         name=name,
         runs=tuple(used),
         num_unfinished=sum(not run.finished for run in runs),
-        updates=Estimate.of([_final(run, "updates", run.training["update"][-1]) for run in used]),
-        test_accuracy=Estimate.of([100 * _final_accuracy(run) for run in used]),
-        train_loss=Estimate.of([_last(curve) for curve in losses]),
-        examples_per_s=Estimate.of([_examples_per_s(run) for run in used]),
-        seconds=Estimate.of([_final(run, "seconds", math.nan) for run in used]),
+        updates=MeanSd.of([run.final("updates", run.training["update"][-1]) for run in used]),
+        metrics=tuple(MeanSd.of([metric.at_end(run) for run in used]) for metric in metrics),
+        train_loss=MeanSd.of([np.append(math.nan, curve)[-1] for curve in losses]),
+        examples_per_s=MeanSd.of([_examples_per_s(run) for run in used]),
+        seconds=MeanSd.of([run.final("seconds", math.nan) for run in used]),
         epoch_losses=losses,
-        curves=_curves(used),
-        accuracies=_accuracies(used),
+        loss_curve=loss_curve,
+        noise_scale=noise_scale,
+        metric_curve=_metric_curve(used, metrics),
     )
 
 
-def _final(run: Run, field: str, otherwise: float) -> float:
-    value = (run.result or {}).get(field)
-    return float(value) if isinstance(value, int | float) else otherwise
-
-
-def _final_accuracy(run: Run) -> float:
-    evaluated = run.evaluations["test_accuracy"]
-    return _final(run, "test_accuracy", evaluated[-1] if evaluated.size else math.nan)
-
-
-def _last(curve: np.ndarray) -> float:
-    """The last whole epoch's value; NaN if there is no whole epoch."""
-    return float(curve[-1]) if curve.size else math.nan
-
-
-def _examples_per_s(run: Run) -> float:
+def _examples_per_s(run: LoggedRun) -> float:
     rates = run.training["examples_per_s"]
     sizes = np.diff(run.training["examples"], prepend=0.0)
     timed = rates > 0
     return float(sizes[timed].sum() / (sizes[timed] / rates[timed]).sum()) if any(timed) else np.nan
 
 
-def _curves(runs: Sequence[Run]) -> Curves:
+def _loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
+    """The curve of the training loss, and the noise scale of its bins."""
     epochs = max(run.epochs for run in runs)
     # Over a whole epoch each run has seen each example once, so the curve has the least scatter.
     bins = max(math.floor(epochs + 1e-9), 1)
@@ -223,7 +213,6 @@ def _curves(runs: Sequence[Run]) -> Curves:
     mean = np.divide(filled.sum(axis=0), count, out=np.full(bins, np.nan), where=count > 0)
     squares = (np.where(there, logs - mean, 0.0) ** 2).sum(axis=0)
     sd = np.sqrt(squares / np.maximum(count - 1, 1))
-    first = runs[0]
     updates = [
         np.interp(
             centres * run.train_examples,
@@ -232,41 +221,34 @@ def _curves(runs: Sequence[Run]) -> Curves:
         )
         for run in runs
     ]
-    return Curves(
-        epochs=centres,
-        updates=np.mean(updates, axis=0),
-        loss=np.exp(mean),
-        low=np.exp(mean - sd),
-        high=np.exp(mean + sd),
-        noise_scale=bin_means(first.training, "noise_scale", edges * first.train_examples),
-    )
+    noise_scale = bin_means(runs[0].training, "noise_scale", edges * runs[0].train_examples)
+    bands = np.exp(mean), np.exp(mean - sd), np.exp(mean + sd)
+    return Curve(centres, np.mean(updates, axis=0), *bands), noise_scale
 
 
-def _accuracies(runs: Sequence[Run]) -> Accuracies:
-    """Evaluations that most runs share, by the update; runs of one plan evaluate at the same.
+def _metric_curve(runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Curve:
+    """The main metric at the evaluations that most runs share, by the update.
 
-    Runs that decide their plans evaluate at updates of their own: theirs are taken in order.
+    Runs of one plan evaluate at the same updates. Runs that decide their plans evaluate at
+    updates of their own: theirs are taken in order.
     """
     updates = np.concatenate([run.evaluations["update"] for run in runs])
     orders = np.concatenate([np.arange(run.evaluations["update"].size) for run in runs])
-    values = 100 * np.concatenate([run.evaluations["test_accuracy"] for run in runs])
     sizes = np.array([run.train_examples for run in runs])
     positions = np.concatenate(
         [run.evaluations["examples"] / size for run, size in zip(runs, sizes, strict=True)]
     )
     if updates.size == 0:
-        return Accuracies(*(np.empty(0) for _ in range(4)))
+        return Curve(*[np.empty(0)] * 5)
+    values = np.concatenate([metrics[0].of(run) for run in runs])
     _, group = np.unique(orders if runs[0].decides else updates, return_inverse=True)
     count = np.bincount(group)
     mean = np.bincount(group, values) / count
     squares = np.bincount(group, (values - mean[group]) ** 2)
+    sd = np.sqrt(squares / np.maximum(count - 1, 1))
+    places = [np.bincount(group, where) / count for where in (positions, updates)]
     keep = count == count.max()
-    return Accuracies(
-        epochs=(np.bincount(group, positions) / count)[keep],
-        updates=(np.bincount(group, updates) / count)[keep],
-        mean=mean[keep],
-        sd=np.sqrt(squares / np.maximum(count - 1, 1))[keep],
-    )
+    return Curve(*(values[keep] for values in (*places, mean, mean - sd, mean + sd)))
 
 
 def _compared(experiment: Experiment, reference: Experiment) -> Experiment:
@@ -285,30 +267,31 @@ def _compared(experiment: Experiment, reference: Experiment) -> Experiment:
     return dataclasses.replace(
         experiment,
         gap=gap,
-        equal_noise=_equal_noise(experiment.curves, reference.curves),
-        accuracy_difference=difference(experiment.test_accuracy, reference.test_accuracy),
+        equal_noise=_equal_noise(experiment, reference),
+        metric_difference=next(map(difference, experiment.metrics, reference.metrics), None),
         updates_ratio=reference.updates.mean / max(experiment.updates.mean, 1.0),
     )
 
 
-def _equal_noise(curves: Curves, reference: Curves) -> bool:
+def _equal_noise(experiment: Experiment, reference: Experiment) -> bool:
     """Whether the noise scales agree in most of the run; True where they are not recorded."""
-    expected = np.interp(curves.epochs, reference.epochs, reference.noise_scale)
-    known = (curves.noise_scale > 0) & (expected > 0)
+    epochs = experiment.loss_curve.epochs, reference.loss_curve.epochs
+    expected = np.interp(*epochs, reference.noise_scale)
+    known = (experiment.noise_scale > 0) & (expected > 0)
     if not known.any():
         return True
-    return bool(np.median(np.abs(np.log(curves.noise_scale / expected)[known])) < _EQUAL_NOISE)
+    return bool(np.median(np.abs(np.log(experiment.noise_scale / expected)[known])) < _EQUAL_NOISE)
 
 
-def difference(values: Estimate, reference: Estimate) -> Difference:
+def difference(values: MeanSd, reference: MeanSd) -> Difference:
     """Welch's 95 % interval of the difference of two means.
 
     Half its width is t(0.975, k) sqrt(sd^2 / n + sd_ref^2 / n_ref), with the degrees of freedom k
     of Welch (1947). It is the uncertainty from the seeds alone: the test set is the same.
 
     Args:
-      values: estimate of the experiment.
-      reference: estimate of the reference.
+      values: those of the experiment.
+      reference: those of the reference.
 
     Returns:
       The difference; half_width is NaN if either has fewer than two runs.

@@ -5,35 +5,30 @@ from collections.abc import Sequence
 
 from bigbatch.commands.report import linear_scaling
 from bigbatch.commands.report.curves import CurveGap
-from bigbatch.commands.report.summary import Difference, Estimate, Experiment, Summary
+from bigbatch.commands.report.metric import Metric
+from bigbatch.commands.report.runs import LoggedRun
+from bigbatch.commands.report.summary import Difference, Experiment, MeanSd, Summary
 
 MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 _PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
-COLUMNS = (
-    "experiment",
-    "runs",
-    "updates",
-    "fewer updates",
-    "test accuracy, %",
-    "training loss at the end",
-    "curve gap",
-    "by chance",
-    "p",
-    "largest gap",
-    "examples/s",
-    "seconds",
-)
+
+def columns(summary: Summary) -> tuple[str, ...]:
+    """The heads of the columns; a metric that nothing was evaluated by has none."""
+    first = ("experiment", "runs", "updates", "fewer updates")
+    metrics = (metric.heading for metric in summary.metrics)
+    gap = ("curve gap", "by chance", "p", "largest gap")
+    return (*first, *metrics, "training loss at the end", *gap, "examples/s", "seconds")
 
 
 def table(summary: Summary) -> list[tuple[str, ...]]:
-    """One row an experiment, a text for each of `COLUMNS`."""
-    return [_row(experiment) for experiment in summary.experiments]
+    """One row an experiment, a text for each of `columns`."""
+    return [_row(experiment, summary.metrics) for experiment in summary.experiments]
 
 
-def _row(experiment: Experiment) -> tuple[str, ...]:
-    gap = experiment.gap
+def _row(experiment: Experiment, metrics: Sequence[Metric]) -> tuple[str, ...]:
+    gap, loss = experiment.gap, experiment.train_loss
     unfinished = f" (+{experiment.num_unfinished} unfinished)" if experiment.num_unfinished else ""
     if experiment.num_unfinished == len(experiment.runs) and not experiment.runs[0].finished:
         unfinished = " (unfinished)"
@@ -42,32 +37,30 @@ def _row(experiment: Experiment) -> tuple[str, ...]:
         f"{len(experiment.runs)}{unfinished}",
         _updates(experiment.updates),
         f"{_significant(experiment.updates_ratio)}x",
-        _estimate(experiment.test_accuracy, "{:.2f}"),
-        _estimate(experiment.train_loss, _decimals(experiment.train_loss)),
+        *map(metric_text, experiment.metrics, metrics),
+        _mean_sd(loss, _decimals(loss.mean, loss.sd)),
         MISSING if gap is None else f"{gap.rms:.2f}",
         MISSING if gap is None else f"{gap.expected_rms:.2f}",
         MISSING if gap is None else f"{gap.rms_p:.2g}",
         MISSING if gap is None else f"{_signed(gap.max, 1)} (epoch {gap.max_epoch})",
-        _estimate(experiment.examples_per_s, "{:,.0f}", spread=False),
-        _estimate(experiment.seconds, "{:,.1f}", spread=False),
+        _mean_sd(experiment.examples_per_s, 0, spread=False),
+        _mean_sd(experiment.seconds, 1, spread=False),
     )
 
 
 def claims(summary: Summary) -> list[tuple[str, str]]:
     """For each experiment but the reference its name and what it shows, in one sentence."""
+    return [(other.name, _claim(other, summary)) for other in summary.experiments[1:]]
+
+
+def _claim(experiment: Experiment, summary: Summary) -> str:
     reference = summary.reference
-    return [
-        (experiment.name, _claim(experiment, reference)) for experiment in summary.experiments[1:]
-    ]
-
-
-def _claim(experiment: Experiment, reference: Experiment) -> str:
     counts = f"n = {len(experiment.runs)} + {len(reference.runs)}"
     parts = [_updates_claim(experiment, reference)]
     if not experiment.equal_noise:
         parts.append(f"not at {reference.name}'s noise scale")
-    if experiment.accuracy_difference is not None:
-        parts.append(_accuracy_claim(experiment.accuracy_difference, counts))
+    if experiment.metric_difference is not None:
+        parts.append(_metric_claim(experiment.metric_difference, summary.metrics[0], counts))
     parts.append(_gap_claim(experiment.gap))
     unfinished = any(not run.finished for run in (*experiment.runs, *reference.runs))
     return "; ".join(parts) + (". Not all of these runs are finished." if unfinished else ".")
@@ -83,13 +76,16 @@ def _updates_claim(experiment: Experiment, reference: Experiment) -> str:
     return f"{_significant(1 / ratio)} times more updates than {reference.name} ({counts})"
 
 
-def _accuracy_claim(difference: Difference, counts: str) -> str:
-    if math.isnan(difference.mean):
-        return "test accuracy unknown"
-    value = f"test accuracy difference {_signed(difference.mean, 2)}"
-    if math.isnan(difference.half_width):
-        return f"{value} points (too few runs for an interval, {counts})"
-    return f"{value} {_PLUS_MINUS} {difference.half_width:.2f} points ({counts})"
+def _metric_claim(difference: Difference, metric: Metric, counts: str) -> str:
+    mean, half_width = difference.mean, difference.half_width
+    if math.isnan(mean):
+        return f"test {metric.name} unknown"
+    decimals = _decimals(mean, half_width, metric.percent)
+    points = " points" if metric.percent else ""
+    value = f"test {metric.name} difference {_signed(mean, decimals)}"
+    if math.isnan(half_width):
+        return f"{value}{points} (too few runs for an interval, {counts})"
+    return f"{value} {_PLUS_MINUS} {half_width:,.{decimals}f}{points} ({counts})"
 
 
 def _gap_claim(gap: CurveGap | None) -> str:
@@ -126,20 +122,25 @@ def explanation(summary: Summary) -> str:
 
 def notes(summary: Summary) -> str:
     """What the other columns, and the claims, mean."""
-    return (
+    text = (
         f"Means {_PLUS_MINUS} sample standard deviations over the runs, one a seed. Fewer "
         f"updates: {summary.reference.name}'s updates divided by the experiment's. The training "
-        f"loss at the end is the mean over the last whole epoch, measured during training. A "
-        f"difference of accuracies has Welch's 95 % interval, from the seeds alone: all runs share "
-        f"one test set, whose own sampling error is not in it."
+        f"loss at the end is the mean over the last whole epoch, measured during training."
     )
+    if metric := summary.metric:
+        what = "accuracies" if metric.name == "accuracy" else f"test {metric.name}"
+        text += (
+            f" A difference of {what} has Welch's 95 % interval, from the seeds alone: all runs "
+            "share one test set, whose own sampling error is not in it."
+        )
+    return text
 
 
 def markdown(summary: Summary) -> str:
     """The report as Markdown: claims, table, what it means, and what is missing."""
     lines = ["# Training runs compared", ""]
     lines += [f"- **{_escape(name)}**: {_escape(text)}" for name, text in claims(summary)]
-    lines += ["", *_markdown_table(COLUMNS, table(summary)), ""]
+    lines += ["", *_markdown_table(columns(summary), table(summary)), ""]
     lines += [notes(summary), "", explanation(summary), ""]
     scaling = linear_scaling.rows(summary)
     if scaling:
@@ -163,31 +164,38 @@ def _escape(text: str) -> str:
     return text
 
 
-def _estimate(estimate: Estimate, form: str, *, spread: bool = True) -> str:
-    if estimate.n == 0 or math.isnan(estimate.mean):
+def metric_text(values: MeanSd, metric: Metric) -> str:
+    """Mean and standard deviation of a metric, without its unit."""
+    return _mean_sd(values, _decimals(values.mean, values.sd, metric.percent))
+
+
+def final(run: LoggedRun, metric: Metric) -> str:
+    """A metric at the end of one run, without its unit."""
+    return metric_text(MeanSd.of([metric.at_end(run)]), metric)
+
+
+def _mean_sd(values: MeanSd, decimals: int, *, spread: bool = True) -> str:
+    if values.n == 0 or math.isnan(values.mean):
         return MISSING
-    text = form.format(estimate.mean)
-    if spread and not math.isnan(estimate.sd):
-        text += f" {_PLUS_MINUS} {form.format(estimate.sd)}"
+    text = f"{values.mean:,.{decimals}f}"
+    if spread and not math.isnan(values.sd):
+        text += f" {_PLUS_MINUS} {values.sd:,.{decimals}f}"
     return text
 
 
-def _updates(updates: Estimate) -> str:
+def _updates(updates: MeanSd) -> str:
     """Their number; with the spread where the runs decided their own."""
-    return _estimate(updates, "{:,.0f}", spread=updates.sd > 0)
+    return _mean_sd(updates, 0, spread=updates.sd > 0)
 
 
-def percent(values: Sequence[float]) -> str:
-    """Mean and standard deviation of percentages, one a run."""
-    return _estimate(Estimate.of(values), "{:.2f}")
-
-
-def _decimals(estimate: Estimate) -> str:
-    """A format with two digits of the standard deviation, or three of the mean."""
-    known = [value for value in (estimate.sd, estimate.mean / 10) if value > 0]
+def _decimals(mean: float, spread: float, percent: bool = False) -> int:
+    """Two digits of the spread, or else three of the mean; two decimals of a percentage."""
+    known = [value for value in (spread, abs(mean) / 10) if value > 0]
+    if percent:
+        return 2
     if not known or math.isinf(known[0]):
-        return "{:.4f}"
-    return f"{{:.{min(max(1 - math.floor(math.log10(known[0])), 0), 9)}f}}"
+        return 4
+    return min(max(1 - math.floor(math.log10(known[0])), 0), 9)
 
 
 def _significant(ratio: float) -> str:
@@ -197,4 +205,4 @@ def _significant(ratio: float) -> str:
 def _signed(value: float, decimals: int) -> str:
     rounded = round(value, decimals)
     sign = _MINUS if rounded < 0 else "+"
-    return f"{sign}{abs(rounded):.{decimals}f}"
+    return f"{sign}{abs(rounded):,.{decimals}f}"

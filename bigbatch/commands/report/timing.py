@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigbatch.commands.report.runs import Columns, Run
+from bigbatch.commands.report.metric import Metric
+from bigbatch.commands.report.runs import Columns, LoggedRun
 
 
-def seconds_at(run: Run, examples: np.ndarray) -> np.ndarray:
+def seconds_at(run: LoggedRun, examples: np.ndarray) -> np.ndarray:
     """Seconds since the start at which a run had seen so many examples.
 
     A record's examples per second are those of the time since the record before it, evaluations
@@ -42,16 +43,13 @@ def _durations_s(training: Columns) -> np.ndarray | None:
     return np.where(timed, durations, sizes / mean)
 
 
-def mean_seconds_at(runs: Sequence[Run], examples: np.ndarray) -> np.ndarray:
+def mean_seconds_at(runs: Sequence[LoggedRun], examples: np.ndarray) -> np.ndarray:
     """`seconds_at`, averaged over the runs that know it; NaN where none does."""
-    return _mean_of_known(np.array([seconds_at(run, examples) for run in runs]))
-
-
-def _mean_of_known(values: np.ndarray) -> np.ndarray:
+    values = np.array([seconds_at(run, examples) for run in runs])
     known = np.isfinite(values)
     count = known.sum(axis=0)
     total = np.where(known, values, 0.0).sum(axis=0)
-    return np.divide(total, count, out=np.full(values.shape[1], np.nan), where=count > 0)
+    return np.divide(total, count, out=np.full(len(examples), np.nan), where=count > 0)
 
 
 class StageSpeed(NamedTuple):
@@ -61,7 +59,7 @@ class StageSpeed(NamedTuple):
     examples_per_s: float
 
 
-def stage_speeds(runs: Sequence[Run]) -> list[StageSpeed]:
+def stage_speeds(runs: Sequence[LoggedRun]) -> list[StageSpeed]:
     """The time of each stage of the runs' common plan, as far as the runs have come."""
     plan = next((run.plan for run in runs if run.plan is not None), None)
     if plan is None:
@@ -76,7 +74,7 @@ def stage_speeds(runs: Sequence[Run]) -> list[StageSpeed]:
     ]
 
 
-def input_wait_s(run: Run) -> float:
+def input_wait_s(run: LoggedRun) -> float:
     """Seconds that the loop waited for its examples; NaN if the log does not say."""
     waited = run.training["input_wait_s"]
     known = np.isfinite(waited)
@@ -89,29 +87,26 @@ class Budget(NamedTuple):
     Attributes:
       unit: "updates", "examples" or "seconds".
       amount: the smallest of the experiments' totals.
-      accuracies: for each experiment, each of its runs' test accuracy at the last evaluation within
-        the budget, in percent; NaN for a run without one.
+      values: for each experiment, the metric of each of its runs at the last evaluation within the
+        budget; NaN for a run without one.
     """
 
     unit: str
     amount: float
-    accuracies: tuple[np.ndarray, ...]
+    values: tuple[list[float], ...]
 
 
-def equal_budgets(groups: Sequence[Sequence[Run]]) -> list[Budget]:
-    """Test accuracy at equal updates, equal examples and equal seconds.
+def equal_budgets(groups: Sequence[Sequence[LoggedRun]], metric: Metric) -> list[Budget]:
+    """A metric at equal updates, equal examples and equal seconds.
 
     Args:
       groups: the runs of each experiment.
+      metric: what to compare them by.
     """
-
-    def seconds(run: Run, at: Columns) -> np.ndarray:
-        return seconds_at(run, at["examples"])
-
-    units: dict[str, Callable[[Run, Columns], np.ndarray]] = {
+    units: dict[str, Callable[[LoggedRun, Columns], np.ndarray]] = {
         "updates": lambda run, at: at["update"],
         "examples": lambda run, at: at["examples"],
-        "seconds": seconds,
+        "seconds": lambda run, at: seconds_at(run, at["examples"]),
     }
     budgets = []
     for unit, spent in units.items():
@@ -119,15 +114,15 @@ def equal_budgets(groups: Sequence[Sequence[Run]]) -> list[Budget]:
         if not np.isfinite(totals).all():
             continue
         amount = float(min(totals))
-        found = tuple(
-            np.array([_accuracy_within(run, spent(run, run.evaluations), amount) for run in runs])
+        values = tuple(
+            [_value_within(metric.of(run), spent(run, run.evaluations), amount) for run in runs]
             for runs in groups
         )
-        budgets.append(Budget(unit, amount, found))
+        budgets.append(Budget(unit, amount, values))
     return budgets
 
 
-def _accuracy_within(run: Run, spent: np.ndarray, amount: float) -> float:
+def _value_within(values: np.ndarray, spent: np.ndarray, amount: float) -> float:
     # Runs of one experiment take different seconds; half a percent more is the same budget.
     within = np.flatnonzero(spent <= 1.005 * amount)
-    return 100 * float(run.evaluations["test_accuracy"][within[-1]]) if within.size else np.nan
+    return float(values[within[-1]]) if within.size else np.nan

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigbatch.commands.report import figures, table
-from bigbatch.commands.report.page import FIGURES, has_gap, page
-from bigbatch.commands.report.runs import Run, read_run
+from bigbatch.commands.report.page import page
+from bigbatch.commands.report.runs import LoggedRun, read_run
 from bigbatch.commands.report.summary import Summary, summarise
 from bigbatch.errors import Problem, UserError
 
@@ -50,7 +50,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Report:
     """
     out_path = Path(out)
     problems: list[Problem] = []
-    runs: list[Run] = []
+    runs: list[LoggedRun] = []
     for path in _distinct(run_dirs, out_path):
         try:
             runs.append(read_run(path))
@@ -86,17 +86,13 @@ def _cannot_write(out: str | Path, error: OSError) -> Problem:
 
 def _write(summary: Summary, out: Path) -> Report:
     # The page last: where it is, everything is.
-    written = []
-    for name, panels in FIGURES.items():
-        path = out / f"{name}.png"
-        if name == "curve_gap" and not has_gap(summary):
-            path.unlink(missing_ok=True)
-            path.with_suffix(".svg").unlink(missing_ok=True)
-            continue
+    for suffix in (".png", ".svg"):
+        (out / f"curve_gap{suffix}").unlink(missing_ok=True)
+    drawn = {out / f"{name}.png": panels for name, panels in figures.panels(summary).items()}
+    for path, panels in drawn.items():
         figures.save(panels, summary, path)
-        written.append(path)
     markdown = out / "report.md"
     markdown.write_text(table.markdown(summary), encoding="utf-8")
     html = out / "report.html"
     html.write_text(page(summary), encoding="utf-8")
-    return Report(html, markdown, tuple(written), summary)
+    return Report(html, markdown, tuple(drawn), summary)

@@ -51,10 +51,16 @@ SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES, EXAMPLES = Measurement._fields
 
 
 def measurement_of(sums: Mapping[str, Any]) -> Measurement | None:
-    """The measurement among the sums of an update, as floats; None where none was made."""
+    """The measurement among the sums of an update, as floats; None where none was made.
+
+    The noise is that of examples. Where a loss is divided by something else (tokens), their
+    gradients are first brought to the unit of the mean gradient: by the mean count of an example.
+    """
     if SMALL_SQUARES not in sums:
         return None
-    return Measurement(*(float(sums[name]) for name in Measurement._fields))
+    measured = Measurement(*(float(sums[name]) for name in Measurement._fields))
+    count_per_example = float(sums["count"]) / measured.examples
+    return measured._replace(small_squares=measured.small_squares / count_per_example**2)
 
 
 class Estimate(NamedTuple):
