@@ -244,7 +244,7 @@ def test_types_are_those_of_jax():
         "x": RNG.normal(size=N),
         "count": np.arange(N, dtype=np.uint64),
         "big_endian": np.arange(N, dtype=">i2"),
-        "small": jax.numpy.arange(N, dtype=jax.numpy.bfloat16),
+        "small": np.arange(N).astype(jax.numpy.bfloat16),
         "flag": np.arange(N) % 2 == 0,
         "weight": np.linspace(0, 2, N),
     }
@@ -262,12 +262,11 @@ def test_types_are_those_of_jax():
         check(Data(wide), {n: np.asarray(wide[n]).astype(types[n]) for n in wide}, False)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_examples_are_looked_up_on_the_devices(devices):
+def test_examples_are_looked_up_on_the_devices():
     arrays = ARRAYS | {"mask": RNG.integers(0, 2, (N, 2, 2)) > 0, "index": np.arange(N) + 0.5}
     host, there = Data(arrays), Data(arrays, on_device=True)
     assert there.on_device.nbytes == N * (12 + 4 + 4 + 4)
-    sharding = NamedSharding(data_mesh(jax.devices()[:devices]), SHARDED)
+    sharding = NamedSharding(data_mesh(jax.devices()[:4]), SHARDED)
     size, present = 16, 13
 
     def make(first):

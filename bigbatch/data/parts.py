@@ -137,9 +137,9 @@ def _rows(array: Any, numbers: np.ndarray) -> np.ndarray:
     mapped: Any = array
     while not (mapped is None or isinstance(mapped, np.memmap)):
         mapped = getattr(mapped, "base", None)
-    pages = getattr(mapped, "_mmap", None)
+    pages: Any = getattr(mapped, "_mmap", None)
     # The pages of a private copy hold what was changed in it; a small file may stay.
-    if pages is None or mapped.mode == "c" or len(pages) <= _RESIDENT_BYTES:
+    if mapped is None or mapped.mode == "c" or len(pages) <= _RESIDENT_BYTES:
         return np.asarray(array[numbers])
     row_bytes = array.itemsize * int(np.prod(array.shape[1:]))
     step = max(1, _RESIDENT_BYTES // (row_bytes + _MAPPED_AROUND_BYTES))

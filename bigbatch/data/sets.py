@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bigbatch.checks import Checks
+from bigbatch.checks import HARDWARE, Checks
 from bigbatch.data import own_arrays
 from bigbatch.data.augment import Augment
 from bigbatch.data.dataset import DataSet, Info, arrays, check_count, data_set, pixel_statistics
@@ -120,16 +120,17 @@ class Options:
 
     name: str
     train_examples: int | None = None
-    directory: str | Path | None = None
-    path: str | Path | None = None
+    # Where it lies; what it holds is compared.
+    directory: str | Path | None = dataclasses.field(default=None, metadata=HARDWARE)
+    path: str | Path | None = dataclasses.field(default=None, metadata=HARDWARE)
     flip: bool = False
     pad_pixels: int = 0
-    on_device: bool = False
+    on_device: bool = dataclasses.field(default=False, metadata=HARDWARE)
     test_examples: int | None = None
     image_size: int | None = None
     decoding: Literal["fast", "smooth"] = "fast"
     on_bad_record: Literal["error", "replace"] = "error"
-    workers: int | None = None
+    workers: int | None = dataclasses.field(default=None, metadata=HARDWARE)
 
     def __post_init__(self) -> None:
         checks = Checks()
