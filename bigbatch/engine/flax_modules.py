@@ -106,7 +106,7 @@ def from_nnx(
             if value is not before.get(path):
                 allowed = "one that writes BatchStat variables alone, and in training alone"
                 raise UserError(Problem("model", f"one that writes {_dotted(path)}", allowed))
-        return outputs, {name: nnx.to_pure_dict(nnx.split(model, *kinds)[4]) for name in running}
+        return outputs, {name: nnx.to_pure_dict(nnx.split(model, *kinds)[-1]) for name in running}
 
     return _task(type(abstract), (init, call, fixed), loss, inputs or {}, options)
 
@@ -320,11 +320,11 @@ def _decays(call: Callable[..., Any], variables: PyTree, shapes: Described) -> d
             is_good = not _depends(lambda everything, i=i: factors(everything)[i], everything)
         else:
             ms = np.ravel(values).astype(flat[path].dtype)
-            is_good = 0 < ms[0] < 1 and np.all(ms == ms[0])
+            is_good = bool(0 < ms[0] < 1 and np.all(ms == ms[0]))
             shortest = (round(float(ms[0]), digits) for digits in range(20))
             decays[path] = next((m for m in shortest if ms.dtype.type(m) == ms[0]), float(ms[0]))
         if not is_good:
-            given = "read in training" if is_read else f"not so"
+            given = "read in training" if is_read else "no such update"
             allowed = (
                 "an affine update r <- m r + b(x), 0 < m < 1, of a statistic that nothing reads in "
             )
