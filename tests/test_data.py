@@ -1,6 +1,7 @@
 """The data sets, and the example stream against a loop over single examples."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -218,6 +219,27 @@ def test_fewer_training_examples_are_the_first_ones():
     np.testing.assert_array_equal(part.test.images, whole.test.images)
 
 
+def test_a_data_set_is_training_data():
+    data = sets.load("digits", flip=True, pad_pixels=1, test_examples=50)
+    made = data.training(3, 1_430, 20)
+    expected = stream.examples(data.train, 3, 1_430, 20, Augment(True, 1))
+    shown = data.evaluation(40, 10)
+    whole = sets.load("digits").test
+    np.testing.assert_array_equal(shown["image"], whole.images[40:50])
+    np.testing.assert_array_equal(shown["label"], whole.labels[40:50])
+    for name, array in expected.items():
+        np.testing.assert_array_equal(made[name], array)
+        assert data.example_shapes[name] == (array.shape[1:], array.dtype)
+    assert (data.test_examples, data.num_bad_records, data.on_device) == (50, None, None)
+    assert json.loads(json.dumps(data.description)) == data.description
+    for other in ({"flip": False}, {"pad_pixels": 2}, {"train_examples": 300}):
+        options = {"flip": True, "pad_pixels": 1, "test_examples": 50} | other
+        assert sets.load("digits", **options).description != data.description
+    there = sets.load("digits", flip=True, pad_pixels=1, test_examples=50, on_device=True)
+    assert there.description == data.description
+    assert there.on_device.nbytes == 1437 * (64 + 4)
+
+
 @pytest.mark.parametrize("call", [sets.info, sets.load])
 def test_mistakes_in_a_name_or_a_count(call):
     assert problems(call, "digit") == [("name", "digits")]
@@ -226,8 +248,8 @@ def test_mistakes_in_a_name_or_a_count(call):
     assert problems(call, "digits", train_examples=2.0) == [("train_examples", None)]
 
 
-def test_imagenet_is_not_loaded_as_arrays():
-    assert problems(sets.load, "imagenet2012") == [("name", None)]
+def test_imagenet_is_not_on_disk():
+    assert problems(sets.load, "imagenet2012", directory="/none") == [("name", None)]
 
 
 def test_arrays_of_the_user():

@@ -3,14 +3,12 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from bigbatch import cli
-from bigbatch.config.assemble import evaluation_source, load_data
-from bigbatch.config.fields import DataConfig
+from bigbatch.data.sets import Options
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import UserError
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
@@ -91,25 +89,25 @@ def test_another_data_set_than_the_plans(imagenet, tmp_path, capsys):
 
 def fields(**changes):
     with pytest.raises(UserError) as error:
-        DataConfig(**({"name": "imagenet2012"} | changes))
+        Options(**({"name": "imagenet2012"} | changes))
     return [(problem.field, problem.nearest) for problem in error.value.problems]
 
 
 def test_mistakes_in_a_config():
     assert fields(pad_pixels=4, workers=0) == [("pad_pixels", 0), ("workers", 1)]
     assert fields(image_size=0, train_examples=0, test_examples=50_001) == [
-        ("image_size", 224),
+        ("image_size", 1),
         ("train_examples", 1),
         ("test_examples", 50_000),
     ]
-    for name, given in (("image_size", 32), ("workers", 2), ("test_examples", 10)):
+    for name, given in (("image_size", 32), ("workers", 2)):
         assert fields(**{"name": "cifar10", name: given}) == [(name, None)]
     assert fields(name="cifar10", decoding="smooth") == [("decoding", "fast")]
 
 
 def test_image_size_is_the_configs():
-    assert DataConfig("imagenet2012").info.image_shape == (224, 224, 3)
-    assert DataConfig("imagenet2012", image_size=299).info.image_shape == (299, 299, 3)
+    assert Options("imagenet2012").info.image_shape == (224, 224, 3)
+    assert Options("imagenet2012", image_size=299).info.image_shape == (299, 299, 3)
 
 
 def test_a_data_set_with_images_of_many_sizes(imagenet, tmp_path):
@@ -119,13 +117,13 @@ def test_a_data_set_with_images_of_many_sizes(imagenet, tmp_path):
     shutil.copytree(source, there)
     for file in there.glob("imagenet2012-*"):
         file.rename(there / file.name.replace("imagenet2012", "birds"))
-    data = DataConfig("birds", directory=str(tmp_path), image_size=20)
+    data = Options("birds", directory=str(tmp_path), image_size=20)
     assert data.is_record_set
     assert (data.info.train_examples, data.info.test_examples) == (N, TEST_IMAGES)
     assert (data.info.num_classes, data.info.image_shape) == (1000, (20, 20, 3))
-    opened = load_data(SimpleNamespace(data=data))
-    shown = evaluation_source(opened)(3, 5)
+    opened = data.load()
+    shown = opened.evaluation(3, 5)
     assert shown["image"].shape == (5, 20, 20, 3)
-    whole = evaluation_source(opened)(0, TEST_IMAGES)
+    whole = opened.evaluation(0, TEST_IMAGES)
     for name, array in shown.items():
         np.testing.assert_array_equal(array, whole[name][3:8])

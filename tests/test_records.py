@@ -1,6 +1,7 @@
 """The real imagenet2012 of tensorflow-datasets, read without TensorFlow."""
 
 import itertools
+import json
 import shutil
 import stat
 import subprocess
@@ -117,6 +118,23 @@ def test_examples_are_the_same_however_they_are_made(imagenet):
                 np.testing.assert_array_equal(made[name], array)
                 np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
             data.train.close()
+
+
+def test_the_set_is_training_data(imagenet):
+    data = open_set(imagenet.directories["array_record"], flip=True)
+    made, expected = data.training(3, N - 4, 9), data.train.training(3, N - 4, 9, flip=True)
+    shown = data.evaluation(2, 5)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(made[name], array)
+        assert data.example_shapes[name] == (array.shape[1:], array.dtype)
+        np.testing.assert_array_equal(shown[name], data.test.evaluation(2, 5)[name])
+    assert (data.num_bad_records, data.on_device) == (None, None)
+    assert json.loads(json.dumps(data.description)) == data.description
+    others = ({"flip": False}, {"decoding": "smooth"}, {"image_size": 16}, {"train_examples": 5})
+    for other in others:
+        options = {"flip": True} | other
+        changed = open_set(imagenet.directories["array_record"], **options)
+        assert changed.description != data.description
 
 
 def test_every_epoch_shows_every_image_once(imagenet):
