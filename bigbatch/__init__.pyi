@@ -11,6 +11,7 @@ from bigbatch.engine.optimizer import Sgd as Sgd
 from bigbatch.engine.task import Task as Task
 from bigbatch.layout.layout import Layout as Layout
 from bigbatch.layout.layout import make_layout as make_layout
+from bigbatch.models.classification import cross_entropy_sums as cross_entropy_sums
 from bigbatch.models.ghost_norm import GhostNorm as GhostNorm
 from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan as Plan

@@ -48,6 +48,9 @@ class UserError(ValueError):
         )
         super().__init__("\n".join(map(str, self.problems)))
 
+    def __reduce__(self) -> tuple[type, tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
+
 
 class RunError(RuntimeError):
     """A run that cannot go on, in words for the user: what happened, where, and what to try."""

@@ -70,7 +70,7 @@ print(report.page)
 
 # %%
 for experiment in report.summary.experiments:
-    accuracy = experiment.test_accuracy
+    accuracy = experiment.metrics[0]
     print(
         f"{experiment.name}: {experiment.updates.mean:,.0f} updates ({experiment.updates_ratio:.1f} times fewer), "
         f"test accuracy {accuracy.mean:.2f} +- {accuracy.sd:.2f} %, n = {accuracy.n}"

@@ -23,7 +23,7 @@ def describe(name: str, data_dir: str | Path | None = None, path: str | Path | N
         prepared = tfds_metadata.find(name, data_dir)
     lines = [name]
     try:
-        facts = sets.info(name, data_dir=data_dir, path=path)
+        facts = sets.info(name, directory=data_dir, path=path)
     except UserError:
         # Files that are there may be of no use as arrays, and are described all the same.
         if prepared is None:

@@ -240,9 +240,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def in_process(part: str, work: tuple[Any, ...]) -> Example | tuple[Problem, ...]:
-    """The examples, or what is wrong with them: the error would not survive being sent."""
-    try:
-        return _parts_here[part].examples(*work)
-    except UserError as error:
-        return error.problems
+def in_process(part: str, work: tuple[Any, ...]) -> Example:
+    """The examples of a part of the data that `begin_process` was given."""
+    return _parts_here[part].examples(*work)

@@ -33,7 +33,7 @@ from bigbatch.data.parts import (
     jax_dtype,
     part_of,
 )
-from bigbatch.errors import RunError, UserError
+from bigbatch.errors import RunError
 
 # Pieces of a range for each thread: enough that none waits long for the last one.
 _PIECES_PER_WORKER = 4
@@ -229,16 +229,12 @@ class Data:
 
     def _in_processes(self, part: str, work: list[Any]) -> list[Any]:
         try:
-            made = [*self._pool.map(in_process, itertools.repeat(part), work)]
+            return [*self._pool.map(in_process, itertools.repeat(part), work)]
         except BrokenProcessPool as error:
             raise RunError(
                 "A process that reads examples has ended: for want of memory, or because the "
                 'script that started it does not begin its work under `if __name__ == "__main__":`.'
             ) from error
-        for piece in made:
-            if isinstance(piece, tuple):
-                raise UserError(piece)
-        return made
 
     @functools.cached_property
     def _pool(self) -> Executor:

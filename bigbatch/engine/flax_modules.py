@@ -73,9 +73,8 @@ def from_nnx(
     kinds = nnx.RngState, constant, nnx.Param, nnx.BatchStat
 
     def made(key: jax.Array) -> list[PyTree]:
-        return [
-            nnx.to_pure_dict(state) for state in nnx.split(make_model(nnx.Rngs(key)), *kinds)[1:]
-        ]
+        _, *states = nnx.split(make_model(nnx.Rngs(key)), *kinds)
+        return [nnx.to_pure_dict(state) for state in states]
 
     with _told():
         abstract = nnx.eval_shape(lambda: make_model(nnx.Rngs(0)))
@@ -220,9 +219,8 @@ def _task(
                 return outputs, new
 
             split = (len(examples["ghost_mask"]), -1)
-            parts = {
-                k: x.reshape(*split, *x.shape[1:]) for k, x in examples.items() if k in with_keys
-            }
+            parts = {k: examples[k] for k in examples.keys() & with_keys}
+            parts = jax.tree.map(lambda array: array.reshape(*split, *array.shape[1:]), parts)
             results = jax.vmap(ghost_batch)(parts)
             return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), results)
 
@@ -238,9 +236,7 @@ def _task(
             init,
             apply,
             loss,
-            running_decay=jax.tree.map(lambda _: _DECAY, variables[1]) | decays
-            if decays
-            else _DECAY,
+            running_decay=jax.tree.map(lambda _: _DECAY, variables[1]) | decays,
             takes_keys=draws or "key" in entries.values(),
             frozen=frozen,
             shares_ghost_batches=shares,
@@ -296,40 +292,35 @@ def _decays(call: Callable[..., Any], variables: PyTree, shapes: Described) -> d
         return called(others | some, *rest)[0]
 
     def factors(everything: PyTree) -> list[jax.Array]:
-        leaves = jax.tree.leaves(everything)
+        leaves, draws = jax.tree.leaves(everything), np.random.default_rng(0)
         old, rest = leaves[: len(flat)], leaves[len(flat) :]
-        return jax.jvp(lambda *old: update(*old, *rest), old, [jnp.ones_like(r) for r in old])[1]
-
-    def is_floating(leaf: jax.ShapeDtypeStruct) -> bool:
-        return jnp.issubdtype(leaf.dtype, jnp.floating)
+        # Different ones, so that a mixture of statistics does not look like one.
+        steps = [jnp.asarray(2.0 ** draws.integers(8, size=r.shape), r.dtype) for r in old]
+        moves = jax.jvp(lambda *old: update(*old, *rest), old, steps)[1]
+        return [move / step for move, step in zip(moves, steps, strict=True)]
 
     jaxpr = jax.make_jaxpr(lambda *everything: called(*everything)[1])(*everything)
     update = jaxpr_as_fun(_unstopped(jaxpr))
-    is_read = not all(map(is_floating, flat.values())) or _depends(
-        outputs, flat, {}, *everything[1:]
-    )
-    varies = not is_read and _depends(factors, everything)
-    found = flat.values()
-    if not (is_read or varies):
-        found = jax.jit(lambda: factors(jax.tree.map(_zeros, everything)))()
+    wrong = [path for path, r in flat.items() if not jnp.issubdtype(r.dtype, jnp.floating)]
+    if not wrong and _depends(outputs, flat, {}, *everything[1:]):
+        wrong = [path for path in flat if _depends(outputs, {path: flat[path]}, *everything)]
+    if not wrong and _depends(factors, everything):
+        each = [lambda everything, i=i: factors(everything)[i] for i in range(len(flat))]
+        wrong = [path for path, of in zip(flat, each, strict=True) if _depends(of, everything)]
     decays = {}
-    for i, (path, values) in enumerate(zip(flat, found, strict=True)):
-        if is_read:
-            is_good = is_floating(values) and not _depends(outputs, {path: values}, *everything)
-        elif varies:
-            is_good = not _depends(lambda everything, i=i: factors(everything)[i], everything)
-        else:
-            ms = np.ravel(values).astype(flat[path].dtype)
-            is_good = bool(0 < ms[0] < 1 and np.all(ms == ms[0]))
-            shortest = (round(float(ms[0]), digits) for digits in range(20))
-            decays[path] = next((m for m in shortest if ms.dtype.type(m) == ms[0]), float(ms[0]))
-        if not is_good:
-            given = "read in training" if is_read else "no such update"
-            allowed = (
-                "an affine update r <- m r + b(x), 0 < m < 1, of a statistic that nothing reads in "
-            )
-            allowed += f"training; frozen, if it is to stay; else use {_NORMS}"
-            raise UserError(Problem(_dotted((BATCH_STATS, *path)), given, allowed))
+    found = [] if wrong else jax.jit(lambda: factors(jax.tree.map(_zeros, everything)))()
+    for path, ratios in zip(flat, found, strict=False):
+        values = np.ravel(ratios).astype(flat[path].dtype)
+        m = values[0]
+        if not (0 < m < 1 and np.all(values == m)):
+            wrong.append(path)
+        shortest = (round(float(m), digits) for digits in range(20))
+        decays[path] = next((d for d in shortest if values.dtype.type(d) == m), float(m))
+    allowed = "one that nothing reads in training and whose update is affine, r <- m r + b(x), "
+    allowed += f"0 < m < 1; frozen, if it is to stay; else use {_NORMS}"
+    if wrong:
+        names = [_dotted((BATCH_STATS, *path)) for path in wrong]
+        raise UserError(Problem(name, "a running statistic", allowed) for name in names)
     return {BATCH_STATS: unflatten_dict(decays)}
 
 
@@ -341,7 +332,7 @@ def _unstopped(value: Any) -> Any:
         return value
     equations = []
     for equation in value.eqns:
-        stops = equation.primitive is jax.lax.stop_gradient_p
+        stops = equation.primitive.name == "stop_gradient"
         primitive = jax.lax.copy_p if stops else equation.primitive
         params = jax.tree.map(_unstopped, equation.params)
         equations.append(equation.replace(primitive=primitive, params=params))

@@ -223,21 +223,25 @@ def accumulate(
 
 
 class Whole:
-    """Where an update is computed: all of it on every device."""
+    """How an update is spread over the devices: each of them computes all of it."""
 
-    spec = REPLICATED
+    def specs(self, arrays: PyTree) -> PyTree:
+        """How arrays that an update works on are spread, or a prefix of that."""
+        return REPLICATED
 
     def reduce(self, params: PyTree, own: Accumulator) -> tuple[PyTree, Accumulator]:
-        """On a device: what the optimizer sees of the parameters, and the sums over all devices."""
+        """On a device: the parameters that it works on, and the sums over all devices."""
         return params, jax.lax.psum(own, DATA_AXIS)
 
-    def collect(self, params: PyTree, gradients: PyTree, like: PyTree) -> tuple[PyTree, jax.Array]:
-        """The new parameters from what the optimizer saw, and whether its gradients are finite."""
-        return params, is_finite(gradients)
+    def update(
+        self, optimizer: Rule, state: State, gradients: PyTree, params: PyTree, *scalars: PyTree
+    ) -> tuple[PyTree, optax.OptState]:
+        """The changes of the parameters that it works on, and the optimizer's next state."""
+        return optimizer.update(gradients, state.optimizer, params, *scalars)
 
-    def specs(self, state: State) -> PyTree:
-        """How each array of a state is spread over the devices, or a prefix of that."""
-        return REPLICATED
+    def collect(self, params: PyTree, gradients: PyTree, like: PyTree) -> tuple[PyTree, jax.Array]:
+        """All parameters, from those that it works on; and whether the gradients are finite."""
+        return params, is_finite(gradients)
 
 
 def apply_update(
@@ -282,21 +286,17 @@ def apply_update(
         slices, largest = jax.lax.optimization_barrier(exact)
         return params, exact_sums.total(slices), largest, emptied
 
+    spec = where.specs(state.params)
     params, total, largest, emptied = jax.shard_map(
         reduce_on_device,
         mesh=mesh,
         in_specs=(REPLICATED, SHARDED),
-        out_specs=(
-            where.spec,
-            Accumulator(where.spec, REPLICATED, REPLICATED, REPLICATED),
-            REPLICATED,
-            SHARDED,
-        ),
+        out_specs=(spec, Accumulator(spec, *[REPLICATED] * 3), REPLICATED, SHARDED),
     )(state.params, accumulator)
     count = total.sums[COUNT]
     gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
-    changes, optimizer_state = optimizer.update(
-        gradients, state.optimizer, params, hyper, total.sums[EXAMPLES]
+    changes, optimizer_state = where.update(
+        optimizer, state, gradients, params, hyper, total.sums[EXAMPLES]
     )
     params, finite = where.collect(optax.apply_updates(params, changes), gradients, state.params)
     running = advance_running_statistics(
@@ -314,7 +314,8 @@ def apply_update(
         next_state = jax.tree.map(lambda new, old: jnp.where(is_exact, new, old), next_state, state)
         next_state = next_state._replace(bounds=bounds)
         sums = {**sums, IS_EXACT: is_exact.astype(largest.dtype)}
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), where.specs(state))
+    specs = State(REPLICATED, REPLICATED, where.specs(optimizer_state), REPLICATED)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.lax.with_sharding_constraint(next_state, shardings), emptied, sums
 
 

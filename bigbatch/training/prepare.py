@@ -313,5 +313,5 @@ def _identity(
         "running_statistics": packing.described(shapes.running_statistics),
         **({"frozen_sha256": packing.sha256(task.frozen)} if jax.tree.leaves(task.frozen) else {}),
         **({"initial_params_sha256": packing.sha256(initial[0])} if initial else {}),
-        **({"policy": dataclasses.asdict(controller)} if controller else {}),
+        **({"policy": {"name": "adaptive"} | dataclasses.asdict(controller)} if controller else {}),
     }

@@ -9,7 +9,7 @@ import bigbatch as bb
 class Network(nn.Module):
     @nn.compact
     def __call__(self, image, train):
-        x = nn.Conv(8, (3, 3), strides=2)(image / 16.0)
+        x = nn.Conv(8, (3, 3), strides=2)(image / 4)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
         return nn.Dense(10)(x.reshape(len(x), -1))
 
@@ -17,7 +17,8 @@ class Network(nn.Module):
 def digits(examples, seed):
     labels = np.random.default_rng(seed).integers(0, 10, examples)
     noise = np.random.default_rng(seed + 1).normal(size=(examples, 8, 8, 1))
-    return {"image": np.float32(noise + np.eye(64)[6 * labels].reshape(-1, 8, 8, 1) * 32), "label": labels}
+    images = noise + 8 * np.eye(64)[6 * labels].reshape(-1, 8, 8, 1)
+    return {"image": np.float32(images), "label": labels}
 
 
 def prepare(**options):

@@ -1,13 +1,17 @@
-"""Optax optimizers of one's own, as functions of the plan's columns."""
+"""Optax optimizers of one's own: functions of the plan's columns, by name."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import bigbatch as bb
-from tests.own import regression
+from tests.own.regression import points, squared_error
 
 
-def labels(params):
-    return {name: "matrix" if value.ndim > 1 else "vector" for name, value in params.items()}
+def two_rates(learning_rate, weight_decay=1e-4):
+    each = {"kernel": optax.adamw(learning_rate, weight_decay=weight_decay)}
+    each["vector"] = optax.sgd(0.1 * learning_rate)
+    return optax.multi_transform(each, {"hidden": "kernel", "bias": "vector", "out": "vector"})
 
 
 OPTIMIZERS = {
@@ -15,16 +19,26 @@ OPTIMIZERS = {
     "lion": lambda learning_rate: optax.lion(0.1 * learning_rate),
     "adafactor": lambda learning_rate: optax.adafactor(learning_rate),
     "schedule_free": lambda learning_rate: optax.contrib.schedule_free_sgd(learning_rate),
-    "two_rates": lambda learning_rate: optax.multi_transform(
-        {"matrix": optax.adam(learning_rate), "vector": optax.sgd(0.1 * learning_rate)}, labels
-    ),
-    "clipped": lambda learning_rate, weight_decay=1e-4: optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(learning_rate, weight_decay=weight_decay)
+    "two_rates": two_rates,
+    "clipped": lambda learning_rate: optax.chain(
+        optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.sgd)(learning_rate, 0.9)
     ),
 }
 
 
-def prepare(name, **options):
+def init(key):
+    hidden = jax.random.normal(key, (3, 16)) / 2
+    return {"hidden": hidden, "bias": jnp.zeros(16), "out": jnp.ones(16) / 16}, {}
+
+
+def apply(params, statistics, examples, train):
+    return jnp.tanh(examples["x"] @ params["hidden"] + params["bias"]) @ params["out"], {}
+
+
+def prepare(name="muon", **options):
+    task = bb.Task(init, apply, squared_error)
+    data = bb.Data(points(320, seed=0), test=points(100, seed=1))
     recipe = bb.grow_batch(bb.step_decay(0.01, 16, 0.0, boundaries_epochs=[1, 2], factor=0.5))
     plan = bb.make_plan(recipe, train_examples=320, epochs=3)
-    return regression.prepare(plan=plan, optimizer=OPTIMIZERS[name], hidden=8, **options)
+    settings = {"microbatch_examples_per_device": 32, **options}
+    return bb.prepare(task, data, plan, OPTIMIZERS[name], **settings)

@@ -38,4 +38,5 @@ def prepare(**options):
     data = bb.Data(texts(320, seed=0), test=texts(100, seed=1))
     recipe = bb.grow_batch(bb.step_decay(0.5, 16, 0.0, boundaries_epochs=[1, 2], factor=0.5))
     plan = bb.make_plan(recipe, train_examples=320, epochs=3)
-    return bb.prepare(task, data, plan, bb.Sgd(), **{"microbatch_examples_per_device": 32, **options})
+    settings = {"microbatch_examples_per_device": 32, **options}
+    return bb.prepare(task, data, plan, bb.Sgd(), **settings)

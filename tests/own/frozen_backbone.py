@@ -1,0 +1,26 @@
+"""A frozen backbone below a head that is trained: no gradient, no checkpoint, its hash counts."""
+
+import jax
+import jax.numpy as jnp
+
+import bigbatch as bb
+from tests.own.regression import points, squared_error
+
+
+def apply(params, statistics, examples, train, frozen):
+    return jnp.tanh(examples["x"] @ frozen["backbone"][:3]) @ params["head"], {}
+
+
+def prepare(rows=8, seed=0, **options):
+    width = 64
+    task = bb.Task(
+        init=lambda key: ({"head": jnp.zeros(width)}, {}),
+        apply=apply,
+        loss=squared_error,
+        frozen={"backbone": jax.random.normal(jax.random.key(seed), (rows, width))},
+    )
+    data = bb.Data(points(320, seed=0), test=points(100, seed=1))
+    recipe = bb.grow_batch(bb.step_decay(0.003, 16, 0.9, boundaries_epochs=[1, 2], factor=0.5))
+    plan = bb.make_plan(recipe, train_examples=320, epochs=3)
+    settings = {"microbatch_examples_per_device": 32, **options}
+    return bb.prepare(task, data, plan, bb.Momentum(), **settings)
