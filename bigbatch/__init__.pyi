@@ -1,5 +1,7 @@
 # The public names and where they are defined. Read by type checkers, and by __init__.py.
+from bigbatch.commands.critical.measure import critical as critical
 from bigbatch.commands.report.write import write_report
+from bigbatch.commands.saved import export as export
 from bigbatch.data.source import Data as Data
 from bigbatch.engine.optimizer import Adam as Adam
 from bigbatch.engine.optimizer import AdamW as AdamW

@@ -311,9 +311,9 @@ def _export(options: argparse.Namespace) -> None:
     if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
         raise UserError(Problem("out", options.out, "a file in a directory that is there"))
     config = _own_config(options)
-    from bigbatch.commands.saved import export_run
+    from bigbatch.commands.saved import export, run_of
 
-    print(json.dumps(export_run(files, Path(options.out), config)))
+    print(json.dumps(export(run_of(files, config)(), files.path, options.out)))
 
 
 def _compare(options: argparse.Namespace) -> None:

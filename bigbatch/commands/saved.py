@@ -35,7 +35,7 @@ def run_of(files: Workdir, config: Config | None) -> Callable[..., Run]:
     config = identified(config, files)
     data = load_data(config)
     resume.check_same(files, identity_of(config, data))
-    return functools.partial(prepared, config, resume.read_plan(files), data=data)
+    return functools.partial(prepared, config, plan=resume.read_plan(files), data=data)
 
 
 def evaluate_run(files: Workdir, config: Config | None = None) -> dict[str, Any]:
@@ -56,14 +56,14 @@ def evaluate_run(files: Workdir, config: Config | None = None) -> dict[str, Any]
     return {"updates": updates, **evaluate(run, state)}
 
 
-def export_run(files: Workdir, out: Path, config: Config | None = None) -> dict[str, Any]:
+def export(run: Run, directory: str | Path, out: str | Path) -> dict[str, Any]:
     """Writes the newest checkpoint's network as plain arrays that NumPy alone can read.
 
     Args:
-      files: the run's directory.
+      run: from `prepare`.
+      directory: the run's.
       out: an npz file; `params/...` are the parameters, or those that the optimizer evaluates with,
         `running_statistics/...` those of batch norm, each by its place in the network.
-      config: see `run_of`.
 
     Returns:
       `updates` done at the checkpoint, how many `arrays`, and the `params_sha256` of those written.
@@ -71,9 +71,8 @@ def export_run(files: Workdir, out: Path, config: Config | None = None) -> dict[
     Raises:
       UserError: there is no checkpoint yet, a file is damaged, or `out` cannot be written.
     """
-    run = run_of(files, config)()
-    state, updates = newest(run, files.path)
+    state, updates = newest(run, directory)
     params = jax.device_get(run.optimizer.evaluation_params(state.optimizer, state.params))
     network = network_file.Network(params, jax.device_get(state.running_statistics))
-    arrays = network_file.write(out, network)
+    arrays = network_file.write(Path(out), network)
     return {"updates": updates, "arrays": arrays, "params_sha256": packing.sha256(params)}

@@ -20,7 +20,7 @@ from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.layout.layout import Layout
 from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller
-from bigbatch.schedule.durations import UNITS, Intervals
+from bigbatch.schedule.durations import TIME_UNITS, Intervals
 from bigbatch.schedule.from_file import plan_file
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import POLICIES, Policy
@@ -63,7 +63,7 @@ class Config(Fields):
     @property
     def intervals(self) -> dict[str, float | None]:
         """When the run logs, evaluates and saves: those arguments of `training.loop.train`."""
-        names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in UNITS]
+        names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in TIME_UNITS]
         return {name: getattr(self, name) for name in names}
 
     @property

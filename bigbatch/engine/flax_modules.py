@@ -21,6 +21,7 @@ from flax import linen, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
+from bigbatch.engine.ghost_batches import GHOST_STATISTICS, RUNNING_STATISTICS
 from bigbatch.engine.task import Examples, PyTree, Sums, Task
 from bigbatch.errors import Problem, UserError, nearest_name
 
@@ -31,10 +32,6 @@ Described = Mapping[str, jax.ShapeDtypeStruct]
 
 BATCH_STATS = "batch_stats"
 """The collection in which Flax's layers keep running statistics."""
-GHOST_STATISTICS = "ghost_statistics"
-RUNNING_STATISTICS = "running_statistics"
-"""The collections of layers that form ghost batches by themselves, such as `GhostNorm`."""
-
 # By how much those fade with each ghost batch.
 _DECAY = 0.9
 # The parameters of `__call__` that are told the mode, and their values in training.

@@ -2,6 +2,10 @@
 
 from bigbatch.errors import Problem, UserError
 
+GHOST_STATISTICS = "ghost_statistics"
+RUNNING_STATISTICS = "running_statistics"
+"""The collections of Flax layers that form ghost batches by themselves, such as `GhostNorm`."""
+
 
 def devices_per_ghost_batch(
     ghost_batch_examples: int, examples_per_device: int, devices: int

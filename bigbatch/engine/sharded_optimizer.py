@@ -191,25 +191,24 @@ class Parts(Whole):
     def _results(self, equation: Any, values: list[Any]) -> Sequence[Any]:
         """What one operation makes of values."""
         primitive, options = equation.primitive, equation.params
-        name, shape = primitive.name, equation.outvars[0].aval.shape
+        name, result = primitive.name, equation.outvars[0].aval
         if name in _CALLS:
             return self._follow(options[_CALLS[name]], values)
-        if name == "broadcast_in_dim" and np.size(values[0]) == 1 < math.prod(shape):
-            length = math.prod(shape) + -math.prod(shape) % self.mesh.size
-            return [Flat(jnp.full(length, jnp.reshape(values[0], ())), shape)]
+        first, given = values[0], [atom.aval for atom in equation.invars]
+        if name == "broadcast_in_dim" and given[0].size == 1 < result.size:
+            length = -(-result.size // self.mesh.size) * self.mesh.size
+            return [Flat(jnp.full(length, jnp.reshape(first, ())), result.shape)]
         if any(isinstance(value, Flat) for value in values):
-            first = values[0]
             if _ELEMENTWISE.fullmatch(name):
-                flat = [
-                    value if np.ndim(value) == 0 else self._flat(value).array for value in values
-                ]
-                return [Flat(primitive.bind(*flat, **options), shape)]
-            if name in _NEUTRAL and shape == ():
-                counts = jnp.arange(first.array.size) < math.prod(first.shape)
-                kept = jnp.where(counts, first.array, _NEUTRAL[name])
-                return [primitive.bind(kept, **{**options, "axes": (0,)})]
-            if name in _IN_ORDER and math.prod(shape) == math.prod(first.shape):
-                return [Flat(first.array, shape)]
+                pairs = zip(values, given, strict=True)
+                flat = [v if kind.shape == () else self._flat(v).array for v, kind in pairs]
+                return [Flat(primitive.bind(*flat, **options), result.shape)]
+            if name in _IN_ORDER and given[0].size == result.size:
+                return [Flat(first.array, result.shape)]
+            if name in _NEUTRAL and result.shape == ():
+                is_own = jnp.arange(first.array.size) < given[0].size
+                own = jnp.where(is_own, first.array, _NEUTRAL[name])
+                return [primitive.bind(own, **{**options, "axes": (0,)})]
         results = primitive.bind(*map(self._whole, values), **options)
         return results if primitive.multiple_results else [results]
 

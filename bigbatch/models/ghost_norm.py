@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from bigbatch.engine.ghost_batches import devices_per_ghost_batch
+from bigbatch.engine.ghost_batches import (
+    GHOST_STATISTICS,
+    RUNNING_STATISTICS,
+    devices_per_ghost_batch,
+)
 
-GHOST_STATISTICS = "ghost_statistics"
-RUNNING_STATISTICS = "running_statistics"
 
 
 class GhostNorm(nn.Module):

@@ -26,7 +26,7 @@ import numpy as np
 from bigbatch import errors
 from bigbatch.checks import Checks
 
-UNITS = ("epochs", "examples", "updates")
+TIME_UNITS = ("epochs", "examples", "updates")
 
 # 0.07 epochs of 50,000 are 3500.0000000000005 examples in floats: a number of intervals this close
 # below a whole one is that one.
@@ -92,7 +92,7 @@ class Intervals(NamedTuple):
         """
         checks, found = Checks(), dict(otherwise or {})
         for stem in cls._fields:
-            names = {f"{stem}_{unit}": unit for unit in UNITS}
+            names = {f"{stem}_{unit}": unit for unit in TIME_UNITS}
             values = {name: given[name] for name in names if given.get(name) is not None}
             fits = len(values) == 1 or (not values and (stem in found or stem == "keep_every"))
             allowed = "exactly one of " + ", ".join(names)

@@ -1,6 +1,7 @@
 """Evaluation: every test example exactly once, with the running statistics."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,16 +12,19 @@ from bigbatch.layout import memory
 from bigbatch.training import microbatches
 from bigbatch.training.microbatches import Source
 from bigbatch.training.preemption import StopRequest
+from bigbatch.training.restore import newest
 from bigbatch.training.run import Run
 
 
-def evaluate(run: Run, state: State, stop: StopRequest | None = None) -> dict[str, float]:
+def evaluate(
+    run: Run, state: State | str | Path, stop: StopRequest | None = None
+) -> dict[str, float]:
     """The loss and the task's metrics on the test examples.
 
     Args:
       run: the prepared run.
       state: its running statistics are used, and its parameters, or what its optimizer evaluates
-        with.
+        with; or the run's directory, for its newest state.
       stop: is asked before every microbatch.
 
     Returns:
@@ -32,6 +36,8 @@ def evaluate(run: Run, state: State, stop: StopRequest | None = None) -> dict[st
     """
     if not run.data.test_examples:
         return {}
+    if not isinstance(state, State):
+        state, _ = newest(run, state)
     totals = source_sums(run, state, run.data.evaluation, run.data.test_examples, stop)
     return {f"test_{name}": value for name, value in run.task.quotients(totals).items()}
 

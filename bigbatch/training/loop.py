@@ -26,7 +26,7 @@ from bigbatch.engine.task import Sums
 from bigbatch.errors import StoppedError
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.course import Course
-from bigbatch.schedule.durations import UNITS, Every, Intervals
+from bigbatch.schedule.durations import TIME_UNITS, Every, Intervals
 from bigbatch.schedule.plan import Row
 from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
@@ -110,8 +110,8 @@ def train(
         return result
     run = dataclasses.replace(run, plan=plan)
     show_progress = show_progress and distributed.is_first()
-    kept = functools.partial(_kept, run, due.keep_every)
-    with Checkpoints(files.checkpoints, keep_checkpoints, kept) as checkpoints:
+    stays = functools.partial(_stays, run, due.keep_every)
+    with Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints:
         state, progress = restore(run, checkpoints)
         course = Course(run.plan, run.controller, progress.controller)
         run = _as_known(run, course, files)
@@ -171,7 +171,7 @@ def _intervals(given: Mapping[str, float | None]) -> Intervals:
       TypeError: a name is none of them.
       UserError: a value is not above 0, or there are two of one interval.
     """
-    names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in UNITS]
+    names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in TIME_UNITS]
     for name in given:
         if name not in names:
             raise TypeError(f"train() has no argument {name!r}; its intervals: {', '.join(names)}")
@@ -208,7 +208,7 @@ def _truncate(files: Workdir, progress: Progress) -> None:
     )
 
 
-def _kept(run: Run, every: Every | None, updates_done: int) -> bool:
+def _stays(run: Run, every: Every | None, updates_done: int) -> bool:
     """Whether the checkpoint after so many updates is kept for good."""
     if every is None or not 0 < updates_done <= run.plan.num_updates:
         return False
@@ -299,7 +299,7 @@ class _Loop:
         is_last = row.update + 1 == self.run.plan.num_updates
         evaluation_due = is_last or due.evaluate_every.due(*at)
         checkpoint_due = is_last or due.checkpoint_every.due(*at)
-        checkpoint_due = checkpoint_due or _kept(self.run, due.keep_every, row.update + 1)
+        checkpoint_due = checkpoint_due or _stays(self.run, due.keep_every, row.update + 1)
         if evaluation_due or checkpoint_due:
             self._read()
         if evaluation_due:

@@ -75,7 +75,7 @@ class Checkpoints:
         self._writes = keep is not None
         _say_errors_once()
         # A reader must not clean up what another process is writing.
-        policy = _Keep(keep, keep_always) if keep is not None else None
+        policy = _Preservation(keep, keep_always) if keep is not None else None
         save = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
         context = ocp.Context()
         # Else what writes the state waits 5 minutes for a directory that could not be made, and the
@@ -296,7 +296,7 @@ def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-class _Keep:
+class _Preservation:
     """Which checkpoints stay: the newest, and those that are kept for good."""
 
     def __init__(self, newest: int, always: Callable[[int], bool]):

@@ -37,7 +37,7 @@ from bigbatch.commands.critical.branches import (
     noise_at,
     noise_batch_size,
 )
-from bigbatch.commands.critical.table import Noise, Point, SizeResult
+from bigbatch.commands.critical.table import Noise, Point, SizeResult, write
 from bigbatch.engine.functions import State
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
@@ -137,6 +137,29 @@ def measure(
         bench.all_sizes = tuple(sorted({size for group in sizes for size in group}))
         for update, noise, group in zip(at_updates, noises, sizes, strict=True):
             yield bench.point(update, noise, group)
+
+
+def critical(
+    run: Run, directory: str | Path, at_updates: Sequence[int] | None = None, **asked: Any
+) -> list[Point]:
+    """Measures the critical batch size along a run, and writes what was found in its directory.
+
+    Args:
+      run: from `prepare`.
+      directory: the run's, with checkpoints.
+      at_updates: as of `measure`.
+      **asked: fields of `Asked`.
+
+    Returns:
+      What each checkpoint gave.
+
+    Raises:
+      UserError: as `measure`.
+    """
+    files = Workdir(Path(directory))
+    points = list(measure(run.again, files, Asked(**asked), at_updates))
+    write(points, files.critical)
+    return points
 
 
 def _there(
@@ -295,7 +318,9 @@ class _Bench:
         small, total = self._small_batch_examples, self._plan.train_examples
         noise_size = noise_batch_size(small, jax.device_count(), total)
         return self._prepare(
-            noise_small_batch_examples=small, batch_sizes=np.array([noise_size, *sizes], np.int64)
+            plan=self._plan,
+            noise_small_batch_examples=small,
+            batch_sizes=np.array([noise_size, *sizes], np.int64),
         )
 
     def _restored(self, update: int) -> State:
