@@ -8,8 +8,8 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from bigbatch import cli
-from bigbatch.workdir.packing import sha256 as params_sha256
 from bigbatch.workdir.files import Workdir
+from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import trained
 
 

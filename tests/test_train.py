@@ -10,9 +10,9 @@ import pytest
 from bigbatch.errors import RunError
 from bigbatch.training import loop as train
 from bigbatch.workdir.checkpoint import Checkpoints
-from bigbatch.workdir.packing import sha256 as params_sha256
 from bigbatch.workdir.files import Workdir
 from bigbatch.workdir.metrics import truncate
+from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import storm, trained
 from tests.storm import records
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from bigbatch.errors import RunError
-from bigbatch.workdir import files as workdir
+from bigbatch.workdir import storage
 from bigbatch.workdir.metrics import MetricsLog
 from tests.test_distributed import ROOT
 
@@ -70,10 +70,10 @@ def full_disk():
 
 def test_a_full_disk_keeps_the_file_that_was_to_be_replaced(tmp_path):
     path = tmp_path / "plan.json"
-    workdir.write_text(path, "old")
+    storage.put(path, "old")
     message = f"{path} cannot be written .{os.strerror(errno.EFBIG)}"
     with pytest.raises(RunError, match=message), full_disk():
-        workdir.write_text(path, "new")
+        storage.put(path, "new")
     assert path.read_text() == "old"
 
 

@@ -85,8 +85,8 @@ def train(run: ConfigRun, directory: Path, **options: Any) -> dict[str, Any]:
 def claimed(files: Workdir, config: Config, **options: Any) -> None:
     """Claims a directory for the run of a config, as `bigbatch train` does."""
     record = {"experiment": config.experiment, **config.tree}
-    adaptive = config.controller is not None
-    resume.open_run(files, config.identity, config.plan, record=record, adaptive=adaptive, **options)
+    options["adaptive"] = config.controller is not None
+    resume.open_run(files, config.identity, config.plan, record=record, **options)
 
 
 def config(**changes: Any) -> Config:
