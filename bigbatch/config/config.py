@@ -107,7 +107,7 @@ _POLICIES = {**POLICIES, "plan_file": plan_file, "adaptive": Controller}
 
 # What a callable of the user's gives, by what it has.
 _EXPECTED = {
-    "task": ("apply", "a callable that gives a bigbatch.Task"),
+    "task": ("minimised", "a callable that gives a bigbatch.Task"),
     "data": ("train_examples", "a callable that gives a bigbatch.Data"),
     "policy": ("at", "a callable that gives a bigbatch.Policy"),
 }
@@ -285,7 +285,9 @@ class _Reader:
         assert constructor is not None
         value = bind(constructor, arguments, self._problems, prefix=prefix, context=context)
         expected = _EXPECTED.get(prefix)
-        if value is not None and ":" in name and expected and not hasattr(value, expected[0]):
+        # Where there is another mistake, None may mean that nothing was called.
+        made = value is not None or not self._problems
+        if made and ":" in name and expected and not hasattr(value, expected[0]):
             given = f"{name}, which gives a {type(value).__name__}"
             self._problems.append(Problem(f"{prefix}.name", given, expected[1]))
             return None

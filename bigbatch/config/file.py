@@ -97,6 +97,8 @@ def _load_module(path: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise UserError(Problem("config", path, "a Python file, its name ending in .py"))
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look there for what their annotations name.
+    sys.modules[spec.name] = module
     loader = spec.loader
     _run(path, lambda: loader.exec_module(module))
     if not hasattr(module, "get_config"):
@@ -127,8 +129,9 @@ class _Callables:
         function = getattr(module, attribute, None)
         if not callable(function):
             names = [known for known, value in vars(module).items() if callable(value)]
+            nearest = nearest_name(attribute, names)
             allowed = f"a callable in {module.__file__}"
-            raise UserError(Problem("", name, allowed, nearest_name(attribute, names)))
+            raise UserError(Problem("", name, allowed, nearest and f"{place}:{nearest}"))
 
         @functools.wraps(function)
         def told(*arguments: Any, **fields: Any) -> Any:

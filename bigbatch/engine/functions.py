@@ -6,8 +6,9 @@ travel as sums and counts and are divided once, at the very end; there is no mea
 
 Every device sums its own share: the leaves of the accumulator carry a leading axis of length
 `devices`, sharded over the mesh axis `data`. So `accumulate` needs no collective at all, and
-`apply_update` needs exactly one all-reduce. (With replicated parameters `shard_map` would put a
-reduction into the gradient itself; marking them as varying over `data` prevents that.)
+`apply_update` needs exactly one all-reduce. (`check_vma=False`: with its types of what varies over
+the devices, `shard_map` would put a reduction into the gradient by replicated parameters, and
+refuse a scan that begins with zeros, so every recurrent network.)
 """
 
 import functools
@@ -175,9 +176,6 @@ def accumulate(
         frozen: PyTree,
         addends: jax.Array | None,
     ) -> Accumulator | Bins:
-        params, running, bounds, frozen, addends = jax.lax.pcast(
-            (params, running, bounds, frozen, addends), DATA_AXIS, to="varying"
-        )
         accumulator = jax.tree.map(lambda leaf: leaf[0], accumulator)
 
         def summed_loss(params: PyTree, unit: Examples) -> tuple[jax.Array, tuple[Sums, PyTree]]:
@@ -216,6 +214,7 @@ def accumulate(
         mesh=mesh,
         in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED),
         out_specs=SHARDED,
+        check_vma=False,
     )(
         *(state.params, state.running_statistics, state.bounds),
         *(accumulator, microbatch, frozen, addends),
@@ -387,4 +386,5 @@ def evaluate(
         mesh=mesh,
         in_specs=(REPLICATED, REPLICATED, SHARDED, REPLICATED),
         out_specs=SHARDED,
+        check_vma=False,
     )(params, state.running_statistics, microbatch, frozen)

@@ -53,19 +53,14 @@ def plan_problems(
         allowed = f"0 with {field} = {name!r}, which takes no momentum"
         given = float(np.max(plan_hypers["momentum"]))
         problems.append(Problem("policy.momentum", given, allowed, 0.0))
-    for column in plan_hypers:
-        if column not in hypers and column != "momentum":
-            takers = [
-                other for other, kind in OPTIMIZERS.items() if column in arguments(kind.links)
-            ]
-            allowed = (
-                f"an optimizer that takes the policy's {column}, as an argument of a function or by "
-                f"`optax.inject_hyperparams`; this one takes {', '.join(hypers) or 'nothing'}"
-            )
-            if takers:
-                allowed += "; by name: " + ", ".join(takers)
-            problems.append(Problem(field, name, allowed, next(iter(takers), None)))
-            break
+    missed = [column for column in plan_hypers if column not in hypers and column != "momentum"]
+    if missed:
+        takers = [other for other, kind in OPTIMIZERS.items() if missed[0] in arguments(kind.links)]
+        allowed = (
+            f"an optimizer with the {missed[0]} of the policy, among its hyperparameters or by name "
+            f"({', '.join(takers) or 'none'}); this one's are {', '.join(hypers) or 'none'}"
+        )
+        problems.append(Problem(field, name, allowed, next(iter(takers), None)))
     return problems
 
 

@@ -41,6 +41,7 @@ from bigbatch.engine.functions import (
 from bigbatch.engine.task import PyTree
 from bigbatch.engine.transformations import in_shape_of
 from bigbatch.engine.update_rule import Rule
+from bigbatch.errors import Problem
 
 _ELEMENTWISE = re.compile(
     "abs|add|and|ceil|clamp|convert_element_type|copy|div|eq|erf|exp|expm1|floor|ge|gt|integer_pow|"
@@ -74,9 +75,11 @@ class Parts(Whole):
     """An update of which every device computes one part, of states from `divide`.
 
     Attributes:
+      optimizer: its rule.
       mesh: the devices, along `data`.
     """
 
+    optimizer: Rule
     mesh: Mesh
 
     def specs(self, arrays: PyTree) -> PyTree:
@@ -102,8 +105,13 @@ class Parts(Whole):
         self, optimizer: Rule, state: State, gradients: PyTree, params: PyTree, *scalars: PyTree
     ) -> tuple[PyTree, optax.OptState]:
         """The changes of the parameters, divided like them, and the optimizer's next state."""
-        own = state.params, jax.eval_shape(optimizer.init, state.params), state.params, *scalars
-        program, results = jax.make_jaxpr(optimizer.update, return_shape=True)(*own)
+        own_gradients = jax.tree.map(
+            lambda p, g: jax.ShapeDtypeStruct(p.shape, g.dtype), state.params, gradients
+        )
+        kept = jax.eval_shape(optimizer.init, state.params)
+        program, results = jax.make_jaxpr(optimizer.update, return_shape=True)(
+            own_gradients, kept, state.params, *scalars
+        )
         given = jax.tree.leaves((gradients, state.optimizer, params, *scalars))
         found = self._follow(
             program,
@@ -156,9 +164,9 @@ class Parts(Whole):
         structure = jax.tree.structure(state.optimizer)
         return state._replace(optimizer=jax.tree.unflatten(structure, divided))
 
-    def unite(self, state: State, optimizer: Rule) -> State:
+    def unite(self, state: State) -> State:
         """The same state, every array in its own shape and on each device, as in a checkpoint."""
-        shapes = jax.eval_shape(optimizer.init, state.params)
+        shapes = jax.eval_shape(self.optimizer.init, state.params)
         united = jax.tree.map(in_shape_of, state.optimizer, shapes)
         return state._replace(optimizer=self._placed(united, REPLICATED))
 
@@ -173,6 +181,13 @@ class Parts(Whole):
                 optimizer=self.specs(state.optimizer)
             ),
         )
+
+    def problems(self, params: PyTree) -> list[Problem]:
+        """What keeps parameters of such shapes from being divided."""
+        if any(map(_is_divided, jax.tree.leaves(params))):
+            return []
+        allowed = "False for parameters none of which is an array of more than one number"
+        return [Problem("shard_optimizer", True, allowed, False)]
 
     def _follow(self, program: Any, values: Sequence[Any]) -> list[Any]:
         """What a program makes of values, some of them `Flat`; so may its results be."""
@@ -197,20 +212,25 @@ class Parts(Whole):
         first, given = values[0], [atom.aval for atom in equation.invars]
         if name == "broadcast_in_dim" and given[0].size == 1 < result.size:
             length = -(-result.size // self.mesh.size) * self.mesh.size
-            return [Flat(jnp.full(length, jnp.reshape(first, ())), result.shape)]
+            return [Flat(jnp.full(length, jnp.reshape(first, ()), result.dtype), result.shape)]
         if any(isinstance(value, Flat) for value in values):
-            if _ELEMENTWISE.fullmatch(name):
-                pairs = zip(values, given, strict=True)
-                flat = [v if kind.shape == () else self._flat(v).array for v, kind in pairs]
+            alike = all(kind.size == 1 or kind.shape == result.shape for kind in given)
+            if _ELEMENTWISE.fullmatch(name) and alike:
+                flat = list(map(self._flat_or_number, values, given))
                 return [Flat(primitive.bind(*flat, **options), result.shape)]
             if name in _IN_ORDER and given[0].size == result.size:
                 return [Flat(first.array, result.shape)]
             if name in _NEUTRAL and result.shape == ():
-                is_own = jnp.arange(first.array.size) < given[0].size
-                own = jnp.where(is_own, first.array, _NEUTRAL[name])
-                return [primitive.bind(own, **{**options, "axes": (0,)})]
+                own = jnp.arange(first.array.size) < given[0].size
+                array = jnp.where(own, first.array, _NEUTRAL[name])
+                return [primitive.bind(array, **{**options, "axes": (0,)})]
         results = primitive.bind(*map(self._whole, values), **options)
         return results if primitive.multiple_results else [results]
+
+    def _flat_or_number(self, value: Any, kind: Any) -> Any:
+        if kind.size > 1:
+            return self._flat(value).array
+        return jnp.reshape(value, ()) if kind.shape else value
 
     def _flat(self, value: Any) -> Flat:
         if isinstance(value, Flat):

@@ -48,6 +48,8 @@ class Task:
         to the optimizer, and in no checkpoint.
       shares_ghost_batches: whether `apply` can form the statistics of a ghost batch of which a
         device sees a part only, along the mesh axis `data`.
+      is_tested: whether the task is known to keep all this, as the package's own are; then it is not
+        tried before a run.
       for_examples: makes the task from the shapes of one microbatch's examples, where it depends on
         them; then `init` and what comes after it are those of the result.
     """
@@ -61,6 +63,7 @@ class Task:
     takes_keys: bool = False
     frozen: PyTree = ()
     shares_ghost_batches: bool = True
+    is_tested: bool = False
     for_examples: Callable[[Mapping[str, jax.ShapeDtypeStruct]], "Task"] | None = None
 
     @staticmethod

@@ -17,7 +17,7 @@ import numpy as np
 
 from bigbatch.checks import Checks
 from bigbatch.engine import functions
-from bigbatch.engine.functions import DATA_AXIS, REPLICATED, SHARDED
+from bigbatch.engine.functions import REPLICATED, SHARDED
 from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task
 from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.schedule.adaptive.gradient_noise import Measurement
@@ -166,15 +166,14 @@ def _trace(
             sums = _sums(task, outputs, examples)
             return sums[task.minimised], (jax.tree.map(jnp.asarray, outputs), sums)
 
-        # As in `functions.accumulate`.
-        held = jax.lax.pcast((params, statistics, frozen), DATA_AXIS, to="varying")
-        params, statistics, frozen = held
         function = jax.grad(summed_loss, has_aux=True) if train else summed_loss
         return jax.tree.map(lambda leaf: leaf[None], function(params)[1])
 
     mesh = functions.data_mesh(jax.local_devices()[:1])
     specs = (REPLICATED, REPLICATED, REPLICATED, SHARDED)
-    traced = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SHARDED)
+    # As in `functions.accumulate`.
+    over = {"mesh": mesh, "in_specs": specs, "out_specs": SHARDED, "check_vma": False}
+    traced = jax.shard_map(on_device, **over)
     with _told("task.apply", "functions that JAX can differentiate"):
         found = jax.eval_shape(traced, *shapes, task.frozen, dict(examples))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), found)

@@ -67,6 +67,7 @@ def image_classification(
         loss=loss,
         metrics={"accuracy": "correct"},
         takes_keys=getattr(module, "dropout_rate", 0) > 0,
+        is_tested=True,
     )
 
 

@@ -21,6 +21,7 @@
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +47,9 @@ from bigbatch.training import fitting, microbatches
 from bigbatch.training.programs import compile_programs
 from bigbatch.training.run import Run
 from bigbatch.workdir import packing
+
+# What checks have found, for as long as the task is there.
+_CHECKED: weakref.WeakKeyDictionary[Task, dict[Any, Shapes]] = weakref.WeakKeyDictionary()
 
 
 def prepare(
@@ -128,7 +132,7 @@ def prepare(
         raise UserError(Problem("data.train_examples", data.train_examples, allowed))
     task, shapes = specialised(task, data, ghost_batch_examples)
     if float32_masters:
-        task, shapes = with_float32_masters(task, shapes.params), shapes
+        task = with_float32_masters(task, shapes.params)
     ghost_batch_examples = ghost_batch_examples or 1
     rule = resolve(optimizer, plan.hypers, shapes.params, evaluation_params)
     if shard_optimizer:
@@ -232,6 +236,7 @@ def _again(
     optimizer: Any,
     microbatch_examples_per_device: int,
     options: Mapping[str, Any],
+    /,
     **changes: Any,
 ) -> Run:
     """The run with other options, `plan` and `data` among them."""
@@ -265,11 +270,19 @@ def specialised(
     if task.for_examples is not None:
         return specialised(task.for_examples(examples), data, ghost_batch_examples)
     examples["ghost_mask"] = jax.ShapeDtypeStruct((1,), np.float32)
-    shapes = check_task(task, examples)
+    key = tuple(sorted(kinds.items()))
+    checked = _CHECKED.setdefault(task, {})
+    if key not in checked:
+        checked[key] = _init_shapes(task) if task.is_tested else check_task(task, examples)
+    shapes = checked[key]
     if ghost_batch_examples is None and jax.tree.leaves(shapes.running_statistics):
         allowed = "how many examples share statistics: this task has running statistics"
         raise UserError(Problem("ghost_batch_examples", None, allowed))
     return task, shapes
+
+
+def _init_shapes(task: Task) -> Shapes:
+    return Shapes(*jax.eval_shape(task.init, jax.eval_shape(jax.random.key, 0)))
 
 
 def _check_initial(initial: Any, shapes: Shapes) -> None:

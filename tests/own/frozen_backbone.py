@@ -11,13 +11,16 @@ def apply(params, statistics, examples, train, frozen):
     return jnp.tanh(examples["x"] @ frozen["backbone"][:3]) @ params["head"], {}
 
 
-def prepare(rows=8, seed=0, **options):
-    width = 64
+def pretrained(rows=8):
+    return jax.random.normal(jax.random.key(1), (rows, 64))
+
+
+def prepare(backbone=pretrained, **options):
     task = bb.Task(
-        init=lambda key: ({"head": jnp.zeros(width)}, {}),
+        init=lambda key: ({"head": jnp.zeros(64)}, {}),
         apply=apply,
         loss=squared_error,
-        frozen={"backbone": jax.random.normal(jax.random.key(seed), (rows, width))},
+        frozen={"backbone": backbone()},
     )
     data = bb.Data(points(320, seed=0), test=points(100, seed=1))
     recipe = bb.grow_batch(bb.step_decay(0.003, 16, 0.9, boundaries_epochs=[1, 2], factor=0.5))
