@@ -57,8 +57,8 @@ def plan_problems(
     if missed:
         takers = [other for other, kind in OPTIMIZERS.items() if missed[0] in arguments(kind.links)]
         allowed = (
-            f"an optimizer with the {missed[0]} of the policy, among its hyperparameters or by name "
-            f"({', '.join(takers) or 'none'}); this one's are {', '.join(hypers) or 'none'}"
+            f"an optimizer with the {missed[0]} of the policy among its hyperparameters, by name "
+            f"{', '.join(takers) or 'none'}; this one's are {', '.join(hypers) or 'none'}"
         )
         problems.append(Problem(field, name, allowed, next(iter(takers), None)))
     return problems

@@ -112,6 +112,7 @@ def prepare(
     Raises:
       UserError: something does not fit, with all that was found.
     """
+    given = dict(locals())
     mesh = functions.data_mesh() if mesh is None else mesh
     checks = Checks()
     allowed = "a mesh of the one axis 'data': parameters are replicated here"
@@ -139,14 +140,7 @@ def prepare(
         checks.problems += Parts(rule, mesh).problems(shapes.params)
     checks.done()
     _check_initial(initial, shapes)
-    laid_out = functools.partial(
-        layout_over,
-        plan if batch_sizes is None else batch_sizes,
-        ghost_batch_examples=ghost_batch_examples,
-        devices=mesh.size,
-        noise_small_batch_examples=noise_small_batch_examples,
-        reproducible=reproducible,
-    )
+    sizes = plan.batch_sizes if batch_sizes is None else np.asarray(batch_sizes)
     unit_examples = noise_small_batch_examples or ghost_batch_examples
     compiled = functools.partial(
         compile_programs,
@@ -165,40 +159,37 @@ def prepare(
         lambda examples: compiled(microbatch_examples=(examples * mesh.size,)).device_bytes,
         data,
         unit=unit_examples,
-        # What holds any batch of the plan.
-        most=-(-int(np.max(plan.batch_sizes)) // unit_examples) * unit_examples,
+        # What holds any batch that will come.
+        most=-(-int(sizes.max()) // unit_examples) * unit_examples,
         reproducible=reproducible,
     )
-    layout = laid_out(microbatch_examples_per_device=microbatch_examples_per_device)
+    layout = layout_over(
+        sizes,
+        ghost_batch_examples=ghost_batch_examples,
+        devices=mesh.size,
+        microbatch_examples_per_device=microbatch_examples_per_device,
+        noise_small_batch_examples=noise_small_batch_examples,
+        reproducible=reproducible,
+    )
     if layout.devices < mesh.size and not task.shares_ghost_batches:
         allowed = (
             f"a multiple of ghost_batch_examples = {ghost_batch_examples}: this task forms its "
             "statistics or random numbers on one device. Devices share a ghost batch with "
             "bigbatch.GhostNorm"
         )
-        given = microbatch_examples_per_device
-        field = "microbatch_examples_per_device"
-        raise UserError(Problem(field, given, allowed, ghost_batch_examples))
+        field, share = "microbatch_examples_per_device", microbatch_examples_per_device
+        raise UserError(Problem(field, share, allowed, ghost_batch_examples))
     programs = compiled(microbatch_examples=tuple(layout.devices * n for n in layout.shapes))
-    options = {
-        "ghost_batch_examples": ghost_batch_examples,
-        "evaluation_batch_examples": evaluation_batch_examples,
-        "noise_small_batch_examples": noise_small_batch_examples,
-        "reproducible": reproducible,
-        "shard_optimizer": shard_optimizer,
-        "seed": seed,
-        "initial": initial,
-        "evaluation_params": evaluation_params,
-        "batch_sizes": batch_sizes,
-        "mesh": mesh,
-        "kept": kept,
-    }
+    given["noise_small_batch_examples"] = noise_small_batch_examples
     if identity is None:
-        identity = _identity(task, data, rule, shapes, controller, options)
-    options |= {"identity": identity}
-    again = functools.partial(
-        _again, task, data, controller or plan, optimizer, microbatch_examples_per_device, options
-    )
+        identity = _identity(task, data, rule, shapes, controller, given)
+    given |= {"task": task, "data": data, "mesh": mesh, "batch_sizes": batch_sizes}
+    given |= {"microbatch_examples_per_device": microbatch_examples_per_device}
+    given |= {"identity": identity, "float32_masters": False}
+
+    def again(**changes: Any) -> Run:
+        return prepare(**given | changes)
+
     largest = layout.devices * layout.shapes[0] // mesh.size
 
     def smaller() -> Run:
@@ -227,27 +218,6 @@ def prepare(
         again=again,
         smaller=smaller,
     )
-
-
-def _again(
-    task: Task,
-    data: TrainingData,
-    plan: Plan | Controller,
-    optimizer: Any,
-    microbatch_examples_per_device: int,
-    options: Mapping[str, Any],
-    /,
-    **changes: Any,
-) -> Run:
-    """The run with other options, `plan` and `data` among them."""
-    given = {
-        "data": data,
-        "plan": plan,
-        "microbatch_examples_per_device": microbatch_examples_per_device,
-        **options,
-        **changes,
-    }
-    return prepare(task, optimizer=optimizer, **given)
 
 
 def specialised(
@@ -312,14 +282,14 @@ def _identity(
     rule: Rule,
     shapes: Shapes,
     controller: Controller | None,
-    options: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What decides the result of a run beside its plan, as far as it can be seen."""
-    names = ("seed", "ghost_batch_examples", "noise_small_batch_examples", "reproducible")
-    identity: dict[str, Any] = {name: options[name] for name in names}
-    initial = options["initial"]
+    names = ("seed", "noise_small_batch_examples", "reproducible", "float32_masters")
+    initial = given["initial"]
     return {
-        **identity,
+        **{name: given[name] for name in names},
+        "ghost_batch_examples": given["ghost_batch_examples"] or 1,
         "optimizer": rule.name,
         "data": data.description,
         "parameters": packing.described(shapes.params),

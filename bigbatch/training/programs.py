@@ -32,8 +32,7 @@ class Programs:
     """The programs of one task, optimizer and mesh.
 
     Attributes:
-      accumulate: microbatch examples -> compiled `functions.accumulate`, to which the accumulator is
-        donated.
+      accumulate: microbatch examples -> compiled `functions.accumulate` (accumulator is donated).
       apply_update: compiled `functions.apply_update` (state and accumulator are donated).
       evaluate: compiled `functions.evaluate`.
       init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
