@@ -8,7 +8,6 @@ import pytest
 
 from bigbatch.errors import StoppedError
 from bigbatch.training import evaluate, microbatches
-from bigbatch.training import loop as train
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from tests import trained
 from tests.storm import records
