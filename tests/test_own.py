@@ -106,6 +106,12 @@ def check_verbs(run, directory, result, metric):
     assert metric == "accuracy" or "accuracy" not in page
 
 
+def test_the_guide_shows_these_very_files():
+    guide = (Path(__file__).parents[1] / "docs" / "own.md").read_text()
+    for path in (Path(__file__).parent / "own").glob("[!_]*.py"):
+        assert f"```python\n{path.read_text()}```" in guide, path.name
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_a_process_that_is_killed_ends_as_an_undisturbed_one(name, tmp_path):
