@@ -120,7 +120,14 @@ def test_a_process_that_is_killed_ends_as_an_undisturbed_one(name, tmp_path):
         directory = tmp_path / str(kills)
         for killed in range(kills + 1):
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.test_own", name, str(directory), str(TOKENS.absolute())],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.test_own",
+                    name,
+                    str(directory),
+                    str(TOKENS.absolute()),
+                ],
                 cwd=Path(__file__).parents[1],
             )
             if killed == kills:

@@ -1,11 +1,10 @@
 """Parameters in bfloat16: sums and the optimizer's state are float32, masters where asked."""
 
 import jax.numpy as jnp
-import optax
+import numpy as np
 from flax import nnx
 
 import bigbatch as bb
-from tests.own.nnx_grain import example
 
 
 class Network(nnx.Module):
@@ -18,25 +17,15 @@ class Network(nnx.Module):
         return self.out(nnx.relu(self.hidden(x))).astype(jnp.float32)
 
 
-class Examples:
-    def __init__(self, number):
-        self.number = number
-
-    def __len__(self):
-        return self.number
-
-    def __getitem__(self, index):
-        return example(int(index))
-
-
-def adamw(learning_rate, weight_decay=1e-4):
-    return optax.adamw(learning_rate, weight_decay=weight_decay)
+def labelled(examples, seed):
+    x = np.random.default_rng(seed).normal(size=(examples, 8)).astype(np.float32)
+    return {"x": x, "label": np.argmax(x[:, :4], axis=1)}
 
 
 def prepare(**options):
-    data = bb.Data(Examples(320), test=Examples(100))
+    data = bb.Data(labelled(320, seed=0), test=labelled(100, seed=1))
     task = bb.Task.from_nnx(Network, bb.cross_entropy_sums, metrics={"accuracy": "correct"})
     recipe = bb.grow_batch(bb.step_decay(0.01, 16, 0.0, boundaries_epochs=[1, 2], factor=0.5))
     plan = bb.make_plan(recipe, train_examples=320, epochs=3)
     settings = {"microbatch_examples_per_device": 32, **options}
-    return bb.prepare(task, data, plan, adamw, **settings)
+    return bb.prepare(task, data, plan, bb.AdamW(), **settings)

@@ -5,25 +5,22 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 import bigbatch as bb
+from tests.own.mapped_tokens import Bigram
 
-
-class Bigram(nnx.Module):
-    def __init__(self, rngs):
-        self.embed, self.out = nnx.Embed(32, 16, rngs=rngs), nnx.Linear(16, 32, rngs=rngs)
-
-    def __call__(self, tokens):
-        return self.out(self.embed(tokens))
+SETTINGS = {"microbatch_examples_per_device": 32}
 
 
 def next_token(logits, examples):
     tokens, length = examples["tokens"], examples["length"]
-    there = jnp.arange(tokens.shape[1] - 1) < length[:, None] - 1
-    mask = there * examples["weight"][:, None]
+    mask = (jnp.arange(11) < length[:, None] - 1) * examples["weight"][:, None]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
     return {"loss": jnp.sum(mask * losses), "count": jnp.sum(mask)}
+
+
+def perplexity(means):
+    return math.exp(means["loss"])
 
 
 def texts(examples, seed):
@@ -33,10 +30,8 @@ def texts(examples, seed):
 
 
 def prepare(**options):
-    metrics = {"perplexity": lambda means: math.exp(means["loss"])}
-    task = bb.Task.from_nnx(Bigram, next_token, metrics=metrics)
+    task = bb.Task.from_nnx(Bigram, next_token, metrics={"perplexity": perplexity})
     data = bb.Data(texts(320, seed=0), test=texts(100, seed=1))
     recipe = bb.grow_batch(bb.step_decay(0.5, 16, 0.0, boundaries_epochs=[1, 2], factor=0.5))
     plan = bb.make_plan(recipe, train_examples=320, epochs=3)
-    settings = {"microbatch_examples_per_device": 32, **options}
-    return bb.prepare(task, data, plan, bb.Sgd(), **settings)
+    return bb.prepare(task, data, plan, bb.Sgd(), **SETTINGS | options)
