@@ -10,10 +10,11 @@ from tests import imagenet_files
 
 jax.config.update("jax_num_cpu_devices", 8)
 
-# CI draws the same examples every time, so that it judges the change and not the draw.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# CI draws the same examples every time, so that it judges the change and not the draw. Nowhere is
+# the machine's speed judged.
+hypothesis.settings.register_profile("anywhere", deadline=None)
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "anywhere")
 
 
 @pytest.fixture(scope="session")

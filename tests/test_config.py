@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from bigbatch.config.config import Config, read_config
-from bigbatch.config.fields import Every
 from bigbatch.config.file import experiment_names, load_config, override, plain
 from bigbatch.errors import Problem, UserError
+from bigbatch.schedule.durations import Every, Intervals
 
 
 def digits(**fields):
@@ -107,10 +107,12 @@ def test_a_config_is_read():
     config = read_config(digits(), "growing")
     assert isinstance(config, Config)
     assert config.experiment == "growing"
-    assert (config.seed, config.label_smoothing, config.full_batch_norm) == (0, 0.0, False)
-    assert config.log_every == Every(1, "updates")
-    assert config.evaluate_every == Every(0.5, "epochs")
-    assert config.checkpoint_every == Every(5000, "examples")
+    assert (config.seed, config.label_smoothing, config.reproducible) == (0, 0.0, False)
+    due_at = Intervals.of(config.intervals)
+    assert due_at.log_every == Every(1, "updates")
+    assert due_at.evaluate_every == Every(0.5, "epochs")
+    assert due_at.checkpoint_every == Every(5000, "examples")
+    assert due_at.keep_every is None
     assert config.data.info.train_examples == 1437
     assert config.plan.num_updates < config.source_plan.num_updates == -(-14_370 // 32)
     assert set(config.plan.batch_sizes.tolist()) == {32, 160}
@@ -185,7 +187,7 @@ def test_an_interval_is_given_in_exactly_one_unit(stem):
     for unit in ("epochs", "examples", "updates"):
         assert fields_of(tree | {f"{stem}_{unit}": 0}) == [f"{stem}_{unit}"]
         config = read_config(tree | {f"{stem}_{unit}": 3})
-        assert getattr(config, stem) == Every(3, unit)
+        assert getattr(Intervals.of(config.intervals), stem) == Every(3, unit)
 
 
 @pytest.mark.parametrize(
@@ -194,12 +196,7 @@ def test_an_interval_is_given_in_exactly_one_unit(stem):
         ({"microbatch_examples_per_device": 48}, "microbatch_examples_per_device"),
         ({"microbatch_examples_per_device": 0}, "microbatch_examples_per_device"),
         ({"microbatch_examples_per_device": -32}, "microbatch_examples_per_device"),
-        (
-            {"microbatch_examples_per_device": 0, "full_batch_norm": True},
-            "microbatch_examples_per_device",
-        ),
         ({"label_smoothing": 1.0}, "label_smoothing"),
-        ({"reestimate_examples": 0}, "reestimate_examples"),
         ({"evaluation_batch_examples": 0}, "evaluation_batch_examples"),
         ({"seed": 2**32}, "seed"),
     ],
