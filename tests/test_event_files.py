@@ -6,11 +6,10 @@ import warnings
 
 import pytest
 
-from bigbatch.training.loop import train
 from bigbatch.workdir import event_files
 from bigbatch.workdir.event_files import EventFiles
 from bigbatch.workdir.metrics import MetricsLog, truncate
-from tests.trained import config, prepared
+from tests import trained
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -54,6 +53,7 @@ def test_both_axes_hold_the_log_after_kills_and_resumes(tmp_path):
             last_update=last_update,
             last_example=record(last_update or 1)["examples"] if last_update else 0,
             config={},
+            metrics=(),
         )
         # Not closed, as after a kill that comes after a checkpoint.
         log = killed.enter_context(MetricsLog(log_path, files))
@@ -68,15 +68,19 @@ def test_both_axes_hold_the_log_after_kills_and_resumes(tmp_path):
 
 
 def test_a_run_can_be_opened_in_tensorboard(tmp_path):
-    settings = config(epochs=0.1, checkpoint_every_updates=2)
-    train(prepared(settings), tmp_path)
+    config = trained.config(epochs=0.1, checkpoint_every_updates=2)
+    trained.train(trained.prepared(config), tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("test_accuracy" in row for row in records)
     for axis, field in (("updates", "update"), ("examples", "examples")):
         assert scalars(tmp_path / "tensorboard" / axis) == expected(records, field)
-    summary = reader(tmp_path / "tensorboard" / "updates").SummaryMetadata(
-        metadata.SESSION_START_INFO_TAG
-    )
+    found = reader(tmp_path / "tensorboard" / "updates")
+    summary = found.SummaryMetadata(metadata.EXPERIMENT_TAG)
+    columns = metadata.parse_experiment_plugin_data(summary.plugin_data.content).metric_infos
+    # Each is the name of a scalar.
+    names = {column.name.tag for column in columns}
+    assert names == {"test_loss", "test_accuracy", "train_loss"} < set(found.Tags()["scalars"])
+    summary = found.SummaryMetadata(metadata.SESSION_START_INFO_TAG)
     shown = metadata.parse_session_start_info_plugin_data(summary.plugin_data.content).hparams
     assert shown["policy.learning_rate"].number_value == 0.1
     assert shown["model.name"].string_value == "wide_resnet"
@@ -89,7 +93,7 @@ def test_records_reach_the_files_in_groups_or_after_a_while(tmp_path, monkeypatc
 
     now_s = 1_000.0
     monkeypatch.setattr(event_files.time, "monotonic", lambda: now_s)
-    files = EventFiles(tmp_path, last_update=0, last_example=0, config={})
+    files = EventFiles(tmp_path, last_update=0, last_example=0, config={}, metrics=())
     for update in range(1, 128):
         files.write(record(update))
     assert shown() == []
