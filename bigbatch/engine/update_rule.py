@@ -77,10 +77,12 @@ class Rule:
 
     def init(self, params: PyTree) -> optax.OptState:
         """The state before the first update."""
-        # A hyperparameter that was given as a whole number becomes a float.
+        params = jax.tree.map(wide, params)
+        precision = jnp.result_type(*jax.tree.leaves(params))
+        # A hyperparameter may have been given as a whole number.
         return _with_hyperparameters(
-            lambda name, value: wide(value) if name in self.hyper_names else value,
-            self.transformation.init(jax.tree.map(wide, params)),
+            lambda name, value: value.astype(precision) if name in self.hyper_names else value,
+            self.transformation.init(params),
         )
 
     def update(

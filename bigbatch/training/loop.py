@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bigbatch import distributed
+from bigbatch.checks import Checks
 from bigbatch.engine import functions
 from bigbatch.engine.task import Sums
 from bigbatch.errors import StoppedError
@@ -91,6 +92,11 @@ def train(
       RunError: the loss is no longer finite, or a checkpoint cannot be written.
       StoppedError: SIGTERM or the runtime asked for it; the state is saved.
     """
+    checks = Checks()
+    # One to go back to where the newest is damaged.
+    allowed = "a whole number of checkpoints, at least 2"
+    checks.whole("keep_checkpoints", keep_checkpoints, allowed, at_least=2)
+    checks.done()
     due, files = _intervals(intervals), Workdir(Path(directory))
     if record is None:
         record = {"experiment": files.path.name, **run.identity}

@@ -33,7 +33,7 @@ from bigbatch.errors import Problem, RunError, StoppedError, UserError
 from bigbatch.workdir import packing
 
 # Counts up when an older version could not read what this one writes, or the other way round.
-FORMAT = 3
+FORMAT = 4
 # The state is written in pieces of so many bytes, some at a time.
 _PIECE_BYTES = 2**25
 _PACKAGES = ("bigbatch", "jax", "flax", "optax", "orbax-checkpoint", "numpy")

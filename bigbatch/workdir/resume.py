@@ -23,6 +23,8 @@ from bigbatch.workdir.files import Workdir, read_json, write_json
 
 # Processes with other versions may compute something else.
 _SAME_VERSIONS = ("bigbatch", "jax", "numpy", "optax")
+# Where files lie may differ between hosts.
+_ELSEWHERE = ("data.directory", "initial_params")
 
 
 def open_run(
@@ -58,8 +60,9 @@ def open_run(
     """
     identity = plain(identity)
     versions = {package: _version(package) for package in _SAME_VERSIONS}
-    asked = {**flat(identity), "change-future": change_future, "versions": versions}
-    distributed.agree({**asked, **distributed.devices()}, "value")
+    facts = {"plan": plan.fingerprint, "change-future": change_future, "versions": versions}
+    asked = {**flat(plain(record)), **flat(identity), **facts, **distributed.devices()}
+    distributed.agree({**asked, **dict.fromkeys(_ELSEWHERE)}, "value")
     plans: list[Plan] = []
 
     def open_first() -> None:
