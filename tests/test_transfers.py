@@ -65,7 +65,8 @@ def test_the_sums_of_an_update_are_asked_for_before_the_first_is_waited_for(tmp_
     monkeypatch.setattr(of_arrays, "copy_to_host_async", asked)
     monkeypatch.setattr(train, "np", types.SimpleNamespace(asarray=read))
     trained.train(run, tmp_path)
-    # Loss, correct, count, examples, whether the gradient is finite. A checkpoint may have asked before.
+    # Loss, correct, count, examples, whether the gradient is finite. A checkpoint may have asked
+    # before.
     groups = re.findall("(?:asked )+(?:(?:read ){5}end )+", " ".join([*happened, ""]))
     assert sum(group.count("end") for group in groups) == run.plan.num_updates
     assert sum(group.count("read") for group in groups) == happened.count("read")
