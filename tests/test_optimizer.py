@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from bigbatch.engine import functions as step
-from bigbatch.engine import optimizer
-from bigbatch.engine import transformations as update_rules
+from bigbatch.engine import optimizer, transformations
 from bigbatch.engine.task import Task
+from bigbatch.engine.update_rule import resolve
 from bigbatch.workdir.checkpoint import Checkpoints
 
 UPDATES = 50
@@ -54,17 +54,19 @@ def hyper_at(update, momenta=NO_MOMENTUM, **more):
     }
 
 
+def rule_of(chosen, hypers):
+    names = chosen.hyper_names(hypers[0])
+    columns = {name: np.array([hyper[name] for hyper in hypers]) for name in names}
+    return resolve(chosen, columns, {"bias": BIAS, "kernel": KERNEL})
+
+
 def train(chosen, hypers):
     """Trajectory [updates] of parameters and optimizer states under the two compiled functions."""
-    task, mesh, transformation = (
-        tiny_task(),
-        step.data_mesh(jax.devices()[:1]),
-        chosen.transformation(),
-    )
-    state = step.init_state(task, transformation, jax.random.key(0))
+    task, mesh, rule = tiny_task(), step.data_mesh(jax.devices()[:1]), rule_of(chosen, hypers)
+    state = step.init_state(task, rule, jax.random.key(0))
     accumulate = jax.jit(functools.partial(step.accumulate, task=task, mesh=mesh))
     apply_update = jax.jit(
-        functools.partial(step.apply_update, task=task, optimizer=transformation, mesh=mesh)
+        functools.partial(step.apply_update, task=task, optimizer=rule, mesh=mesh)
     )
     trajectory, accumulator = [], None
     for update in range(UPDATES):
@@ -77,8 +79,7 @@ def train(chosen, hypers):
         if accumulator is None:
             accumulator = step.empty_accumulator(task, state, examples, mesh)
         accumulator = accumulate(state, accumulator, examples)
-        names = chosen.hyper_names(hypers[update])
-        hyper = {name: np.asarray(hypers[update][name]) for name in names}
+        hyper = {name: np.asarray(hypers[update][name]) for name in rule.hyper_names}
         state, accumulator, _ = apply_update(state, accumulator, hyper)
         trajectory.append(state)
     assert apply_update._cache_size() <= 2  # Committed or not; never once per value.
@@ -292,7 +293,7 @@ def test_the_average_is_the_weighted_mean_over_examples():
     hypers = [hyper_at(update) for update in range(UPDATES)]
     with jax.enable_x64(True):
         states = train(optimizer.Sgd(average_examples=40.0), hypers)
-        averages = [update_rules.evaluation_params(s.params, s.optimizer) for s in states]
+        averages = [transformations.evaluation_params(s.optimizer, s.params) for s in states]
     for update in (0, 1, 10, UPDATES - 1):
         ages = EXAMPLES * np.arange(update, -1, -1)
         weights = np.exp(-ages / 40.0) / np.exp(-ages / 40.0).sum()
@@ -305,7 +306,7 @@ def test_the_average_is_the_weighted_mean_over_examples():
 def test_an_average_over_updates_of_two_sizes_forgets_by_examples():
     """Two updates of 8 and one of 16 examples forget the past alike."""
     with jax.enable_x64(True):
-        average = update_rules.average_parameters(20.0)
+        average = transformations.average_parameters(20.0)
         params, zero = {"w": jnp.asarray(1.0)}, {"w": jnp.asarray(0.0)}
         many = few = average.update(zero, average.init(params), params, num_examples=8)[1]
         moved = {"w": jnp.asarray(5.0)}
@@ -320,10 +321,11 @@ def test_evaluation_uses_the_average():
     with jax.enable_x64(True):
         chosen = optimizer.Momentum(average_examples=40.0)
         state = train(chosen, [hyper_at(update, MOMENTA) for update in range(UPDATES)])[-1]
-        average = jax.device_get(update_rules.evaluation_params(state.params, state.optimizer))
+        average = jax.device_get(transformations.evaluation_params(state.optimizer, state.params))
         mesh = step.data_mesh(jax.devices()[:1])
         examples = {"x": INPUTS[0], "y": TARGETS[0], "weight": np.ones(EXAMPLES)}
-        sums = step.evaluate(state, examples, task=tiny_task(), mesh=mesh)
+        rule = rule_of(chosen, [hyper_at(0, MOMENTA)])
+        sums = step.evaluate(state, examples, task=tiny_task(), optimizer=rule, mesh=mesh)
     out = np.tanh(INPUTS[0] @ average["kernel"] + average["bias"])
     np.testing.assert_allclose(sums["loss"], [np.sum((out - TARGETS[0]) ** 2)], rtol=1e-12)
     assert np.abs(average["kernel"] - np.asarray(state.params["kernel"])).max() > 1e-3

@@ -1,8 +1,5 @@
 """The divided optimizer state: the numbers of the undivided one, its collectives, its memory."""
 
-import re
-from collections import Counter
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +7,14 @@ import pytest
 
 import bigbatch
 from bigbatch.engine import functions as step
-from bigbatch.engine.optimizer import OPTIMIZERS
+from bigbatch.engine.optimizer import OPTIMIZERS, arguments
+from bigbatch.engine.sharded_optimizer import Parts
 from bigbatch.engine.task import Task
 from bigbatch.training.loop import updates
-from bigbatch.training.prepare import prepare_task
+from bigbatch.training.prepare import prepare
+from tests import optimizers
+from tests.hlo import collectives
 
-COLLECTIVE = re.compile(r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+)\(")
 DEVICES = 8
 EXAMPLES = 96
 # Arrays of several ranks, none but one of a length that 8 divides.
@@ -24,7 +23,7 @@ SHAPES = {"kernel": (3, 7), "bias": (7,), "square": (8, 8), "scalar": ()}
 
 def plan(name):
     """Updates of 16 and then of 48, with momentum where the optimizer has one."""
-    momentum = 0.9 if "momentum" in OPTIMIZERS[name].hypers else 0.0
+    momentum = 0.9 if "momentum" in arguments(OPTIMIZERS[name].links) else 0.0
     recipe = bigbatch.step_decay(0.05, 16, momentum, boundaries_epochs=[1], factor=1 / 3)
     growing = bigbatch.grow_batch(recipe, max_batch_size=48)
     return bigbatch.make_plan(growing, train_examples=EXAMPLES, epochs=3)
@@ -33,7 +32,7 @@ def plan(name):
 def init(key):
     keys = jax.random.split(key, len(SHAPES))
     named = zip(keys, SHAPES.items(), strict=True)
-    return {name: jax.random.normal(k, shape, jnp.float64) for k, (name, shape) in named}, {}
+    return {name: jax.random.normal(k, shape) for k, (name, shape) in named}, {}
 
 
 def apply(params, statistics, examples, train):
@@ -55,7 +54,7 @@ def prepared(optimizer, name, *, shard_optimizer, devices=DEVICES, microbatch=2)
     # The threads that make microbatches know nothing of this one's 64-bit mode.
     x = generator.normal(size=(EXAMPLES, 3)).astype(np.float32)
     arrays = {"x": x, "y": generator.normal(size=EXAMPLES).astype(np.float32)}
-    return prepare_task(
+    return prepare(
         TASK,
         arrays,
         plan(name),
@@ -72,13 +71,11 @@ def trained(run):
     return jax.tree.map(np.asarray, run.programs.unite(state))
 
 
-def collectives(program):
-    return Counter(COLLECTIVE.findall(program.as_text().replace("-start(", "(")))
-
-
 def held_bytes_per_device(tree):
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
+
+OWN_LION = optimizers.OWN["lion"][1]
 
 # What these three do is part of what the others do.
 SIMPLER = ("sgd", "momentum", "adam")
@@ -103,10 +100,47 @@ def test_the_divided_optimizer_gives_the_numbers_of_the_undivided_one(name):
     assert np.max(np.abs(expected.params["kernel"] - np.asarray(start.params["kernel"]))) > 1e-3
 
 
-def test_one_reduce_scatter_and_one_all_gather_carry_all_arrays():
+@pytest.mark.parametrize("name", optimizers.OWN)
+def test_any_optimizer_divided_gives_its_numbers(name):
+    """Matrix products and factored moments among them; the state's arrays lie in parts."""
+    plan, optimizer, _ = optimizers.OWN[name]
     with jax.enable_x64(True):
-        plain = prepared(OPTIMIZERS["adam"](), "adam", shard_optimizer=True)
-        clipped = prepared(OPTIMIZERS["adam"](clip_norm=1.0), "adam", shard_optimizer=True)
+        rule = optimizers.rule_of(optimizer, plan)
+        expected, expected_sums = optimizers.trained(rule, plan)
+        devices = 2 if name == "muon" else 4
+        found, sums = optimizers.trained(rule, plan, devices=devices, parts=Parts)
+        large = [leaf for leaf in jax.tree.leaves(found.optimizer) if leaf.size > 1]
+        assert all(leaf.addressable_shards[0].data.size * devices == leaf.size for leaf in large)
+        evaluated = optimizers.jit(rule.evaluation_params)(found.optimizer, found.params)
+        united = optimizers.jit(Parts(rule, step.data_mesh(jax.devices()[:devices])).unite)(found)
+        optimizers.assert_close(united, expected)
+        optimizers.assert_close(sums, expected_sums)
+        whole = rule.evaluation_params(expected.optimizer, expected.params)
+        optimizers.assert_close(evaluated, whole)
+
+
+def test_a_sign_of_a_gradient_that_is_not_finite_is_noticed(monkeypatch):
+    """Lion's step is finite even then, and so are the new parameters."""
+    monkeypatch.setattr(optimizers, "TARGETS", np.full_like(optimizers.TARGETS, np.inf))
+    with jax.enable_x64(True):
+        rule = optimizers.rule_of(OWN_LION)
+        for parts in (None, Parts):
+            devices = 1 if parts is None else 2
+            _, sums = optimizers.trained(rule, devices=devices, parts=parts, updates=1)
+            assert sums["gradient_is_finite"] == 0
+
+
+def test_parameters_that_are_single_numbers_are_not_divided():
+    with jax.enable_x64(True):
+        parts = Parts(optimizers.rule_of(OWN_LION), step.data_mesh(jax.devices()[:2]))
+    (problem,) = parts.problems({"scale": jnp.ones(())})
+    assert problem.field == "shard_optimizer"
+    assert parts.problems({"scale": jnp.ones(()), "bias": jnp.ones(3)}) == []
+
+
+def test_one_reduce_scatter_and_one_all_gather_carry_all_arrays():
+    plain = prepared(OPTIMIZERS["adam"](), "adam", shard_optimizer=True)
+    clipped = prepared(OPTIMIZERS["adam"](clip_norm=1.0), "adam", shard_optimizer=True)
     expected = {"reduce-scatter": 1, "all-gather": 1, "all-reduce": 1}
     assert collectives(plain.programs.apply_update) == expected
     assert all(collectives(program) == {} for program in plain.programs.accumulate.values())

@@ -286,11 +286,12 @@ def apply_update(
         return params, exact_sums.total(slices), largest, emptied
 
     spec = where.specs(state.params)
+    rest: Any = REPLICATED
     params, total, largest, emptied = jax.shard_map(
         reduce_on_device,
         mesh=mesh,
         in_specs=(REPLICATED, SHARDED),
-        out_specs=(spec, Accumulator(spec, *[REPLICATED] * 3), REPLICATED, SHARDED),
+        out_specs=(spec, Accumulator(spec, rest, rest, rest), REPLICATED, SHARDED),
     )(state.params, accumulator)
     count = total.sums[COUNT]
     gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
