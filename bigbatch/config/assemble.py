@@ -156,12 +156,14 @@ def train(
 
 def identity_of(config: Config, data: TrainingData) -> dict[str, Any]:
     """What decides the result of a config's run on its data, beside its plan."""
-    if config.task is None:
-        return config.identity
-    task, shapes = specialised(config.task, data, config.ghost_batch_examples)
-    identity = config.identity | {"parameters": packing.described(shapes.params)}
-    if not isinstance(config.data, Options):
+    identity = config.identity
+    if not isinstance(config.data, Options) or not config.data.info.mean:
+        # What only the examples themselves can tell.
         identity["data"] = {**identity["data"], "description": data.description}
+    if config.task is None:
+        return identity
+    task, shapes = specialised(config.task, data, config.ghost_batch_examples)
+    identity |= {"parameters": packing.described(shapes.params)}
     frozen = {"frozen_sha256": packing.sha256(task.frozen)}
     return identity | (frozen if packing.num_bytes(task.frozen) else {})
 

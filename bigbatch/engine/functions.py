@@ -120,9 +120,7 @@ def _addend_shapes(
         sums = _sums(task, outputs, examples)
         if measures_noise:
             sums |= small_batch_sums(state.params, sums[EXAMPLES])
-        addends = Accumulator(
-            state.params, sums, state.running_statistics, jnp.sum(examples["ghost_mask"])
-        )
+        addends = Accumulator(state.params, sums, state.running_statistics, sums[COUNT])
         return jax.tree.map(wide, addends)
 
     return jax.eval_shape(zeros_like, state, examples)
@@ -130,8 +128,10 @@ def _addend_shapes(
 
 def _sums(task: Task, outputs: PyTree, examples: Examples) -> Sums:
     """What the loss returns, and the number of examples that are not masked."""
-    present = jnp.sum(examples["weight"] > 0, dtype=examples["weight"].dtype)
-    return {**task.loss(outputs, examples), EXAMPLES: present}
+    sums = task.loss(outputs, examples)
+    # Of one type with the others, so that one all-reduce carries them.
+    present = jnp.sum(examples["weight"] > 0, dtype=wide(sums[COUNT]).dtype)
+    return {**sums, EXAMPLES: present}
 
 
 def accumulate(
