@@ -216,8 +216,13 @@ def accumulate(
         out_specs=SHARDED,
         check_vma=False,
     )(
-        *(state.params, state.running_statistics, state.bounds),
-        *(accumulator, microbatch, frozen, addends),
+        state.params,
+        state.running_statistics,
+        state.bounds,
+        accumulator,
+        microbatch,
+        frozen,
+        addends,
     )
 
 

@@ -172,8 +172,7 @@ def _trace(
     mesh = functions.data_mesh(jax.local_devices()[:1])
     specs = (REPLICATED, REPLICATED, REPLICATED, SHARDED)
     # As in `functions.accumulate`.
-    over = {"mesh": mesh, "in_specs": specs, "out_specs": SHARDED, "check_vma": False}
-    traced = jax.shard_map(on_device, **over)
+    traced = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=SHARDED, check_vma=False)
     with _told("task.apply", "functions that JAX can differentiate"):
         found = jax.eval_shape(traced, *shapes, task.frozen, dict(examples))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), found)

@@ -16,7 +16,6 @@ from bigbatch.engine.ghost_batches import (
 )
 
 
-
 class GhostNorm(nn.Module):
     """Normalises every run of `ghost_batch_examples` consecutive examples by itself.
 

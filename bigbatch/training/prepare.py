@@ -260,9 +260,10 @@ def _check_initial(initial: Any, shapes: Shapes) -> None:
     if initial is None or callable(initial):
         return
     expected = (shapes.params, shapes.running_statistics)
-    if jax.tree.structure(initial) != jax.tree.structure(expected):
-        allowed = f"(parameters, running statistics) as the task's init gives them: {expected}"
-        raise UserError(Problem("initial", jax.tree.structure(initial), allowed))
+    given, wanted = (str(jax.tree.structure(tree)) for tree in (initial, expected))
+    if given != wanted:
+        allowed = f"(parameters, running statistics) as the task's init gives them: {wanted}"
+        raise UserError(Problem("initial", given, allowed))
     checks = Checks()
     for (path, leaf), like in zip(
         jax.tree.leaves_with_path(initial), jax.tree.leaves(expected), strict=True
