@@ -1,6 +1,5 @@
-"""Ghost batches over several devices, the full batch, dropout and re-estimation, in whole runs."""
+"""Ghost batches over several devices, and dropout, in whole runs."""
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -11,17 +10,15 @@ import pytest
 from jax.sharding import NamedSharding
 
 from bigbatch.config.config import read_config
-from bigbatch.data import stream
-from bigbatch.data.keys import example_keys
+from bigbatch.data.stream import example_keys
 from bigbatch.engine import functions as step
 from bigbatch.errors import UserError
 from bigbatch.layout.sharing import layout_over
 from bigbatch.models import WideResNetConfig
 from bigbatch.models.classification import cross_entropy_sums
 from bigbatch.models.dropout import dropout
-from bigbatch.models.ghost_norm import GHOST_STATISTICS, RUNNING_STATISTICS
+from bigbatch.models.ghost_norm import GHOST_STATISTICS
 from bigbatch.training import loop as train
-from bigbatch.training.reestimate import reestimate
 from bigbatch.training.run import Run
 from tests import trained
 
@@ -72,7 +69,7 @@ class Alone(NamedTuple):
 @pytest.fixture(scope="module")
 def alone():
     with jax.enable_x64(True):
-        config = small_config(reestimate_examples=200)
+        config = small_config()
         run = trained.prepared(config)
         assert sorted(set(run.plan.batch_sizes.tolist())) == [32, 96]
         first = jax.device_get(run.init_state())
@@ -103,43 +100,11 @@ def test_a_run_is_the_same_however_many_devices_share_a_ghost_batch(alone, devic
         assert_same(last_state(run, alone.first), alone.last)
 
 
-def test_full_batch_norm_is_a_ghost_batch_of_the_whole_batch(alone):
-    """At one batch size the two are the same thing."""
-    policy = POLICY | {"name": "constant"}
-    del policy["boundaries_epochs"], policy["factor"]
-    common = {"policy": policy, "transformations": [], "epochs": 0.1}
-    with jax.enable_x64(True):
-        config = small_config(**common)
-        assert config.layout(config.plan, 1) == alone.run.layout
-        reference = dataclasses.replace(alone.run, config=config, plan=config.plan)
-        expected = last_state(reference, alone.first)
-        full = small_config(**common, full_batch_norm=True, ghost_batch_examples=8)
-        run = trained.prepared(full, 4)
-        assert run.layout.shapes == (32,)
-        assert_same(last_state(run, alone.first), expected)
-
-
-def test_a_full_batch_takes_several_sizes_and_one_microbatch_for_each():
-    layout = layout_over(
-        [64, 640, 5120],
-        ghost_batch_examples=64,
-        devices=8,
-        microbatch_examples_per_device=1024,
-        full_batch_norm=True,
-    )
-    for size in (64, 640, 5120):
-        (part,) = layout.microbatches(size)
-        assert (part.num_examples, part.examples_per_device) == (size, size)
-
-
 def test_layouts_that_cannot_be_formed_are_refused_with_the_nearest():
     settings = {"ghost_batch_examples": 32, "devices": 6}
     with pytest.raises(UserError) as error:
         layout_over([32], microbatch_examples_per_device=8, **settings)
     assert error.value.problems[0].nearest == 16
-    with pytest.raises(UserError) as error:
-        layout_over([32, 70], microbatch_examples_per_device=8, full_batch_norm=True, **settings)
-    assert [problem.nearest for problem in error.value.problems] == [48, 30]
     with pytest.raises(UserError) as error:
         small_config(microbatch_examples_per_device=12)
     assert error.value.problems[0].nearest == 32
@@ -188,31 +153,3 @@ def test_label_smoothing_is_the_cross_entropy_with_softened_targets():
         examples = {"label": jnp.asarray(labels), "weight": jnp.asarray(weights)}
         sums = cross_entropy_sums(jnp.asarray(logits), examples, label_smoothing=0.1)
     np.testing.assert_allclose(sums["loss"], -(weights @ (targets * log_softmax).sum(axis=1)))
-
-
-def test_reestimated_statistics_are_the_means_over_ghost_batches(alone):
-    with jax.enable_x64(True):
-        run = alone.run
-        estimated = jax.device_get(reestimate(run, alone.last).running_statistics)
-        # Two batches of 96: six ghost batches, one after the other by the module itself.
-        module = run.config.model.module(num_classes=10, ghost_batch_examples=32)
-        apply = jax.jit(functools.partial(module.apply, train=True, mutable=[GHOST_STATISTICS]))
-        variables = {
-            "params": alone.last.params,
-            RUNNING_STATISTICS: alone.last.running_statistics,
-        }
-        found = []
-        for first in range(0, 192, 32):
-            images = stream.examples(run.data.train, 0, first, 32)["image"].astype(np.float64)
-            images = (images - np.asarray(run.data.mean)) / np.asarray(run.data.std)
-            keys = example_keys(len(run.data.train), 0, first, 32)
-            _, updated = apply(variables, images, keys=keys)
-            found.append(jax.device_get(updated[GHOST_STATISTICS]))
-        expected = jax.tree.map(lambda *leaves: np.concatenate(leaves).mean(axis=0), *found)
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
-            estimated,
-            expected,
-        )
-        kept = jax.device_get(alone.last.running_statistics)
-        assert not np.allclose(kept["norm"]["mean"], estimated["norm"]["mean"], rtol=1e-3)

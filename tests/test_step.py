@@ -131,7 +131,9 @@ def test_a_masked_ghost_batch_adds_exactly_nothing(monkeypatch):
             return {name: array[first : first + number] for name, array in examples.items()}
 
         microbatch = place(source, 0, present, share, 32, run.mesh)
-        accumulator = programs.accumulate[share](state, programs.empty_accumulator(), microbatch)
+        accumulator = programs.accumulate[share](
+            state, programs.empty_accumulator(), microbatch, run.frozen
+        )
         return jax.tree.map(np.asarray, accumulator)
 
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(total(160, 0)))
