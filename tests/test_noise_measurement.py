@@ -20,7 +20,7 @@ from bigbatch.layout.layout import make_layout
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.training import loop as train
 from bigbatch.training.microbatches import Request
-from bigbatch.training.prepare import prepare_task
+from bigbatch.training.prepare import prepare
 from bigbatch.training.progress import Progress
 from tests import trained
 from tests.test_step import collectives
@@ -60,7 +60,7 @@ def prepared(arrays, loss, params, *, devices=1, share=BATCH, batch=BATCH, small
     plan = bigbatch.make_plan(
         recipe, train_examples=examples, epochs=1, batch_multiple_examples=ghost
     )
-    return prepare_task(
+    return prepare(
         task,
         arrays,
         plan,
@@ -218,11 +218,12 @@ def test_small_batches_are_the_gradients_of_their_examples():
     accumulator = run.programs.empty_accumulator()
     for request in (Request(row.first_example + p.offset_examples, p) for p in part):
         size, examples = run.microbatch(request)
-        accumulator = run.programs.accumulate[size](state, accumulator, examples)
+        accumulator = run.programs.accumulate[size](state, accumulator, examples, run.frozen)
     squares = 0.0
     for p in alone.layout.microbatches(160):
         size, examples = alone.microbatch(Request(row.first_example + p.offset_examples, p))
-        one = alone.programs.accumulate[size](state, alone.programs.empty_accumulator(), examples)
+        empty = alone.programs.empty_accumulator()
+        one = alone.programs.accumulate[size](state, empty, examples, alone.frozen)
         leaves = jax.tree.leaves(jax.device_get(one.gradients))
         squares += sum(np.sum(np.float64(leaf) ** 2) for leaf in leaves) / 32
     sums = jax.device_get(accumulator.sums)
@@ -255,7 +256,8 @@ def test_the_log_tells_the_noise_or_why_there_is_none(tmp_path):
 
 def test_the_averages_go_on_after_a_checkpoint():
     noise = gradient_noise.Smoothed(0.1, 0.2, 1 / 3, 0.4, 5.0)
-    progress = Progress(updates=3, train_loss=1.0, test_loss=2.0, test_accuracy=0.5, noise=noise)
+    test = {"test_loss": 2.0, "test_accuracy": 0.5}
+    progress = Progress(updates=3, train_loss=1.0, test=test, noise=noise)
     assert Progress.read(json.loads(json.dumps(progress._asdict()))) == progress
     assert Progress.read({"updates": 3}).noise == gradient_noise.Smoothed()
 
@@ -275,11 +277,6 @@ def test_the_averages_go_on_after_a_checkpoint():
             {"noise_small_batch_examples": 32, "microbatch_examples_per_device": 8},
             "microbatch_examples_per_device",
             32,
-        ),
-        (
-            {"noise_small_batch_examples": 32, "full_batch_norm": True},
-            "noise_small_batch_examples",
-            None,
         ),
     ],
 )
