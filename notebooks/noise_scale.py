@@ -34,7 +34,6 @@ if "google.colab" in sys.modules:
     os.chdir("bigbatch/notebooks")
 
 # %%
-import functools
 import tempfile
 from pathlib import Path
 
@@ -103,8 +102,7 @@ print(f"{known.sum()} of {known.size} records have an estimate")
 asked = Asked()
 if FAST:
     asked = Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1)
-prepared = functools.partial(run_of, files, config)
-(point,) = measure(prepared, files, asked, at_updates=[5 if FAST else 9])
+(point,) = measure(run_of(files, config), files, asked, at_updates=[5 if FAST else 9])
 print(section(point))
 
 # %% [markdown]

@@ -215,8 +215,8 @@ def test_train_writes_what_it_says(finished):
     assert list(result) == [
         "updates",
         "examples",
-        "test_accuracy",
         "test_loss",
+        "test_accuracy",
         "train_loss",
         "seconds",
         "compilations",
@@ -340,9 +340,9 @@ def test_a_workdir_without_a_run(capsys, tmp_path, monkeypatch, name):
         assert "workdir: given" in err
 
 
-@pytest.mark.parametrize("name", ["config.json", "plan.json"])
+@pytest.mark.parametrize("name", ["config.json", "run.json", "plan.json"])
 def test_a_damaged_file_is_named_and_kept(capsys, finished, tmp_path, name):
-    for file in ("config.json", "plan.json", "metrics.jsonl"):
+    for file in ("config.json", "run.json", "plan.json", "metrics.jsonl"):
         (tmp_path / file).write_bytes((finished / file).read_bytes())
     (tmp_path / name).write_text('{"half":')
     before = snapshot(tmp_path)

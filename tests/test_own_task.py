@@ -17,7 +17,8 @@ from bigbatch.errors import UserError
 from bigbatch.models.classification import image_classification
 from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.training.evaluate import sums
-from bigbatch.training.prepare import fit, prepare_task
+from bigbatch.training.prepare import prepare
+from bigbatch.training.updates import fit
 
 EXAMPLES = 200
 RNG = np.random.default_rng(0)
@@ -67,7 +68,7 @@ def test_weighted_examples_are_trained_as_in_a_plain_loop(devices, weighted):
     assert set(plan().batch_sizes.tolist()) == {10, 33, 70}
     names = ["x", "y", "weight"] if weighted else ["x", "y"]
     with jax.enable_x64(True):
-        run = prepare_task(
+        run = prepare(
             task(),
             {name: ARRAYS[name] for name in names},
             plan(),
@@ -113,7 +114,7 @@ def test_a_flax_module_of_ones_own_trains_alike_on_any_devices():
     with jax.enable_x64(True):
         task = image_classification(OwnNetwork(), (4, 4, 1), (128.0,), (74.0,))
         for devices, share in ((1, 8), (4, 8), (4, 4)):
-            run = prepare_task(
+            run = prepare(
                 task,
                 arrays,
                 plan,
@@ -130,8 +131,18 @@ def test_a_flax_module_of_ones_own_trains_alike_on_any_devices():
         )
 
 
-def test_arrays_and_optimizers_that_do_not_fit_the_plan_are_all_named():
-    short = ARRAYS | {"y": ARRAYS["y"][:-1]}
+@pytest.mark.parametrize(
+    ("arrays", "optimizer", "fields"),
+    [
+        (
+            {"y": ARRAYS["y"][:-1], "weight": ARRAYS["weight"][:-2]},
+            Adam(),
+            ["train.y", "train.weight"],
+        ),
+        ({}, Adam(), ["policy.momentum"]),
+    ],
+)
+def test_arrays_and_optimizers_that_do_not_fit_the_plan_are_all_named(arrays, optimizer, fields):
     with pytest.raises(UserError) as error:
-        prepare_task(task(), short, plan(), Adam(), microbatch_examples_per_device=8)
-    assert [p.field for p in error.value.problems] == ["arrays.y", "policy.momentum"]
+        prepare(task(), ARRAYS | arrays, plan(), optimizer, microbatch_examples_per_device=8)
+    assert [p.field for p in error.value.problems] == fields

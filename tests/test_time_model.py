@@ -168,7 +168,7 @@ def test_times_need_no_jax():
 
 @pytest.fixture(scope="module")
 def bench_run():
-    return bench.prepared(config(microbatch_examples_per_device=64))
+    return bench.one_device(config(microbatch_examples_per_device=64))
 
 
 def test_bench_writes_what_plan_reads(bench_run, capsys, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_bench_writes_what_plan_reads(bench_run, capsys, tmp_path, monkeypatch):
     def seconds(run, sizes, counts, runs=0):
         return {(s, k): [0.5 + k * (0.25 + s / 64)] for s in sizes for k in counts}
 
-    monkeypatch.setattr(bench, "prepared", lambda _: bench_run)
+    monkeypatch.setattr(bench, "one_device", lambda _: bench_run)
     monkeypatch.setattr(bench, "update_seconds", seconds)
     out = tmp_path / "bench.json"
     assert cli.main(["bench", f"--config={DIGITS}:decay", f"--out={out}"]) == 0
