@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from bigbatch.config import assemble
 from bigbatch.config.config import Config
 from bigbatch.errors import StoppedError
 from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.models.pool import mean_over_positions
-from bigbatch.training import loop as train
-from bigbatch.config import assemble
+from bigbatch.training.restore import restore
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir
 from tests import trained
@@ -69,8 +69,9 @@ def config(name: str, share: int) -> Config:
 def part(directory: Path, name: str, share: int, stop: int) -> dict[str, str]:
     """Trains up to the stop or the end; hashes of the examples that were made, by position."""
     asked, files, made = config(name, share), Workdir(directory / name), {}
+    data = assemble.load_data(asked)
 
-    class Recorded(type(data := assemble.load_data(asked))):
+    class Recorded(type(data)):
         """The data set, which writes down what is made of it."""
 
         def training(self, seed, first, number):
@@ -88,7 +89,7 @@ def part(directory: Path, name: str, share: int, stop: int) -> dict[str, str]:
     with contextlib.suppress(StoppedError):
         trained.train(prepared, files.path)
     with Checkpoints(files.checkpoints) as checkpoints:
-        state, progress = train.restore(prepared, checkpoints)
+        state, progress = restore(prepared, checkpoints)
     np.savez(directory / f"{name}.npz", *map(np.asarray, jax.tree.leaves(state[:2])))
     return {"updates": progress.updates, "examples": made}
 

@@ -15,11 +15,10 @@ EVENTS = {
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 }
-# Records, evaluations, with statistics estimated anew, and checkpoints, on unlike updates.
+# Records, evaluations and checkpoints, on unlike updates.
 OFTEN = {
     "log_every_updates": 3,
     "evaluate_every_updates": 4,
-    "reestimate_examples": 160,
     "checkpoint_every_updates": 5,
 }
 ON_DEVICE = {"data": {"name": "digits", "on_device": True}, "noise_small_batch_examples": 32}

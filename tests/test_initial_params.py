@@ -16,13 +16,13 @@ from bigbatch.config.config import Config, read_config
 from bigbatch.engine.functions import State
 from bigbatch.engine.transformations import evaluation_params
 from bigbatch.errors import UserError
-from bigbatch.training import loop as train
 from bigbatch.training.evaluate import evaluate
+from bigbatch.training.restore import restore
 from bigbatch.training.run import Run
 from bigbatch.workdir import network_file
 from bigbatch.workdir.checkpoint import Checkpoints
-from bigbatch.workdir.packing import sha256 as params_sha256
 from bigbatch.workdir.files import Workdir
+from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import elastic, perceptron_run, trained
 from tests.test_distributed import ended, free_port, start
 from tests.test_lost_processes import flags_of
@@ -58,9 +58,11 @@ def small(**changes) -> Config:
 def begin(config: Config, directory, devices: int) -> tuple[Run, State]:
     """The run of a config in a new directory, and the state with which it begins."""
     files = Workdir(directory)
-    run = trained.prepared(assemble.identified(config, files), devices)
+    config = assemble.identified(config, files)
+    trained.claimed(files, config)
+    run = trained.prepared(config, devices)
     with Checkpoints(files.checkpoints, 2) as checkpoints:
-        state, progress = train.restore(run, checkpoints)
+        state, progress = restore(run, checkpoints)
     assert progress.updates == 0
     return run, state
 
@@ -71,7 +73,8 @@ def exported(networks, tmp_path_factory):
     directory = tmp_path_factory.mktemp("exported")
     files, out, config = Workdir(directory / "run"), directory / "network.npz", small(seed=3)
     trained.train(trained.prepared(config, DEVICES), files.path)
-    return out, saved.export_run(files, out), saved.evaluate_run(files)
+    said = saved.export(saved.run_of(files, None)(), files.path, out)
+    return out, said, saved.evaluate_run(files)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +92,7 @@ def test_a_run_begins_with_the_exported_network(exported, tmp_path, devices, cha
     out, said, measured = exported
     run, state = begin(small(initial_params=str(out), **changes), tmp_path, devices)
     whole = run.programs.unite(state)
-    for params in (whole.params, evaluation_params(whole.params, whole.optimizer)):
+    for params in (whole.params, evaluation_params(whole.optimizer, whole.params)):
         assert params_sha256(params) == said["params_sha256"]
     found = evaluate(run, state)
     # On other devices the same losses are added in another order.

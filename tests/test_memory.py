@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bigbatch.config.config import read_config
 from bigbatch.engine import functions as step
 from bigbatch.errors import RunError, UserError
 from bigbatch.layout import memory
 from bigbatch.training import loop as train
+from bigbatch.training.fitting import Fitting
 from bigbatch.training.updates import fit
 from tests import trained
 from tests.test_reproducible import small_run
@@ -61,12 +61,22 @@ def test_half_a_microbatch_is_of_whole_units_and_one_unit_is_not_cut():
 
 
 def test_the_kept_microbatch_is_taken_for_the_same_wish_and_devices_only(tmp_path):
-    path, key = tmp_path / "microbatch.json", {"asked": "auto", "devices": 2}
-    assert memory.kept(path, key) is None
-    memory.keep(path, key, 64)
-    assert memory.kept(path, key) == 64
-    assert memory.kept(path, key | {"devices": 4}) is None
-    assert memory.kept(None, key) is None
+    path = tmp_path / "microbatch.json"
+
+    def fitting(devices=2, asked=96, device_memory_bytes=None, path=path):
+        mesh = step.data_mesh(jax.devices()[:devices])
+        return Fitting(path, asked, device_memory_bytes, mesh)
+
+    def chosen(**changes):
+        settings = {"unit": 32, "most": 96, "reproducible": False}
+        return fitting(**changes).examples_per_device(None, None, **settings)
+
+    assert chosen() == 96
+    fitting().keep(64)
+    assert chosen() == 64
+    for changes in ({"devices": 4}, {"device_memory_bytes": 10**9}, {"path": None}):
+        assert chosen(**changes) == 96
+    assert chosen(asked=32) == 32
 
 
 def test_out_of_memory_halves_the_microbatch_once_and_changes_no_number():

@@ -70,7 +70,7 @@ class Variant:
             self.run.microbatch(Request(part.offset_examples, part))
             for part in self.run.layout.microbatches(EXAMPLES)
         ]
-        self.hyper = {name: np.float32(0.01) for name in self.run.hyper_names}
+        self.hyper = {name: np.float32(0.01) for name in self.run.optimizer.hyper_names}
         self.wait = jax.block_until_ready
 
     def update_s(self) -> float:
@@ -79,7 +79,7 @@ class Variant:
         addends = programs.addends(EXAMPLES)
         for size, examples in self.parts:
             self.accumulator = programs.accumulate[size](
-                self.state, self.accumulator, examples, *addends
+                self.state, self.accumulator, examples, self.run.frozen, *addends
             )
         self.state, self.accumulator, _ = programs.apply_update(
             self.state, self.accumulator, self.hyper
@@ -125,7 +125,13 @@ def beside(plain_variant: Variant, plain: np.ndarray, rounds: int) -> list[str]:
         "input_wait_s": 0.0,
     }
     with tempfile.TemporaryDirectory() as directory:
-        files = EventFiles(Path(directory) / "events", last_update=0, last_example=0, config={})
+        files = EventFiles(
+            Path(directory) / "events",
+            last_update=0,
+            last_example=0,
+            config={},
+            metrics=["train_loss"],
+        )
         events = []
         for _ in range(rounds):
             # A group of records, as they are written together.

@@ -283,24 +283,21 @@ def ours(setting: Setting) -> float:
     """`bigbatch train`: with its log, event files, checkpoints and result file too."""
     import tempfile
 
-    from bigbatch.training.loop import train
-    from bigbatch.training.run import prepare
+    from bigbatch.config.assemble import train
     from bigbatch.workdir.files import Workdir
-    from bigbatch.workdir.resume import open_run
 
     with tempfile.TemporaryDirectory() as directory:
-        files = Workdir(Path(directory) / "run")
-        run = prepare(setting.config, open_run(setting.config, files))
-        return train(run, files.path)["test_accuracy"]
+        result, _ = train(setting.config, Workdir(Path(directory) / "run"))
+        return result["test_accuracy"]
 
 
 def ours_as_library(setting: Setting) -> float:
     """The updates of bigbatch in a loop of one's own, which does what the peers' loops do."""
+    from bigbatch.config.assemble import prepared
     from bigbatch.training.evaluate import evaluate
-    from bigbatch.training.loop import updates
-    from bigbatch.training.run import prepare
+    from bigbatch.training.updates import updates
 
-    run = prepare(setting.config, setting.plan)
+    run = prepared(setting.config)
     losses, accuracy = [], 0.0
     for row, state, sums in updates(run, run.init_state(), 0):
         losses.append(sums["loss"])

@@ -25,10 +25,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 import bigbatch
-from bigbatch.data import on_device, sets, stream
+from bigbatch.data import dataset, sets, stream
 from bigbatch.data.augment import Augment
 from bigbatch.engine import functions as step
 from bigbatch.layout.layout import Layout
@@ -122,14 +121,8 @@ def placed(data: sets.Arrays, batch_size: int, *, there: bool = False) -> Iterat
     policy = bigbatch.constant(0.1, batch_size, 0.9)
     plan = bigbatch.make_plan(policy, train_examples=len(data), epochs=1_000)
 
-    def pixels(first_example: int, num_examples: int) -> dict[str, np.ndarray]:
-        return stream.examples(data, 0, first_example, num_examples, CHANGE)
-
-    source = on_device.index_source(len(data), 0, CHANGE) if there else pixels
-    make = microbatches.maker(source, layout, mesh, ghost)
-    if there:
-        sharding = NamedSharding(mesh, step.SHARDED)
-        make = on_device.maker(make, data, CHANGE, sharding, [MICROBATCH_EXAMPLES])
+    given = dataset.data_set(sets.info("fashion_mnist"), data, data, CHANGE, there)
+    make = microbatches.of(given, layout, mesh, 0, ghost, takes_keys=False)
     requests = microbatches.requests(plan, layout, 0, plan.num_updates)
     with Prefetch(make, requests, max_in_flight=IN_FLIGHT) as items:
         for item in items:

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigbatch.data import stream
-from bigbatch.data.records import jpeg, record_set
+from bigbatch.data import sets, stream
+from bigbatch.data.records import jpeg
 from bigbatch.data.records.crops import training_window
 from bigbatch.data.records.reader import Records, parse
 from bigbatch.data.tfds import metadata as tfds_metadata
@@ -94,12 +94,13 @@ def prepare(directory: Path) -> None:
 
 
 def opened(directory: Path, file_format: str, decoding: str, workers: int | None = None):
-    return record_set.load(
+    return sets.load(
         "imagenet2012",
         train_examples=IMAGES,
         test_examples=1,
         image_size=SIZE,
-        data_dir=directory / file_format,
+        directory=directory / file_format,
+        flip=True,
         decoding=decoding,
         workers=workers,
     )
@@ -107,8 +108,8 @@ def opened(directory: Path, file_format: str, decoding: str, workers: int | None
 
 def ours(directory: Path, file_format: str, decoding: str, workers: int | None = None):
     """The source of the training examples."""
-    train = opened(directory, file_format, decoding, workers).train
-    return lambda first, number: train.training(0, first, number, flip=True)
+    data = opened(directory, file_format, decoding, workers)
+    return lambda first, number: data.training(0, first, number)
 
 
 def tf_data(directory: Path, fast: bool):

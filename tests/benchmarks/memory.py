@@ -56,8 +56,8 @@ def ours(batch_size: int) -> dict[str, int]:
     import bigbatch
     from bigbatch.engine import functions as step
     from bigbatch.engine.optimizer import Momentum
-    from bigbatch.training import loop as train
-    from bigbatch.training.prepare import prepare_task
+    from bigbatch.training.prepare import prepare
+    from bigbatch.training.updates import updates
 
     task, arrays = task_and_arrays()
     examples = max(LEAST_EXAMPLES, batch_size)
@@ -67,7 +67,7 @@ def ours(batch_size: int) -> dict[str, int]:
         epochs=examples / TRAIN_EXAMPLES,
         batch_multiple_examples=GHOST,
     )
-    run = prepare_task(
+    run = prepare(
         task,
         arrays,
         plan,
@@ -77,11 +77,11 @@ def ours(batch_size: int) -> dict[str, int]:
         mesh=step.data_mesh(jax.devices()[:1]),
     )
     start = jax.block_until_ready(run.init_state())
-    before, updates = resident_bytes(), 0
-    for _, state, _ in train.updates(run, start, 0):
+    before, done = resident_bytes(), 0
+    for _, state, _ in updates(run, start, 0):
         jax.block_until_ready(state)
-        updates += 1
-    assert updates == examples // batch_size
+        done += 1
+    assert done == examples // batch_size
     needs = run.programs.device_bytes
     programs = max(needs["accumulate"], needs["apply_update"])
     return {"programs": programs, "resident": resident_bytes(), "before": before}

@@ -17,6 +17,7 @@ import numpy as np
 
 from bigbatch.engine import functions as step
 from bigbatch.engine.optimizer import Momentum
+from bigbatch.engine.update_rule import resolve
 from bigbatch.models import InceptionResNetV2Config, ResNetConfig, WideResNetConfig
 from bigbatch.models.classification import image_classification
 
@@ -53,7 +54,9 @@ def measure(name: str, dtype: str) -> str:
     )
     image_shape = (pixels, pixels, 3)
     task = image_classification(module, image_shape, (127.5,) * 3, (64.0,) * 3)
-    optimizer = Momentum(weight_decay=1e-4).transformation()
+    params, _ = jax.eval_shape(task.init, jax.random.key(0))
+    columns = {"learning_rate": np.array([0.1]), "momentum": np.array([0.9])}
+    optimizer = resolve(Momentum(weight_decay=1e-4), columns, params)
     init = functools.partial(step.init_state, task, optimizer)
     state = jax.eval_shape(init, jax.random.key(0))
     microbatch = {
@@ -63,17 +66,17 @@ def measure(name: str, dtype: str) -> str:
         "weight": jax.ShapeDtypeStruct((ghost,), np.float32),
         "ghost_mask": jax.ShapeDtypeStruct((1,), np.float32),
     }
-    if getattr(module, "dropout_rate", 0) == 0:
+    if not task.takes_keys:
         del microbatch["key"]
     empty = functools.partial(step.empty_accumulator, task, state, microbatch, mesh)
     accumulator = jax.eval_shape(empty)
-    hyper = {n: jax.ShapeDtypeStruct((), np.float32) for n in ("learning_rate", "momentum")}
+    hyper = {n: jax.ShapeDtypeStruct((), np.float32) for n in columns}
     accumulate = jax.jit(functools.partial(step.accumulate, task=task, mesh=mesh), donate_argnums=1)
     apply_update = jax.jit(
         functools.partial(step.apply_update, task=task, optimizer=optimizer, mesh=mesh),
         donate_argnums=(0, 1),
     )
-    first, first_s = timed(lambda: accumulate.lower(state, accumulator, microbatch))
+    first, first_s = timed(lambda: accumulate.lower(state, accumulator, microbatch, task.frozen))
     second, second_s = timed(lambda: apply_update.lower(state, accumulator, hyper))
     params_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     cells = (

@@ -20,7 +20,6 @@ from jax.sharding import NamedSharding
 
 from bigbatch.config.config import read_config
 from bigbatch.engine import functions as step
-from bigbatch.training import run
 from bigbatch.training.microbatches import Request
 from tests import trained
 
@@ -54,11 +53,11 @@ class Variant:
             policy=policy, transformations=[], microbatch_examples_per_device=UPDATE
         )
         config = read_config(tree | changes)
-        self.run = run.prepare(config, config.plan, step.data_mesh(jax.devices()[:1]))
+        self.run = trained.prepared(config)
         self.state, self.accumulator = self.run.init_state(), self.run.programs.empty_accumulator()
         parts = self.run.layout.microbatches(UPDATE)
         self.parts = [self.run.microbatch(Request(part.offset_examples, part)) for part in parts]
-        hyper = {name: np.float32(0.01) for name in self.run.hyper_names}
+        hyper = {name: np.float32(0.01) for name in self.run.optimizer.hyper_names}
         self.hyper = jax.device_put(hyper, NamedSharding(self.run.mesh, step.REPLICATED))
 
     def update_s(self) -> float:
@@ -66,7 +65,7 @@ class Variant:
         programs, start_s = self.run.programs, time.perf_counter()
         for size, examples in self.parts:
             self.accumulator = programs.accumulate[size](
-                self.state, self.accumulator, examples, *programs.addends(UPDATE)
+                self.state, self.accumulator, examples, self.run.frozen, *programs.addends(UPDATE)
             )
         self.state, self.accumulator, _ = programs.apply_update(
             self.state, self.accumulator, self.hyper

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.stage_changes [runs] > tests/benchmarks/results/stage_changes_cpu.md
 
 A growing schedule on the digits (WRN-10-1, ghost batches of 32, microbatches of up to 160), one
-device, trained by `train.train`, without evaluations or checkpoints on the way. The examples a
+device, trained by `bigbatch.train`, without evaluations or checkpoints on the way. The examples a
 second of each update are those of metrics.jsonl. Printed are, over all runs, the median and the
 quartiles of the first 10 updates of a stage and of the rest of it, and the ratio of the time that
 the rest's median speed would have taken for the first 10 to what they took, as the median and the
@@ -21,7 +21,6 @@ import numpy as np
 
 from bigbatch.config.config import read_config
 from bigbatch.config.file import load_config
-from bigbatch.training import loop as train
 from tests import trained
 
 FIRST = 10

@@ -27,7 +27,7 @@ def main() -> None:
     print("| work | microbatch | microbatches | measured, ms | model, ms | model / measured |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, reference, overrides in WORKS:
-        run = bench.prepared(load_config(reference, overrides))
+        run = bench.one_device(load_config(reference, overrides))
         sizes = run.layout.shapes
         taken = bench.update_seconds(run, sizes, COUNTS, RUNS)
         measured = {key: min(values) for key, values in taken.items()}

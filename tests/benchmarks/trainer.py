@@ -63,13 +63,13 @@ def measure(name: str) -> dict:
     """One work, in this process."""
     import jax
 
-    from bigbatch.commands.bench import _random_images
     from bigbatch.config.file import load_config
+    from bigbatch.data.dataset import arrays, data_set
     from bigbatch.engine import functions as step
     from bigbatch.layout.layout import Microbatch
     from bigbatch.training import loop as train
     from bigbatch.training.microbatches import Request
-    from bigbatch.training.run import prepare
+    from tests import trained
 
     reference, changes, devices, stretch, rounds = WORKS[name]
     jax.config.update("jax_num_cpu_devices", devices)
@@ -83,15 +83,21 @@ def measure(name: str) -> dict:
         hypers={key: column[:1].repeat(needed) for key, column in config.plan.hypers.items()},
     )
     info = config.data.info
-    data = None if info.name == "digits" else _random_images(info, info.train_examples)
-    run = prepare(config, plan, step.data_mesh(jax.devices()), data=data)
+    data = None
+    if info.name != "digits":
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (info.train_examples, *info.image_shape), np.uint8)
+        noise = arrays(images, rng.integers(0, info.num_classes, len(images)))
+        test = arrays(images[: info.test_examples], noise.labels[: info.test_examples])
+        data = data_set(info, noise, test, config.data.augment)
+    run = trained.prepared(config, devices, plan, data=data)
     part = run.layout.microbatches(batch_size)
     assert len(part) == 1
     size, examples = run.microbatch(Request(0, Microbatch(0, batch_size, batch_size // devices)))
     sharded = jax.sharding.NamedSharding(run.mesh, step.SHARDED)
     examples = jax.device_put(dict(examples), sharded)
     hyper = jax.device_put(
-        {key: np.float32(run.plan.hypers[key][0]) for key in run.hyper_names},
+        {key: np.float32(run.plan.hypers[key][0]) for key in run.optimizer.hyper_names},
         jax.sharding.NamedSharding(run.mesh, step.REPLICATED),
     )
     accumulate, apply_update = run.programs.accumulate[size], run.programs.apply_update
@@ -102,7 +108,7 @@ def measure(name: str) -> dict:
         state, accumulator, _ = own
         start_s = time.perf_counter()
         for _ in range(stretch):
-            accumulator = accumulate(state, accumulator, examples)
+            accumulator = accumulate(state, accumulator, examples, run.frozen)
             state, accumulator, sums = apply_update(state, accumulator, hyper)
             if devices > 1:
                 jax.block_until_ready(state)
@@ -142,7 +148,7 @@ def measure(name: str) -> dict:
     result = tuple(own)
     programs = dataclasses.replace(
         run.programs,
-        accumulate={size: lambda state, accumulator, examples: result[1]},
+        accumulate={size: lambda state, accumulator, examples, frozen: result[1]},
         apply_update=lambda state, accumulator, hyper: result,
     )
     empty = dataclasses.replace(run, programs=programs)
