@@ -176,9 +176,10 @@ def test_auto_takes_what_fits_and_a_second_start_the_same(tmp_path, monkeypatch)
     limit = int(1.6 * (small["accumulate"] + small["state"]) / memory.USED_SHARE)
     config = trained.config(device_memory_bytes=limit, **changes)
     run = trained.prepared(config, kept=path)
-    chosen = run.microbatch_examples_per_device
+    chosen = json.loads(path.read_text())["chosen_examples_per_device"]
     assert chosen in (32, 64, 96, 128)
-    assert json.loads(path.read_text())["chosen_examples_per_device"] == chosen
+    asked = trained.config(**{**changes, "microbatch_examples_per_device": chosen})
+    assert run.layout == asked.layout(run.plan, 1)
     needs = run.programs.device_bytes
     assert needs["accumulate"] + needs["state"] <= limit * memory.USED_SHARE
     monkeypatch.setattr(memory, "largest_that_fits", None)
