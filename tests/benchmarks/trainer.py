@@ -134,7 +134,7 @@ def measure(name: str) -> dict:
                 begin_s = time.perf_counter()
             yield row, state, sums
 
-    def trained(run, instead_of_updates) -> None:
+    def train_with(run, instead_of_updates) -> None:
         with tempfile.TemporaryDirectory() as directory:
             train.updates = instead_of_updates
             try:
@@ -144,7 +144,7 @@ def measure(name: str) -> dict:
             finally:
                 train.updates = updates
 
-    trained(run, by_turns)
+    train_with(run, by_turns)
     result = tuple(own)
     programs = dataclasses.replace(
         run.programs,
@@ -166,7 +166,7 @@ def measure(name: str) -> dict:
                     raise EndError
                 yield one
 
-        trained(instead, timed)
+        train_with(instead, timed)
         host_s[kind] = np.percentile(np.diff(moments[100:]), (50, 25, 75)).tolist()
     return {
         "batch_size": batch_size,
