@@ -323,7 +323,8 @@ def _decays(call: Callable[..., Any], variables: PyTree, shapes: Described) -> d
 
 def _unstopped(value: Any) -> Any:
     """A jaxpr whose derivative goes through `stop_gradient`, which NNX puts around updates."""
-    if isinstance(value, ClosedJaxpr):
+    # From JAX 0.12 on the two are one type, its own `jaxpr`.
+    if isinstance(value, ClosedJaxpr) and value.jaxpr is not value:
         return value.replace(jaxpr=_unstopped(value.jaxpr))
     if not isinstance(value, Jaxpr):
         return value
