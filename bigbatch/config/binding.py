@@ -41,7 +41,11 @@ def bind(
       What the constructor returns; None if it was not or could not be called.
     """
     hints = typing.get_type_hints(constructor)
-    parameters = inspect.signature(constructor).parameters
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(constructor).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    }
     given_context = {k: v for k, v in (context or {}).items() if k in parameters}
     names = [name for name in parameters if name not in given_context]
     found: list[Problem] = []

@@ -100,6 +100,9 @@ def _load_module(path: str) -> ModuleType:
     # Dataclasses look there for what their annotations name.
     sys.modules[spec.name] = module
     loader = spec.loader
+    # What it imports, and names later, may lie beside it or where the command is given.
+    beside = str(Path(file).parent.absolute()), str(Path.cwd())
+    sys.path += [place for place in beside if place not in sys.path]
     _run(path, lambda: loader.exec_module(module))
     if not hasattr(module, "get_config"):
         raise UserError(Problem("config", path, "a file that defines get_config(experiment)"))
@@ -141,7 +144,6 @@ class _Callables:
 
     def _imported(self, place: str, name: str) -> ModuleType:
         """A module that is installed, in the current directory, or beside the config file."""
-        sys.path += [path for path in (str(Path.cwd()), str(self._beside)) if path not in sys.path]
         module = _run(name, lambda: importlib.import_module(place), field="")
         file = Path(module.__file__ or "").absolute()
         if self._beside in file.parents and file not in self.sources:

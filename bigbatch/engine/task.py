@@ -48,8 +48,8 @@ class Task:
         to the optimizer, and in no checkpoint.
       shares_ghost_batches: whether `apply` can form the statistics of a ghost batch of which a
         device sees a part only, along the mesh axis `data`.
-      is_tested: whether the task is known to keep all this, as the package's own are; then it is not
-        tried before a run.
+      is_tested: whether the task is known to keep all this, as the package's own are; then it is
+        not tried before a run.
       for_examples: makes the task from the shapes of one microbatch's examples, where it depends on
         them; then `init` and what comes after it are those of the result.
     """
