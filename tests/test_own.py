@@ -52,7 +52,7 @@ CASES = {
         for name in optimizers.OPTIMIZERS
     },
 }
-ORDINARY = ("nnx_grain", "linen_batch_norm", "padded_tokens", "bfloat16", "schedule_free")
+ORDINARY = ("nnx_grain", "padded_tokens", "schedule_free")
 SETTINGS = {"evaluate_every_epochs": 1, "checkpoint_every_updates": 7}
 CLOCK = {"seconds": 0, "compilations": 0}
 
