@@ -12,6 +12,7 @@ from bigbatch import cli
 from bigbatch.config.file import load_config
 from bigbatch.data import stream
 from bigbatch.errors import UserError
+from tests import trained as trained_lib
 
 PARTS = '''
 import math
@@ -445,3 +446,12 @@ def test_a_network_of_the_config_file_on_a_bundled_data_set(tmp_path, capsys):
     status, out, err = run("train", *arguments, "--compilation-cache=off", capsys=capsys)
     assert status == 0, err
     assert "test accuracy" in out
+
+
+@pytest.mark.parametrize("group", ["model", "transformations"])
+def test_groups_that_take_no_callables_name_their_own(group):
+    named = {"name": "os:system"}
+    with pytest.raises(UserError, match=r"name: given 'os:system'; allowed: one of w") as caught:
+        trained_lib.config(**{group: [named] if group == "transformations" else named})
+    assert len(caught.value.problems) == 1
+    assert "package.module" not in str(caught.value)

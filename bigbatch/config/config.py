@@ -105,7 +105,9 @@ _GROUPS = ("data", "model", "task", "optimizer", "policy")
 _POLICIES = {**POLICIES, "plan_file": plan_file, "adaptive": Controller}
 
 
-# What a callable of the user's gives, by what it has.
+# The groups that may name a callable of the user's.
+_OWN = ("task", "data", "optimizer", "policy")
+# What it gives, by what it has.
 _EXPECTED = {
     "task": ("minimised", "a callable that gives a bigbatch.Task"),
     "data": ("train_examples", "a callable that gives a bigbatch.Data"),
@@ -267,7 +269,8 @@ class _Reader:
         name = group.get("name", "nothing")
         arguments = {field: value for field, value in group.items() if field != "name"}
         constructor = otherwise
-        if isinstance(name, str) and ":" in name:
+        is_own = prefix in _OWN and isinstance(name, str) and ":" in name
+        if is_own:
             try:
                 constructor = self._named(name)
             except UserError as error:
@@ -278,7 +281,8 @@ class _Reader:
         elif isinstance(name, str) and name in registry:
             constructor = registry[name]
         else:
-            allowed = "one of " + ", ".join([*registry, '"package.module:callable"'])
+            own = ['"package.module:callable"'] if prefix in _OWN else []
+            allowed = "one of " + ", ".join([*registry, *own])
             nearest = nearest_name(str(name), list(registry))
             self._problems.append(Problem(f"{prefix}.name", name, allowed, nearest))
             return None
@@ -287,7 +291,7 @@ class _Reader:
         expected = _EXPECTED.get(prefix)
         # Where there is another mistake, None may mean that nothing was called.
         made = value is not None or not self._problems
-        if made and ":" in name and expected and not hasattr(value, expected[0]):
+        if made and is_own and expected and not hasattr(value, expected[0]):
             given = f"{name}, which gives a {type(value).__name__}"
             self._problems.append(Problem(f"{prefix}.name", given, expected[1]))
             return None
