@@ -8,7 +8,6 @@ import argparse
 import json
 
 import jax
-import numpy as np
 
 from bigbatch import distributed
 from bigbatch.config import assemble
@@ -65,7 +64,8 @@ def main() -> None:
     history = []
     updates = train.updates(prepared, prepared.init_state(), 0)
     for row, state, sums in updates:  # noqa: B007 - the last one is the result
-        history.append({n: np.asarray(v) for n, v in sums.items() if n != "input_wait_s"})
+        del sums["input_wait_s"]
+        history.append(jax.device_get(sums))
         if row.update + 1 == last:
             break
     state = jax.device_get(state)

@@ -100,7 +100,8 @@ def go_on(prepared: Run, state, done: int, until: int):
     updates = train.updates(prepared, state, done)
     for _ in range(done, until):
         _, state, sums = next(updates)
-        history.append({n: np.asarray(v) for n, v in sums.items() if n != "input_wait_s"})
+        del sums["input_wait_s"]
+        history.append(jax.device_get(sums))
     state = jax.device_get(state)
     updates.close()
     return state, history

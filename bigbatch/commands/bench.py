@@ -171,13 +171,10 @@ def update_seconds(
         for size in sizes:
             for count in counts:
                 jax.block_until_ready((state, accumulator))
-                addends = run.programs.addends(count * size)
                 accumulate = run.programs.accumulate[size]
                 start_s = time.perf_counter()
                 for _ in range(count):
-                    accumulator = accumulate(
-                        state, accumulator, examples[size], run.frozen, *addends
-                    )
+                    accumulator = accumulate(state, accumulator, examples[size], run.frozen)
                 state, accumulator, sums = run.programs.apply_update(state, accumulator, hyper)
                 jax.block_until_ready((state, accumulator, sums))
                 if number:

@@ -1,37 +1,40 @@
 """Sums of floats that come out the same, to the bit, in any order and any grouping.
 
 Floating-point addition is not associative, so a sum over other devices or microbatches is another
-sum. It can be made exact (Demmel and Nguyen 2013, "Fast Reproducible Floating-Point Summation").
-Every addend r is split into `BINS` slices and a rest that is dropped,
+sum. Integers have no such order. So every addend r is rounded to a multiple of a unit u that
+depends on nothing but its leaf's bound 2^k, and the multiples are summed: two words of an integer
+of 62 bits for float32 (126 for float64), which carries from the low one to the high one. Ahrens,
+Demmel and Nguyen 2020 ("Algorithms for Efficient Reproducible Floating Point Summation") carry
+between bins of floats to the same end; their width, like u here, does not depend on the number of
+addends.
 
-    q1 = (r + M1) - M1,   q2 = ((r - q1) + M2) - M2,   q3 = ((r - q1 - q2) + M3) - M3,
+With p bits of precision (24 for float32), words of W bits (32), low words of L = W - 2 bits (30)
+and u = 2^(k - H - L), H = W - 22 (10), why every sum of n <= 2^20 addends |r| <= 2^k is exact up to
+that rounding:
 
-and the slices are summed bin by bin. Why each bin's sum is exact, with p bits of precision (24 for
-float32) and n addends |r| <= 2^k:
+1. x = r 2^(H-k) is exact, |x| <= 2^H, and so are h = rint(x) and x - h: a multiple of the spacing
+   of x and at most 1/2. l = rint((x - h) 2^L) is a whole number, |l| <= 2^(L-1). h 2^L + l is r/u
+   rounded to the nearest: at most 1/2 off, and only where r has bits below u.
+2. The low word is kept in [-2^(L-1), 2^(L-1)): one more l keeps it in a word, and what leaves that
+   range is carried, at most 1 each time. So the high word is at most n (2^H + 1) < 2^(W-1).
+3. Over devices the words are added as integers too, the low one in two halves, so that up to
+   2^(W/2) devices keep within a word. Then the carries are done again: the pair of words is a
+   function of the integer that it stands for, whatever the order was.
+4. The words become floats once, by `_to_float`: within 2^-p of their value, twice.
 
-1. M1 = 1.5 * 2^E with E = k + L, L >= log2(n), L >= 1. Then |r| <= 2^(E-1), so r + M1 lies in
-   [2^E, 2^(E+1)], where floats are spaced by u = 2^(E-p+1): r is rounded to a multiple of u, and
-   the subtraction of M1, itself a multiple, is exact. So q1 is a multiple of u, |q1| <= 2^k (2^k
-   is a multiple of u too, as L < p), and depends on r and M1 alone.
-2. Any sum of some of the n slices is a multiple of u of magnitude at most n 2^k <= 2^E < 2^p u.
-   Such numbers are floats. So every partial sum, in any order, over microbatches, devices or
-   hosts, is exact, and the bin's total is *the* total.
-3. r - q1 is exact (Sterbenz-like: a multiple of r's own spacing no larger than u/2) and at most
-   u/2 = 2^(E-p): the bound of the next bin, with the same L. So it goes on.
+Where 2^k is at most 2^9 times the leaf's largest addend m, as `next_bounds` sees to, the whole
+error of float32 is
 
-At the end the bins are added, largest first: two roundings of numbers that no order has touched.
-What is dropped of one addend is at most u3/2 = 2^(k + 3(L-p)), p = 24: with a thousand addends
-2^-42 of the bound, so a small element among large ones keeps its digits.
+    |error| <= 2^-22 sum |r_i| + n u / 2,        u / 2 = 2^(k-41) <= 2^-32 m.
+
+Where m is under 2^(`LEAST_EXPONENT` - 9) nothing is promised but the same bits.
 
 The bound 2^k must be known before the addends are, by all devices alike. It is that of the update
-before with room above (`next_bounds`), and stands in the state of the run. A bound that fails
-is noticed by the largest magnitude, whose maximum has no order either; then nothing may be used of
-the sums. Not-a-numbers and infinities are found in the sums.
-
-Nothing here may be folded away by the compiler: M is made of traced exponents by `ldexp`, exactly.
+before with room above (`next_bounds`), and stands in the state of the run. A bound that fails, or
+is too far above, is noticed by the largest magnitude, whose maximum has no order either; then
+nothing may be used of the sums.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -39,33 +42,35 @@ import jax.numpy as jnp
 
 from bigbatch.engine.task import PyTree
 
-BINS = 3
+# Above so many addends the high word would run over.
+MAX_ADDENDS = 2**20
 # A bound is this many powers of two above the largest magnitude of the update before.
 _ROOM = 5
-# Keeps the last bin's spacing, 2^(k + 3 L - 3 p + 1), far from the numbers that devices flush to 0.
-LEAST_EXPONENT = -40
-# Above this many addends the bins would hold too few bits of each.
-MAX_ADDENDS = 2**18
+# And at most so many above that of its own update.
+_MOST_ROOM = 9
+# Keeps the unit, 2^(k - 40), far from the numbers that devices flush to 0.
+LEAST_EXPONENT = -80
 
 
-class Bins(NamedTuple):
-    """Sums by bin of a tree of numbers.
+class FixedPoint(NamedTuple):
+    """Sums of a tree of numbers, as integers.
 
     Attributes:
-      slices: like the tree, every leaf [BINS, ...].
-      largest: [leaves], the largest magnitude among each leaf's addends.
+      words: like the tree, every leaf [2, ...]: the high words, the low ones.
+      largest: [leaves], the largest magnitude among each leaf's addends; infinite where one of
+        them is not finite.
     """
 
-    slices: PyTree
+    words: PyTree
     largest: jax.Array
 
 
-def zeros(tree: PyTree) -> Bins:
-    """Bins that hold nothing, for addends like `tree` (shapes are enough)."""
+def zeros(tree: PyTree) -> FixedPoint:
+    """Sums of nothing, for addends like `tree` (shapes are enough)."""
     leaves = jax.tree.leaves(tree)
     dtype = jnp.result_type(*leaves)
-    slices = jax.tree.map(lambda leaf: jnp.zeros((BINS, *leaf.shape), dtype), tree)
-    return Bins(slices, jnp.zeros(len(leaves), dtype))
+    words = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape), _word(dtype)), tree)
+    return FixedPoint(words, jnp.zeros(len(leaves), dtype))
 
 
 def first_exponents(tree: PyTree) -> jax.Array:
@@ -77,96 +82,145 @@ def first_exponents(tree: PyTree) -> jax.Array:
     return jnp.full(len(jax.tree.leaves(tree)), LEAST_EXPONENT, jnp.int32)
 
 
-def shifters(exponents: jax.Array, addends: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """M of every leaf and bin: 1.5 * 2^(k + L), and each bin's k from the one before.
-
-    Args:
-      exponents: int32[leaves], k of each leaf's bound 2^k.
-      addends: how many addends there are at most in all, over all devices; a traced whole number up
-        to `MAX_ADDENDS`.
-      dtype: of the sums.
-
-    Returns:
-      dtype[leaves, BINS].
-    """
-    # |x| = mantissa * 2^exponent with the mantissa in [1/2, 1): the least L with 2^L >= addends, as
-    # no logarithm would give it.
-    _, spread = jnp.frexp(jnp.asarray(addends, jnp.float32) - 0.5)
-    spread = jnp.maximum(spread, 1)
-    precision_bits = jnp.finfo(dtype).nmant + 1
-    bins = jnp.arange(BINS, dtype=jnp.int32)
-    powers = exponents[:, None] + spread + bins * (spread - precision_bits)
-    return jnp.ldexp(jnp.full(powers.shape, 1.5, dtype), powers)
-
-
-def add(bins: Bins, addend: PyTree, shifters: jax.Array) -> Bins:
+def add(total: FixedPoint, addend: PyTree, exponents: jax.Array) -> FixedPoint:
     """Adds one addend.
 
     Args:
-      bins: the sums so far.
+      total: the sums so far.
       addend: a tree of floats, as `zeros` was given.
-      shifters: from the function of that name.
+      exponents: int32[leaves], k of each leaf's bound 2^k.
 
     Returns:
-      The sums with it; exact where the addend keeps to its bounds.
+      The sums with it; exact, up to the rounding to units, where the addend keeps to its bounds.
     """
-    # What made the addend must not be merged with the splitting of it.
-    addend = jax.tree.map(
-        lambda leaf: leaf.astype(shifters.dtype), jax.lax.optimization_barrier(addend)
-    )
+    dtype = total.largest.dtype
+    # What made the addend must not be merged with the rounding of it.
+    addend = jax.tree.map(lambda leaf: leaf.astype(dtype), jax.lax.optimization_barrier(addend))
     leaves, structure = jax.tree.flatten(addend)
-    rows = jax.tree.unflatten(structure, list(shifters))
-    slices = jax.tree.map(
-        lambda leaf, row, total: total + _split(leaf, row), addend, rows, bins.slices
-    )
-    largest = jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in leaves])
-    return Bins(slices, jnp.maximum(bins.largest, largest))
+    rows = jax.tree.unflatten(structure, list(exponents))
+    words = jax.tree.map(_add_leaf, addend, rows, total.words)
+    largest = [
+        jnp.max(jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), jnp.inf), initial=0) for leaf in leaves
+    ]
+    return FixedPoint(words, jnp.maximum(total.largest, jnp.stack(largest)))
 
 
-def total(slices: PyTree) -> PyTree:
-    """The sums themselves, from the bins' totals over everything."""
-    return jax.tree.map(lambda leaf: (leaf[0] + leaf[1]) + leaf[2], slices)
+def parts(words: PyTree) -> PyTree:
+    """Each leaf's words, [3, ...], the low one halved: they may be summed over devices."""
+
+    def leaf_parts(leaf: jax.Array) -> jax.Array:
+        high, low = leaf
+        half = _low_bits(leaf.dtype) // 2
+        return jnp.stack([high, low >> half, low & (2**half - 1)])
+
+    return jax.tree.map(leaf_parts, words)
 
 
-def next_bounds(
-    total: PyTree, largest: jax.Array, exponents: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def total(parts: PyTree, largest: jax.Array, exponents: jax.Array) -> tuple[PyTree, PyTree]:
+    """The sums themselves.
+
+    Args:
+      parts: from the function of that name, summed over everything.
+      largest: [leaves], the largest magnitudes over everything.
+      exponents: int32[leaves], as `add` was given.
+
+    Returns:
+      The sums, not a number throughout a leaf where one of its addends is not finite; and what they
+      leave of the true sums of the rounded addends, so that whole numbers past 2^p are exact in
+      the two together.
+    """
+    leaves, structure = jax.tree.flatten(parts)
+    pairs = [
+        _to_float(leaf, largest.dtype, exponents[i], jnp.isfinite(largest[i]))
+        for i, leaf in enumerate(leaves)
+    ]
+    sums, rests = zip(*pairs, strict=True)
+    return jax.tree.unflatten(structure, sums), jax.tree.unflatten(structure, rests)
+
+
+def next_bounds(largest: jax.Array, exponents: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The bounds for what comes next, and whether these sums may be used.
 
     Args:
-      total: the sums.
       largest: [leaves], the largest magnitudes over everything that was added.
       exponents: int32[leaves], the bounds so far.
 
     Returns:
-      int32[leaves], the exponents of the new bounds: the old ones where all addends were 0, or a
-      sum is not finite. And a bool: the sums are exact, or are not finite, so that no repetition
-      would mend them.
+      int32[leaves], the exponents of the new bounds: the old ones where all addends were 0, or
+      something is not finite. And a bool: the sums are as exact as promised, or are not finite, so
+      that no repetition would mend them.
     """
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(total)]))
-    within = jnp.all(largest <= jnp.ldexp(jnp.ones_like(largest), exponents))
+    finite = jnp.all(jnp.isfinite(largest))
     # |x| < 2^seen, exactly.
-    _, seen = jnp.frexp(largest)
-    seen = jnp.maximum(seen + _ROOM, LEAST_EXPONENT)
-    # Where the sums are computed again, nothing that was enough is lowered.
-    seen = jnp.where(within, seen, jnp.maximum(seen, exponents))
-    return jnp.where((largest > 0) & finite, seen, exponents), within | ~finite
+    _, seen = jnp.frexp(jnp.where(finite, largest, 0))
+    near = (exponents <= seen + (_MOST_ROOM - 1)) | (exponents <= LEAST_EXPONENT) | (largest == 0)
+    holds = near & (largest <= jnp.ldexp(jnp.ones_like(largest), exponents))
+    exact = jnp.all(holds)
+    follow = jnp.maximum(seen + _ROOM, LEAST_EXPONENT)
+    # Where the sums are computed again, a bound that holds stays.
+    moves = (largest > 0) & finite & (exact | ~holds)
+    return jnp.where(moves, follow, exponents), exact | ~finite
 
 
-def _split(leaf: jax.Array, shifters: jax.Array) -> jax.Array:
-    """The slices of a leaf, [BINS, ...]."""
-    slices = []
-    for index in range(BINS):
-        slices.append((leaf + shifters[index]) - shifters[index])
-        leaf = leaf - slices[-1]
-    return jnp.stack(slices)
+def _word(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(f"int{jnp.finfo(dtype).bits}")
 
 
-def dropped_at_most(bound: float, addends: int, precision_bits: int = 24) -> float:
-    """The largest part of one addend that its slices leave out, in the unit of the bound.
+def _low_bits(dtype: jnp.dtype) -> int:
+    return jnp.iinfo(dtype).bits - 2
 
-    >>> dropped_at_most(1.0, 1024) == 2.0**-42
-    True
-    """
-    spread = max(1, math.ceil(math.log2(addends)))
-    return bound * 2.0 ** (BINS * (spread - precision_bits))
+
+def _high_bits(dtype: jnp.dtype) -> int:
+    return _low_bits(dtype) - MAX_ADDENDS.bit_length() + 1
+
+
+def _carried(low: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """What a low word, or half, hands on; and what is left, in [-2^(bits-1), 2^(bits-1))."""
+    carry = (low + 2 ** (bits - 1)) >> bits
+    return carry, low - (carry << bits)
+
+
+def _add_leaf(leaf: jax.Array, exponent: jax.Array, words: jax.Array) -> jax.Array:
+    bits = _low_bits(words.dtype)
+    scaled = leaf * _power_of_two(_high_bits(words.dtype) - exponent, leaf.dtype)
+    high = jax.lax.round(scaled, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    low = (scaled - high) * 2.0**bits
+    low = jax.lax.round(low, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    carry, low = _carried(words[1] + low.astype(words.dtype), bits)
+    return jnp.stack([words[0] + high.astype(words.dtype) + carry, low])
+
+
+def _to_float(
+    parts: jax.Array, dtype: jnp.dtype, exponent: jax.Array, finite: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The float nearest to a sum, but for a second rounding, and what it leaves of the sum."""
+    high, middle, low = parts
+    bits = _low_bits(parts.dtype)
+    half = bits // 2
+    carry, middle = _carried(middle + (low >> half), half)
+    low = (middle << half) + (low & (2**half - 1))
+
+    def rounded(word: jax.Array, power: int) -> tuple[jax.Array, jax.Array]:
+        value = word.astype(dtype)
+        rest = (word - value.astype(word.dtype)).astype(dtype)
+        scale = _power_of_two(exponent + power, dtype)
+        return value * scale, rest * scale
+
+    # exponent - H - L is the power of the unit.
+    unit = -_high_bits(parts.dtype) - bits
+    large, large_rest = rounded(high + carry, unit + bits)
+    small, small_rest = rounded(low, unit)
+    value, rest = two_sum(large, small)
+    value, rest = two_sum(value, rest + (large_rest + small_rest))
+    return jnp.where(finite, value, jnp.nan), jnp.where(finite, rest, jnp.nan)
+
+
+def two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The rounded sum and what rounding left of it, exactly (Knuth 1969, section 4.2.2)."""
+    value = a + b
+    of_b = value - a
+    return value, (a - (value - of_b)) + (b - of_b)
+
+
+def _power_of_two(exponent: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.ldexp(jnp.ones((), dtype), exponent)

@@ -22,7 +22,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigbatch.engine import exact_sums, units
-from bigbatch.engine.exact_sums import Bins
+from bigbatch.engine.accumulator import RESTS, Accumulator, add, in_parts
+from bigbatch.engine.exact_sums import FixedPoint, two_sum
 from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task, wide
 from bigbatch.engine.update_rule import Rule
 from bigbatch.noise.sums import small_batch_sums, square
@@ -31,6 +32,7 @@ from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, EXAMPLES, SMAL
 DATA_AXIS = "data"
 IS_EXACT = "is_exact"
 GRADIENT_IS_FINITE = "gradient_is_finite"
+PARAMS_ARE_FINITE = "params_are_finite"
 REPLICATED = PartitionSpec()
 SHARDED = PartitionSpec(DATA_AXIS)
 
@@ -49,25 +51,6 @@ class State(NamedTuple):
     running_statistics: PyTree
     optimizer: optax.OptState
     bounds: PyTree = ()
-
-
-class Accumulator(NamedTuple):
-    """Sums over the microbatches of one update so far; leaves are [devices, ...].
-
-    Where sums are reproducible it lies in `exact_sums.Bins`, its leaves [devices, bins, ...].
-
-    Attributes:
-      gradients: of the summed loss, like the parameters, in float32 at least.
-      sums: what the loss returns, `examples`, how many there were that are not masked, and what
-        `noise.sums.small_batch_sums` adds to it.
-      ghost_statistics: summed over the ghost batches, like the running statistics.
-      ghost_batches: how many there were, as a float, so that one all-reduce carries everything.
-    """
-
-    gradients: PyTree
-    sums: Sums
-    ghost_statistics: PyTree
-    ghost_batches: jax.Array
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -95,10 +78,20 @@ def empty_accumulator(
     *,
     measures_noise: bool = False,
     reproducible: bool = False,
-) -> Accumulator | Bins:
-    """An accumulator of zeros for microbatches that look like `examples` (shapes are enough)."""
+    compensated: bool = False,
+) -> Accumulator | FixedPoint:
+    """An accumulator of zeros for microbatches that look like `examples` (shapes are enough).
+
+    What rounding leaves of the scalar sums is always kept. `compensated` keeps that of all: sums of
+    any number of addends are then as good as one of two, for another array like each parameter.
+    """
     shapes = _addend_shapes(task, state, examples, measures_noise)
-    accumulator = jax.eval_shape(exact_sums.zeros, shapes) if reproducible else shapes
+    accumulator: Any
+    if reproducible:
+        accumulator = jax.eval_shape(exact_sums.zeros, shapes)
+    else:
+        kept = ("gradients", "sums", "ghost_statistics") if compensated else ("sums",)
+        accumulator = shapes._replace(rests={name: getattr(shapes, name) for name in kept})
     sharding = NamedSharding(mesh, SHARDED)
     return jax.tree.map(
         lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=sharding), accumulator
@@ -136,27 +129,24 @@ def _sums(task: Task, outputs: PyTree, examples: Examples) -> Sums:
 
 def accumulate(
     state: State,
-    accumulator: Accumulator | Bins,
+    accumulator: Accumulator | FixedPoint,
     microbatch: Examples,
     frozen: PyTree = (),
-    addends: jax.Array | None = None,
     *,
     task: Task,
     mesh: Mesh,
     unit_examples: int | None = None,
     measures_noise: bool = False,
-) -> Accumulator | Bins:
+) -> Accumulator | FixedPoint:
     """Adds one microbatch's gradients, sums and ghost statistics to the accumulator.
 
     Args:
       state: the state at the start of the update; only read.
-      accumulator: the sums so far.
+      accumulator: the sums so far, from `empty_accumulator`, which says how they are taken.
       microbatch: arrays [examples, ...] sharded over `data`: whatever the task reads, among it
         `"weight"`, 0 for a masked example; and `"ghost_mask"`, [ghost batches], 1 or 0. Only whole
         ghost batches are masked, and a masked one adds exactly 0.
       frozen: the task's frozen arrays, replicated.
-      addends: makes the sums reproducible, `accumulator` and `state.bounds` being made for it: how
-        many units the update has, masked ones included or not. A traced whole number.
       task: what is trained.
       mesh: the devices, along `data`.
       unit_examples: the gradient is computed for so many examples at a time, whole ghost batches; a
@@ -171,11 +161,10 @@ def accumulate(
         params: PyTree,
         running: PyTree,
         bounds: PyTree,
-        accumulator: Accumulator | Bins,
+        accumulator: Accumulator | FixedPoint,
         microbatch: Examples,
         frozen: PyTree,
-        addends: jax.Array | None,
-    ) -> Accumulator | Bins:
+    ) -> Accumulator | FixedPoint:
         accumulator = jax.tree.map(lambda leaf: leaf[0], accumulator)
 
         def summed_loss(params: PyTree, unit: Examples) -> tuple[jax.Array, tuple[Sums, PyTree]]:
@@ -193,37 +182,22 @@ def accumulate(
             )
             return Accumulator(gradients, sums, ghost_statistics, jnp.sum(mask))
 
-        def plainly(accumulator: Accumulator, addend: Accumulator) -> Accumulator:
-            return jax.tree.map(
-                lambda total, leaf: total + leaf.astype(total.dtype), accumulator, addend
-            )
-
-        add: Callable[[Any, Accumulator], Any] = plainly
+        into: Callable[[Any, Accumulator], Any] = add
         unit = None if unit_examples == len(microbatch["weight"]) else unit_examples
-        if isinstance(accumulator, Bins):
+        if isinstance(accumulator, FixedPoint):
             # The same program on every layout.
             assert unit is None, "one unit a call"
-            assert addends is not None
-            shifters = exact_sums.shifters(bounds, addends, accumulator.largest.dtype)
-            add = functools.partial(exact_sums.add, shifters=shifters)
-        total = units.add_units(addend, add, accumulator, microbatch, unit)
+            into = functools.partial(exact_sums.add, exponents=bounds)
+        total = units.add_units(addend, into, accumulator, microbatch, unit)
         return jax.tree.map(lambda leaf: leaf[None], total)
 
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED, REPLICATED),
+        in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED),
         out_specs=SHARDED,
         check_vma=False,
-    )(
-        state.params,
-        state.running_statistics,
-        state.bounds,
-        accumulator,
-        microbatch,
-        frozen,
-        addends,
-    )
+    )(state.params, state.running_statistics, state.bounds, accumulator, microbatch, frozen)
 
 
 class Whole:
@@ -250,14 +224,14 @@ class Whole:
 
 def apply_update(
     state: State,
-    accumulator: Accumulator | Bins,
+    accumulator: Accumulator | FixedPoint,
     hyper: Mapping[str, jax.Array],
     *,
     task: Task,
     optimizer: Rule,
     mesh: Mesh,
     where: Whole | None = None,
-) -> tuple[State, Accumulator | Bins, Sums]:
+) -> tuple[State, Accumulator | FixedPoint, Sums]:
     """Turns the sums of one update into the next state.
 
     Args:
@@ -272,36 +246,45 @@ def apply_update(
         it.
 
     Returns:
-      The next state, the accumulator emptied, and the loss's sums over the whole update, with
-      `gradient_is_finite`, 1 or 0, of the mean gradient, and those of the noise measurement where
-      `accumulate` made it. With reproducible sums there is also `is_exact`: where it is 0 a bound
-      has failed, and the next state is the old one with bounds that hold; the same update is to be
-      computed again.
+      The next state, which is the old one where the update's count is 0; the accumulator emptied;
+      and the sums of `accumulate` over the whole update, for `accumulator.on_host`, with
+      `gradient_is_finite` of the mean gradient and `params_are_finite` of the next state, 1 or 0.
+      With reproducible sums there is also `is_exact`: where it is 0 a bound has failed, and the
+      next state is the old one with bounds that hold; the same update is to be computed again.
     """
     where = where or Whole()
 
-    def reduce_on_device(params: PyTree, accumulator: Accumulator | Bins) -> tuple[Any, ...]:
+    def reduce_on_device(
+        params: PyTree, bounds: PyTree, accumulator: Accumulator | FixedPoint
+    ) -> tuple[Any, ...]:
         own = jax.tree.map(lambda leaf: leaf[0], accumulator)
         emptied = jax.tree.map(jnp.zeros_like, accumulator)
-        if not isinstance(own, Bins):
-            return *where.reduce(params, own), (), emptied
-        exact = jax.lax.psum(own.slices, DATA_AXIS), jax.lax.pmax(own.largest, DATA_AXIS)
+        if not isinstance(own, FixedPoint):
+            return *where.reduce(params, in_parts(own)), (), emptied
+        exact = jax.lax.psum(exact_sums.parts(own.words), DATA_AXIS)
+        largest = jax.lax.pmax(own.largest, DATA_AXIS)
         # From here on the program is the same on any number of devices.
-        slices, largest = jax.lax.optimization_barrier(exact)
-        return params, exact_sums.total(slices), largest, emptied
+        exact, largest = jax.lax.optimization_barrier((exact, largest))
+        total, rests = exact_sums.total(exact, largest, bounds)
+        pairs = jax.tree.map(lambda *pair: jnp.stack(pair), total.sums, rests.sums)
+        return params, total._replace(sums=pairs), largest, emptied
 
     spec = where.specs(state.params)
     rest: Any = REPLICATED
     params, total, largest, emptied = jax.shard_map(
         reduce_on_device,
         mesh=mesh,
-        in_specs=(REPLICATED, SHARDED),
+        in_specs=(REPLICATED, REPLICATED, SHARDED),
         out_specs=(spec, Accumulator(spec, rest, rest, rest), REPLICATED, SHARDED),
-    )(state.params, accumulator)
-    count = total.sums[COUNT]
+    )(state.params, state.bounds, accumulator)
+    pairs = {name: two_sum(*pair) for name, pair in total.sums.items()}
+    sums: dict[str, Any] = {name: value for name, (value, _) in pairs.items()}
+    # Where it is 0 nothing weighs anything.
+    moves = sums[COUNT] != 0
+    count = jnp.where(moves, sums[COUNT], 1)
     gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
     changes, optimizer_state = where.update(
-        optimizer, state, gradients, params, hyper, total.sums[EXAMPLES]
+        optimizer, state, gradients, params, hyper, sums[EXAMPLES]
     )
     params, finite = where.collect(optax.apply_updates(params, changes), gradients, state.params)
     running = advance_running_statistics(
@@ -310,15 +293,18 @@ def apply_update(
         total.ghost_batches,
         decay=task.running_decay,
     )
-    sums = {**total.sums, GRADIENT_IS_FINITE: finite}
+    sums |= {RESTS: {name: rest for name, (_, rest) in pairs.items()}}
+    sums |= {GRADIENT_IS_FINITE: finite, PARAMS_ARE_FINITE: is_finite(params)}
     if SMALL_SQUARES in sums:
         sums |= {BIG_SQUARE: square(gradients)}
+    bounds = state.bounds
+    if isinstance(accumulator, FixedPoint):
+        bounds, is_exact = exact_sums.next_bounds(largest, bounds)
+        sums |= {IS_EXACT: is_exact.astype(largest.dtype)}
+        moves &= is_exact
     next_state = State(params, running, optimizer_state, state.bounds)
-    if isinstance(accumulator, Bins):
-        bounds, is_exact = exact_sums.next_bounds(total, largest, state.bounds)
-        next_state = jax.tree.map(lambda new, old: jnp.where(is_exact, new, old), next_state, state)
-        next_state = next_state._replace(bounds=bounds)
-        sums = {**sums, IS_EXACT: is_exact.astype(largest.dtype)}
+    next_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), next_state, state)
+    next_state = next_state._replace(bounds=bounds)
     specs = State(REPLICATED, REPLICATED, where.specs(optimizer_state), REPLICATED)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.lax.with_sharding_constraint(next_state, shardings), emptied, sums

@@ -29,11 +29,11 @@ import optax
 from jax.extend.core import Literal
 from jax.sharding import Mesh, NamedSharding
 
+from bigbatch.engine.accumulator import Accumulator
 from bigbatch.engine.functions import (
     DATA_AXIS,
     REPLICATED,
     SHARDED,
-    Accumulator,
     State,
     Whole,
     is_finite,

@@ -17,6 +17,7 @@ import numpy as np
 
 from bigbatch.checks import Checks
 from bigbatch.engine import functions
+from bigbatch.engine.accumulator import RESTS
 from bigbatch.engine.functions import REPLICATED, SHARDED
 from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task
 from bigbatch.errors import Problem, UserError, nearest_name
@@ -25,7 +26,8 @@ from bigbatch.schedule.adaptive.gradient_noise import Measurement
 Shaped = Mapping[str, jax.ShapeDtypeStruct]
 
 # What the engine adds to the sums of an update.
-_RESERVED = {*Measurement._fields, functions.IS_EXACT, functions.GRADIENT_IS_FINITE}
+_RESERVED = {*Measurement._fields, functions.IS_EXACT, RESTS}
+_RESERVED |= {functions.GRADIENT_IS_FINITE, functions.PARAMS_ARE_FINITE}
 _IN_TRAINING_ONLY = ("key", "ghost_mask")
 _GRADIENT = "the gradient by the outputs"
 # A mean of two examples is half of their sum; what bfloat16 rounds is under a hundredth.

@@ -10,6 +10,7 @@ With many processes all of them run this loop and decide the same; process 0 alo
 import contextlib
 import dataclasses
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from bigbatch import distributed
 from bigbatch.checks import Checks
-from bigbatch.engine import functions
+from bigbatch.engine import accumulator, functions
 from bigbatch.engine.task import Sums
-from bigbatch.errors import StoppedError
+from bigbatch.errors import RunError, StoppedError
+from bigbatch.schedule import divergence
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.course import Course
 from bigbatch.schedule.durations import TIME_UNITS, Every, Intervals
@@ -89,7 +90,8 @@ def train(
 
     Raises:
       UserError: the directory cannot be used, or holds another run.
-      RunError: the loss is no longer finite, or a checkpoint cannot be written.
+      RunError: the loss, the parameters or the last test loss are not finite, or a checkpoint
+        cannot be written.
       StoppedError: SIGTERM or the runtime asked for it; the state is saved.
     """
     checks = Checks()
@@ -151,17 +153,24 @@ def train(
                 loop.run_updates()
     progress = loop.progress
     run = loop.run
+    test_loss = progress.test.get("test_loss", 0.0)
+    if not math.isfinite(test_loss):
+        last = run.plan.row(run.plan.num_updates - 1)
+        what = f"the test loss is {test_loss}"
+        raise RunError(divergence.diagnosis(run.plan, last, what, progress.train_loss))
     if run.controller is not None and distributed.is_first():
         storage.put(files.plan, course.to_json())
-    result = {
-        "updates": run.plan.num_updates,
-        "examples": run.plan.num_examples,
-        **progress.test,
-        "train_loss": progress.train_loss,
-        "seconds": round(progress.seconds, 3),
-        "compilations": run.programs.compilations,
-        "params_sha256": packing.sha256(loop.state.params),
-    }
+    result = metrics.as_json(
+        {
+            "updates": run.plan.num_updates,
+            "examples": run.plan.num_examples,
+            **progress.test,
+            "train_loss": progress.train_loss,
+            "seconds": round(progress.seconds, 3),
+            "compilations": run.programs.compilations,
+            "params_sha256": packing.sha256(loop.state.params),
+        }
+    )
     if run.data.num_bad_records is not None:
         # Each process has read its own devices' part of them.
         bad = distributed.gather(str(run.data.num_bad_records).encode())
@@ -333,11 +342,11 @@ class _Loop:
         # All are asked for before the first is waited for, as `jax.device_get` does; that takes
         # twice as long.
         for _, sums, _ in unread:
-            for value in sums.values():
+            for value in jax.tree.leaves(sums):
                 if isinstance(value, jax.Array):
                     value.copy_to_host_async()
         for row, sums, done_s in unread:
-            on_host: dict[str, Any] = {name: np.asarray(value) for name, value in sums.items()}
+            on_host = accumulator.on_host(sums)
             self.course.observe(gradient_noise.measurement_of(on_host))
             progress = self.progress._replace(controller=self.course.saved)
             self.progress = progress_lib.record(

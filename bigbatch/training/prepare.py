@@ -20,7 +20,6 @@
 """
 
 import dataclasses
-import functools
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +32,7 @@ from jax.sharding import Mesh, NamedSharding
 from bigbatch import distributed
 from bigbatch.checks import Checks
 from bigbatch.data.source import Data, TrainingData
-from bigbatch.engine import functions
+from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.sharded_optimizer import Parts
 from bigbatch.engine.task import PyTree, Task, with_float32_masters
 from bigbatch.engine.task_checks import Shapes, check_task
@@ -44,10 +43,12 @@ from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller, Decisions
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import fitting, microbatches
-from bigbatch.training.programs import compile_programs
+from bigbatch.training.programs import Programs, compile_programs
 from bigbatch.training.run import Run
 from bigbatch.workdir import packing
 
+# From so many addends of a device on, plain float32 sums could be off by 2^-16 of their terms.
+_COMPENSATED_ADDENDS = 256
 # What checks have found, for as long as the task is there.
 _CHECKED: weakref.WeakKeyDictionary[Task, dict[Any, Shapes]] = weakref.WeakKeyDictionary()
 
@@ -142,25 +143,37 @@ def prepare(
     _check_initial(initial, shapes)
     sizes = plan.batch_sizes if batch_sizes is None else np.asarray(batch_sizes)
     unit_examples = noise_small_batch_examples or ghost_batch_examples
-    compiled = functools.partial(
-        compile_programs,
-        task,
-        rule,
-        mesh,
-        example_shapes=tuple((name, *kind) for name, kind in data.example_shapes.items()),
-        evaluation_examples=-(-(evaluation_batch_examples or 0) // mesh.size) * mesh.size or None,
-        ghost_batch_examples=ghost_batch_examples,
-        noise_small_batch_examples=noise_small_batch_examples,
-        shard_optimizer=shard_optimizer,
-        reproducible=reproducible,
-    )
+    # What holds any batch that will come.
+    most = -(-int(sizes.max()) // unit_examples) * unit_examples
+    allowed = f"a batch size of at most {exact_sums.MAX_ADDENDS:,} times {unit_examples} with it"
+    few = not reproducible or most // unit_examples <= exact_sums.MAX_ADDENDS
+    checks.require(few, "reproducible", f"True, and {most:,}", allowed, False)
+    checks.done()
+
+    def compiled(microbatch_examples: tuple[int, ...]) -> Programs:
+        addend_examples = noise_small_batch_examples or microbatch_examples[0] // mesh.size
+        addends = -(-most // (addend_examples * mesh.size))
+        return compile_programs(
+            task,
+            rule,
+            mesh,
+            example_shapes=tuple((name, *kind) for name, kind in data.example_shapes.items()),
+            microbatch_examples=microbatch_examples,
+            evaluation_examples=evaluation_examples,
+            ghost_batch_examples=ghost_batch_examples,
+            noise_small_batch_examples=noise_small_batch_examples,
+            shard_optimizer=shard_optimizer,
+            reproducible=reproducible,
+            compensated=addends > _COMPENSATED_ADDENDS and not reproducible,
+        )
+
+    evaluation_examples = -(-(evaluation_batch_examples or 0) // mesh.size) * mesh.size or None
     fit = fitting.Fitting(kept, microbatch_examples_per_device, device_memory_bytes, mesh)
     microbatch_examples_per_device = fit.examples_per_device(
-        lambda examples: compiled(microbatch_examples=(examples * mesh.size,)).device_bytes,
+        lambda examples: compiled((examples * mesh.size,)).device_bytes,
         data,
         unit=unit_examples,
-        # What holds any batch that will come.
-        most=-(-int(sizes.max()) // unit_examples) * unit_examples,
+        most=most,
         reproducible=reproducible,
     )
     layout = layout_over(
@@ -179,7 +192,7 @@ def prepare(
         )
         field, share = "microbatch_examples_per_device", microbatch_examples_per_device
         raise UserError(Problem(field, share, allowed, ghost_batch_examples))
-    programs = compiled(microbatch_examples=tuple(layout.devices * n for n in layout.shapes))
+    programs = compiled(tuple(layout.devices * n for n in layout.shapes))
     given["noise_small_batch_examples"] = noise_small_batch_examples
     if identity is None:
         identity = _identity(task, data, rule, shapes, controller, given)

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bigbatch.engine import functions
+from bigbatch.engine.accumulator import Accumulator
 from bigbatch.engine.sharded_optimizer import Parts
 from bigbatch.engine.task import PyTree, Task
 from bigbatch.engine.update_rule import Rule
@@ -45,7 +46,7 @@ class Programs:
       sum_names: of what the loss returns.
       empty_accumulator: makes the accumulator that the first update starts with.
       evaluation_examples: of an evaluation microbatch, over all devices.
-      reproducible_unit_examples: of an addend of the reproducible sums; None where they are not.
+      reproducible: whether sums are exact, and so may have to be taken again.
     """
 
     accumulate: Mapping[int, Callable]
@@ -58,14 +59,9 @@ class Programs:
     state_shapes: functions.State
     checkpoint_shapes: functions.State
     sum_names: tuple[str, ...]
-    empty_accumulator: Callable[[], functions.Accumulator]
+    empty_accumulator: Callable[[], Accumulator]
     evaluation_examples: int
-    reproducible_unit_examples: int | None = None
-
-    def addends(self, batch_size: int) -> tuple[np.ndarray, ...]:
-        """What `accumulate` takes beside a microbatch: how many addends an update has."""
-        unit = self.reproducible_unit_examples
-        return () if unit is None else (np.asarray(-(-batch_size // unit), np.int32),)
+    reproducible: bool = False
 
     @property
     def compilations(self) -> int:
@@ -119,6 +115,7 @@ def compile_programs(
     noise_small_batch_examples: int | None,
     shard_optimizer: bool,
     reproducible: bool,
+    compensated: bool,
 ) -> Programs:
     """Compiles everything that a run will call.
 
@@ -133,6 +130,7 @@ def compile_programs(
       noise_small_batch_examples: of the noise measurement; None: nothing is measured.
       shard_optimizer: whether the optimizer's state is divided over the devices.
       reproducible: sums exactly, so that no layout changes a bit; see `exact_sums`.
+      compensated: keeps what rounding leaves of sums; see `functions.empty_accumulator`.
 
     Returns:
       The programs.
@@ -201,6 +199,7 @@ def compile_programs(
         mesh,
         measures_noise=measures_noise,
         reproducible=reproducible,
+        compensated=compensated,
     )
     accumulator = with_sharding(jax.eval_shape(empty), sharded)
     hyper = {
@@ -217,7 +216,6 @@ def compile_programs(
         ),
         donate_argnums=1,
     )
-    addends = (jax.ShapeDtypeStruct((), np.int32, sharding=replicated),) if reproducible else ()
     apply_update = jax.jit(
         functools.partial(
             functions.apply_update, task=task, optimizer=optimizer, mesh=mesh, where=where
@@ -238,9 +236,7 @@ def compile_programs(
 
         # What takes longest comes first.
         accumulates = {
-            examples: compiled(
-                accumulate.lower(state, accumulator, microbatch(examples), frozen, *addends)
-            )
+            examples: compiled(accumulate.lower(state, accumulator, microbatch(examples), frozen))
             for examples in microbatch_examples
         }
         applied = compiled(apply_update.lower(state, accumulator, hyper))
@@ -260,7 +256,7 @@ def compile_programs(
             state_shapes=state,
             checkpoint_shapes=whole,
             sum_names=tuple(jax.eval_shape(evaluate, state, test, frozen)),
-            reproducible_unit_examples=unit_examples if reproducible else None,
+            reproducible=reproducible,
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bigbatch.engine.functions import EXAMPLES
+from bigbatch.engine.functions import EXAMPLES, GRADIENT_IS_FINITE, PARAMS_ARE_FINITE
 from bigbatch.engine.task import COUNT, Sums
 from bigbatch.errors import RunError
 from bigbatch.layout import memory
@@ -26,6 +26,7 @@ class Progress(NamedTuple):
       loss_sum: training loss summed over the examples since the last record of the log.
       loss_count: what it is divided by.
       loss_examples: those examples.
+      empty_updates: updates since that record in which nothing had a weight.
       input_wait_s: seconds for which the loop has waited for examples since that record.
       record_seconds: when that record was written, in the same seconds.
       train_loss: of that record.
@@ -40,6 +41,7 @@ class Progress(NamedTuple):
     loss_sum: float = 0.0
     loss_count: float = 0.0
     loss_examples: float = 0.0
+    empty_updates: int = 0
     input_wait_s: float = 0.0
     record_seconds: float = 0.0
     train_loss: float = math.nan
@@ -64,35 +66,61 @@ def record(
     write: Callable[[dict[str, Any]], None],
 ) -> Progress:
     """Adds an update's sums to the progress, and writes a record where one is due."""
-    loss, count = float(sums[run.task.minimised]), float(sums[COUNT])
-    if not (math.isfinite(loss) and float(sums["gradient_is_finite"])):
-        what = (
-            "the gradient is not finite" if math.isfinite(loss) else f"the training loss is {loss}"
-        )
-        raise RunError(divergence.diagnosis(run.plan, row, what, progress.train_loss))
+    check_finite(run, row, sums, progress.train_loss)
+    count = float(sums[COUNT])
     progress = progress._replace(
         updates=row.update + 1,
-        loss_sum=progress.loss_sum + loss,
+        loss_sum=progress.loss_sum + float(sums[run.task.minimised]),
         loss_count=progress.loss_count + count,
         loss_examples=progress.loss_examples + float(sums[EXAMPLES]),
+        empty_updates=progress.empty_updates + (count == 0),
         input_wait_s=progress.input_wait_s + float(sums["input_wait_s"]),
     )
     noise, noise_fields = _noise(run, progress.noise, sums)
     progress = progress._replace(noise=noise)
     if not log_every.due(*span(run, row)) and progress.updates < run.plan.num_updates:
         return progress
-    train_loss = progress.loss_sum / progress.loss_count
+    fields: dict[str, Any] = {}
+    if progress.loss_count:
+        fields["train_loss"] = progress.loss_sum / progress.loss_count
+    if progress.empty_updates:
+        fields["empty_updates"] = progress.empty_updates
     rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
     speed = {"examples_per_s": round(rate, 1), "input_wait_s": round(progress.input_wait_s, 6)}
-    write(position(run, row) | {"train_loss": train_loss, **speed, **noise_fields})
+    write(position(run, row) | fields | speed | noise_fields)
     return progress._replace(
         loss_sum=0.0,
         loss_count=0.0,
         loss_examples=0.0,
+        empty_updates=0,
         input_wait_s=0.0,
         record_seconds=now_s,
-        train_loss=train_loss,
+        train_loss=fields.get("train_loss", progress.train_loss),
     )
+
+
+def check_finite(run: Run, row: Row, sums: Mapping[str, Any], last_loss: float) -> None:
+    """Makes sure that what an update gave is finite.
+
+    Args:
+      run: which it is of.
+      row: the update.
+      sums: of the update.
+      last_loss: the training loss that was logged last.
+
+    Raises:
+      RunError: its loss, its gradient or the parameters after it are not; with a diagnosis.
+    """
+    loss = float(sums[run.task.minimised])
+    what = None
+    if not math.isfinite(loss):
+        what = f"the training loss is {loss}"
+    elif not float(sums[GRADIENT_IS_FINITE]):
+        what = "the gradient is not finite"
+    elif not float(sums[PARAMS_ARE_FINITE]):
+        what = "the parameters are not finite"
+    if what is not None:
+        raise RunError(divergence.diagnosis(run.plan, row, what, last_loss))
 
 
 def _noise(

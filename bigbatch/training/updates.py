@@ -4,6 +4,8 @@ What is logged, evaluated and saved in between is `bigbatch.training.loop`'s.
 """
 
 import functools
+import math
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
@@ -13,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import distributed
 from bigbatch.engine import functions
-from bigbatch.engine.task import Sums
+from bigbatch.engine.accumulator import Accumulator, on_host
+from bigbatch.engine.task import COUNT, Sums
 from bigbatch.layout import memory
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.course import Course
@@ -23,6 +26,7 @@ from bigbatch.training.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.training.preemption import StopRequest
 from bigbatch.training.prefetch import Prefetch
 from bigbatch.training.programs import precision
+from bigbatch.training.progress import check_finite
 from bigbatch.training.run import Run
 from bigbatch.training.watch import Watchdog
 
@@ -120,9 +124,7 @@ def _updates(
                     state, accumulator, sums = run.programs.apply_update(state, total, hyper)
                 except jax.errors.JaxRuntimeError as error:
                     raise memory.exhausted(error, *_UPDATE) from error
-                if run.programs.reproducible_unit_examples is None or bool(
-                    sums[functions.IS_EXACT]
-                ):
+                if not run.programs.reproducible or bool(sums[functions.IS_EXACT]):
                     break
                 # A bound of the sums had failed and was raised; nothing else has changed.
                 source = _made(run, row)
@@ -140,12 +142,12 @@ def _accumulate(
     run: Run,
     row: Row,
     state: functions.State,
-    accumulator: functions.Accumulator,
+    accumulator: Accumulator,
     source: Iterator[tuple[int, Any]],
     untried: set[int],
     watchdog: Watchdog,
     stop: StopRequest,
-) -> functions.Accumulator | None:
+) -> Accumulator | None:
     """The sums of an update's microbatches; None where one of them did not fit.
 
     `untried` are the sizes that have not been computed yet; those that are here leave it.
@@ -154,7 +156,6 @@ def _accumulate(
     # than it has threads; there each is waited for before the next one is sent.
     holds_collective = run.layout.devices < run.mesh.size
     one_at_a_time = run.mesh.size > 1 and run.mesh.devices.flat[0].platform == "cpu"
-    addends = run.programs.addends(row.batch_size)
     is_first_of_any, failure = False, None
     for part in run.layout.microbatches(row.batch_size):
         # After a failure too: the processes ask equally often, so that all stop at one place.
@@ -171,9 +172,7 @@ def _accumulate(
         is_first_of_any |= is_first
         untried.discard(size)
         try:
-            accumulator = run.programs.accumulate[size](
-                state, accumulator, examples, run.frozen, *addends
-            )
+            accumulator = run.programs.accumulate[size](state, accumulator, examples, run.frozen)
             # The first of its size is waited for: if it does not fit that shows here, while the
             # state before the update still stands.
             if is_first or (one_at_a_time and holds_collective):
@@ -222,10 +221,29 @@ def fit(run: Run) -> functions.State:
     """The state at the end of a run's plan, trained without a directory.
 
     Nothing is logged or saved; `updates` gives the state after every update.
+
+    Raises:
+      RunError: the loss, a gradient or the parameters are not finite.
     """
     course = Course(run.plan, run.controller)
     final = first = run.first_state()
-    for _, final, sums in updates(run, first, 0, course):  # noqa: B007 - the last is the result
+    last_loss, unread = math.nan, deque[tuple[Row, Sums]]()
+
+    def read() -> None:
+        nonlocal last_loss
+        row, sums = unread.popleft()
+        found = on_host(sums)
+        check_finite(run, row, found, last_loss)
+        if found[COUNT]:
+            last_loss = found[run.task.minimised] / found[COUNT]
         if run.controller is not None:
-            course.observe(gradient_noise.measurement_of(jax.device_get(sums)))
+            course.observe(gradient_noise.measurement_of(found))
+
+    for row, final, sums in updates(run, first, 0, course):  # noqa: B007 - the last is the result
+        unread.append((row, sums))
+        # A controller needs each measurement at once; else the device need not wait for us.
+        if run.controller is not None or len(unread) > 1:
+            read()
+    while unread:
+        read()
     return final

@@ -5,6 +5,7 @@ the next update has been sent, so reading them never makes the device wait.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,12 @@ from typing import Any, TextIO
 
 from bigbatch.workdir import storage
 from bigbatch.workdir.event_files import EventFiles
+
+
+def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with null for numbers that are not finite, which JSON does not have."""
+    broken = {k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {name: None if name in broken else value for name, value in record.items()}
 
 
 class MetricsLog:
@@ -36,7 +43,7 @@ class MetricsLog:
           RunError: it cannot be written.
         """
         with storage.writing(self._path):
-            self._file.write(json.dumps(record) + "\n")
+            self._file.write(json.dumps(as_json(record), allow_nan=False) + "\n")
             self._file.flush()
             if self._events is not None:
                 self._events.write(record)

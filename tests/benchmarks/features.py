@@ -76,10 +76,9 @@ class Variant:
     def update_s(self) -> float:
         """Seconds of one update."""
         programs, start_s = self.run.programs, time.perf_counter()
-        addends = programs.addends(EXAMPLES)
         for size, examples in self.parts:
             self.accumulator = programs.accumulate[size](
-                self.state, self.accumulator, examples, self.run.frozen, *addends
+                self.state, self.accumulator, examples, self.run.frozen
             )
         self.state, self.accumulator, _ = programs.apply_update(
             self.state, self.accumulator, self.hyper

@@ -65,7 +65,7 @@ class Variant:
         programs, start_s = self.run.programs, time.perf_counter()
         for size, examples in self.parts:
             self.accumulator = programs.accumulate[size](
-                self.state, self.accumulator, examples, self.run.frozen, *programs.addends(UPDATE)
+                self.state, self.accumulator, examples, self.run.frozen
             )
         self.state, self.accumulator, _ = programs.apply_update(
             self.state, self.accumulator, self.hyper
