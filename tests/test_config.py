@@ -1,5 +1,6 @@
 """Configs: intervals, nested values, files, and fields that the command line changes."""
 
+import itertools
 import math
 import random
 from fractions import Fraction
@@ -53,17 +54,14 @@ def fields_of(tree):
 
 def due_by_hand(every, batch_sizes, train_examples):
     """The updates within which an interval ends, found interval by interval."""
-    edges = [0]
-    for size in batch_sizes:
-        edges.append(edges[-1] + size)
+    edges = [*itertools.accumulate(batch_sizes, initial=0)]
+    if every.unit == "updates":
+        edges = [*range(len(edges))]
     # As the decimal that was written, not as the float nearest to it.
     length = Fraction(repr(every.value)) * (train_examples if every.unit == "epochs" else 1)
     due, end = [], length
-    while end <= (len(batch_sizes) if every.unit == "updates" else edges[-1]):
-        if every.unit == "updates":
-            due.append(int(end) - 1)
-        else:
-            due.append(next(i for i, edge in enumerate(edges[1:]) if edge >= end))
+    while end <= edges[-1]:
+        due.append(next(i for i, edge in enumerate(edges[1:]) if edge >= end))
         end += length
     return sorted(set(due))
 
@@ -80,6 +78,7 @@ def due(every, batch_sizes, train_examples):
 SIZES = st.lists(st.integers(1, 400), min_size=1, max_size=60)
 INTERVALS = st.one_of(
     st.builds(Every, st.integers(1, 20), st.just("updates")),
+    st.builds(Every, st.integers(1, 50).map(lambda n: n / 10), st.just("updates")),
     st.builds(Every, st.integers(1, 500), st.just("examples")),
     st.builds(Every, st.integers(1, 4), st.just("epochs")),
     st.builds(Every, st.integers(1, 400).map(lambda n: n / 100), st.just("epochs")),

@@ -12,6 +12,12 @@ written, with its own constant batch size: the argument `batch_size`, or that of
 2.5
 
 `Every` is an interval in one of these units.
+
+*A position against a time.* Let u = 2^-53. A time t in epochs stands for a fraction, 0.07 for 7/100
+and 3 * 0.1 for 3/10, to a few u. A position p has reached it where p >= t (1 - 8u) N, computed
+exactly. That forgives the few u, and no position lies in between while p times the denominator of
+t N stays below 2^49. A policy knows no N: there p / N stands for p, rounded to one u, and the same
+holds. No position is compared with a time in another way.
 """
 
 import dataclasses
@@ -19,18 +25,19 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from bigbatch import errors
 from bigbatch.checks import Checks
 
 TIME_UNITS = ("epochs", "examples", "updates")
 
-# 0.07 epochs of 50,000 are 3500.0000000000005 examples in floats: a number of intervals this close
-# below a whole one is that one.
-_ROUNDINGS = 1 + 1e-14
+# 1 - 8u, see above.
+_EARLIER = Fraction(2**50 - 1, 2**50)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +61,11 @@ class Every:
           update: its number, from 0.
           train_examples: of an epoch.
         """
+        start, end = first_example, first_example + batch_size
         if self.unit == "updates":
-            return (update + 1) % self.value == 0
-        length = self.value * (train_examples if self.unit == "epochs" else 1)
-        ends = (first_example, first_example + batch_size)
-        before, after = (math.floor(position / length * _ROUNDINGS) for position in ends)
-        return after > before
+            start, end = update, update + 1
+        length = _earliest(self.value, train_examples if self.unit == "epochs" else 1)
+        return end // length > start // length
 
 
 class Intervals(NamedTuple):
@@ -104,11 +110,25 @@ class Intervals(NamedTuple):
         return cls(**found)
 
 
+def _earliest(time: float, examples: int) -> Fraction:
+    """From where on a time is reached, in a unit of which the time's own has so many."""
+    return Fraction(float(time)) * examples * _EARLIER
+
+
 def first_example_from(epoch: float, train_examples: int) -> int:
-    """ceil(epoch * N), where a product that is whole but for rounding is that whole number."""
-    examples = epoch * train_examples
-    nearest = round(examples)
-    return nearest if abs(examples - nearest) <= 1e-9 * max(1, nearest) else math.ceil(examples)
+    """The first position that has reached a time in epochs."""
+    return math.ceil(_earliest(epoch, train_examples))
+
+
+def num_reached(times_epochs: ArrayLike, epochs: ArrayLike) -> NDArray[np.int64]:
+    """How many of the times each position has reached.
+
+    Args:
+      times_epochs: rising.
+      epochs: of the positions, p / N, any shape.
+    """
+    earliest = np.asarray(times_epochs, np.float64) * float(_EARLIER)
+    return np.searchsorted(earliest, epochs, side="right")
 
 
 def in_any_unit(*names: str, updates: bool = True) -> Callable[[Callable[..., Any]], Any]:
@@ -212,7 +232,7 @@ def _unit(
     batch_size: Any = arguments.get("batch_size")
     if "policy" in arguments and isinstance(time, int | float) and math.isfinite(time):
         batch_size = float(arguments["policy"].at(0.0).batch_size[0])
-        starts = np.arange(max(0, math.ceil(time))) * (batch_size / train_examples)
+        starts = np.arange(max(0, math.ceil(time))) * batch_size / train_examples
         if (arguments["policy"].at(np.r_[0.0, starts]).batch_size != batch_size).any():
             allowed = "a time in epochs or examples, because the batch size changes before its end"
             problems.append(errors.Problem(field, time, allowed))

@@ -9,6 +9,7 @@ import numpy as np
 
 from bigbatch.checks import Checks
 from bigbatch.errors import Problem, UserError
+from bigbatch.schedule.durations import num_reached
 from bigbatch.schedule.noise_scale import Array, make_rule
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy, Settings
@@ -60,7 +61,7 @@ def plan_file(
     starts = plan.first_examples / train_examples
 
     def settings_at(at_epochs: Array) -> Settings:
-        update = np.searchsorted(starts[1:], at_epochs, side="right")
+        update = num_reached(starts[1:], at_epochs)
         hyper = {name: column[update] for name, column in plan.hypers.items()}
         return Settings(plan.batch_sizes[update].astype(np.float64), hyper)
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from bigbatch import errors
 from bigbatch.checks import Checks
-from bigbatch.schedule.durations import in_any_unit
+from bigbatch.schedule.durations import in_any_unit, num_reached
 from bigbatch.schedule.noise_scale import RULE_NAMES, Array, make_rule
 from bigbatch.schedule.policy import Policy, Settings, StatedSize, batch_ramp, batch_stages, warmup
 
@@ -245,10 +245,11 @@ def grow_batch(
         rates = counted(epochs, hyper["learning_rate"])
         # Where the learning rate rises again after `until_epoch`, the batch size gives way: the
         # learning rate would pass its peak otherwise.
-        rates = np.where(epochs < until_epoch, rates, np.maximum(rates, lowest))
+        rates = np.where(num_reached([until_epoch], epochs), np.maximum(rates, lowest), rates)
         with np.errstate(divide="ignore", invalid="ignore"):
             # fmax: 0/0, a learning rate of 0 that started at 0, is no decay.
-            decay = np.where(epochs < from_epoch, 1.0, np.fmax(start / rates, 1.0))
+            decay = np.fmax(start / rates, 1.0)
+        decay = np.where(num_reached([from_epoch], epochs), decay, 1.0)
         grown = policy.rule.grow(batch_size, decay)
         if max_batch_size is not None:
             grown = np.minimum(grown, max_batch_size)

@@ -14,6 +14,7 @@ from bigbatch.commands.critical.table import Noise
 from bigbatch.engine.functions import State
 from bigbatch.engine.task import COUNT
 from bigbatch.schedule.adaptive import gradient_noise
+from bigbatch.schedule.durations import first_example_from
 from bigbatch.schedule.plan import Plan, Row
 from bigbatch.training.run import Run
 from bigbatch.training.updates import updates
@@ -124,7 +125,7 @@ def constant_plan(
     plan: Plan, row: Row, batch_size: int, learning_rate: float, epochs: float
 ) -> Plan:
     """Updates of one batch size and learning rate, all else as in a row of a plan."""
-    count = math.ceil(epochs * plan.train_examples / batch_size)
+    count = -(-first_example_from(epochs, plan.train_examples) // batch_size)
     hypers = {**row.hyper, "learning_rate": learning_rate}
     return dataclasses.replace(
         plan,

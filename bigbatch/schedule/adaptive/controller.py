@@ -182,10 +182,13 @@ class Controller:
         checks.done()
 
     @property
+    def _cooldown_length_epochs(self) -> float:
+        return self.epochs / 5 if self.cooldown_epochs is None else self.cooldown_epochs
+
+    @property
     def cooldown_epoch(self) -> float:
         """When the cooldown begins."""
-        length = self.epochs / 5 if self.cooldown_epochs is None else self.cooldown_epochs
-        return self.epochs - length
+        return self.epochs - self._cooldown_length_epochs
 
     @property
     def base_policy(self) -> Policy:
@@ -320,8 +323,8 @@ class Controller:
 
     def _cooldown_level(self, decisions: Decisions) -> int | None:
         """The level that the cooldown gives the update to decide for; None before it begins."""
-        end = self.epochs * self.train_examples
-        start = self.cooldown_epoch * self.train_examples
+        end = first_example_from(self.epochs, self.train_examples)
+        start = end - first_example_from(self._cooldown_length_epochs, self.train_examples)
         position = self._first_example(decisions.growths, decisions.updates + DELAY_UPDATES)
         if not start <= position < end:
             return None

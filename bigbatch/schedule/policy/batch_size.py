@@ -10,12 +10,13 @@ Stages are written START:VALUE, separated by spaces; the first start is 0, the o
 import dataclasses
 import math
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
 from bigbatch.checks import Checks
-from bigbatch.schedule.durations import first_example_from, in_any_unit
+from bigbatch.schedule.durations import first_example_from, in_any_unit, num_reached
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.policy.base import (
     Policy,
@@ -25,7 +26,7 @@ from bigbatch.schedule.policy.base import (
     with_learning_rate,
 )
 
-_NUMBER = r"(\d*\.?\d+(?:e[-+]?\d+)?)"
+_NUMBER = r"(\d*\.?\d+(?:e[-+]?\d\d?)?)"
 _STAGE = re.compile(rf"{_NUMBER}([kMGT]?)(?:_(epochs|examples|updates))?:{_NUMBER}")
 _THOUSANDS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _ALLOWED = (
@@ -37,7 +38,7 @@ _ALLOWED = (
 class _Stage(NamedTuple):
     """A value and where it starts."""
 
-    start: float
+    start: Fraction
     unit: str
     value: float
     text: str
@@ -76,7 +77,7 @@ def stages(
     checks.done()
     last = int(np.flatnonzero(values)[-1])
     policy = with_learning_rate(
-        lambda e: values[np.searchsorted(starts[1:], e, side="right")],
+        lambda e: values[num_reached(starts[1:], e)],
         sizes[0].value,
         momentum,
         tuple(starts),
@@ -147,8 +148,9 @@ def batch_ramp(
 
     def settings_at(epochs: Array) -> Settings:
         batch_size, hyper = policy.at(epochs)
-        ramp = initial_batch_size + increment_examples * np.searchsorted(starts, epochs, "right")
-        return Settings(np.where(epochs < ramp_epochs, ramp, batch_size), hyper)
+        reached = num_reached(starts, epochs)
+        ramp = initial_batch_size + increment_examples * reached
+        return Settings(np.where(reached < steps, ramp, batch_size), hyper)
 
     return dataclasses.replace(
         policy,
@@ -171,7 +173,8 @@ def _read(checks: Checks, field: str, text: object) -> list[_Stage]:
             checks.require(False, field, part, _ALLOWED)
             return []
         start, thousands, unit, value = match.groups()
-        found.append(_Stage(float(start) * _THOUSANDS[thousands], unit or "", float(value), part))
+        exact = Fraction(start) * _THOUSANDS[thousands]
+        found.append(_Stage(exact, unit or "", float(value), part))
     good = bool(found) and found[0].start == 0 and all(stage.unit for stage in found[1:])
     return found if checks.require(good, field, text, _ALLOWED) else []
 
@@ -179,7 +182,7 @@ def _read(checks: Checks, field: str, text: object) -> list[_Stage]:
 def _read_sizes(checks: Checks, text: object) -> list[_Stage]:
     sizes = _read(checks, "batch_size", text)
     for stage in sizes:
-        whole = stage.value >= 1 and stage.value == int(stage.value)
+        whole = stage.value >= 1 and stage.value.is_integer()
         allowed = "a whole number of examples, at least 1, after the colon"
         checks.require(whole, "batch_size", stage.text, allowed)
     return sizes
@@ -197,7 +200,7 @@ class _Clock:
         self.train_examples = train_examples
         self.stages = [(0, 0, int(batch_size))]
 
-    def epoch(self, stage: _Stage) -> float:
+    def epoch(self, stage: _Stage) -> Fraction:
         """Where the stage starts."""
         if stage.unit in ("", "epochs") or self.train_examples is None:
             return stage.start
@@ -212,7 +215,7 @@ class _Clock:
         if self.train_examples is None:
             return
         update, example, size = self.stages[-1]
-        start = first_example_from(self.epoch(stage), self.train_examples)
+        start = first_example_from(float(self.epoch(stage)), self.train_examples)
         updates = -(-(start - example) // size)
         self.stages.append((update + updates, example + updates * size, int(stage.value)))
 
@@ -227,7 +230,7 @@ def _starts(
     checks: Checks, field: str, stages: list[_Stage], clock: _Clock, add: bool = False
 ) -> list[float]:
     """Where the stages start, in epochs."""
-    starts = [0.0]
+    starts = [Fraction(0)]
     for stage in stages[1:]:
         if stage.unit != "epochs" and clock.train_examples is None:
             allowed = f"the number of training examples, which {field} needs for {stage.text!r}"
@@ -238,16 +241,15 @@ def _starts(
             break
         if add:
             clock.add(stage)
-    return starts
+    return [float(start) for start in starts]
 
 
 def _with_batch_stages(policy: Policy, sizes: list[_Stage], clock: _Clock) -> Policy:
-    starts = [clock.epoch(stage) for stage in sizes]
+    starts = [float(clock.epoch(stage)) for stage in sizes]
     values = np.array([stage.value for stage in sizes])
 
     def settings_at(epochs: Array) -> Settings:
-        index = np.searchsorted(starts[1:], epochs, side="right")
-        return Settings(values[index], policy.at(epochs).hyper)
+        return Settings(values[num_reached(starts[1:], epochs)], policy.at(epochs).hyper)
 
     return dataclasses.replace(
         policy,

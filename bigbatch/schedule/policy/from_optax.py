@@ -9,11 +9,9 @@ import numpy as np
 
 from bigbatch import errors
 from bigbatch.checks import Checks
+from bigbatch.schedule.durations import first_example_from, num_reached
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.policy.base import Policy, check_base, with_learning_rate
-
-# position / N * N / B is off by a few roundings: a quotient this close below a whole number is it.
-_ROUNDINGS = 1 + 2.0**-50
 
 
 def from_optax(
@@ -47,7 +45,8 @@ def from_optax(
     checks.number("epochs", epochs, "a number of epochs above 0", above=0)
     checks.done()
     # One more than the run has, so that a schedule that ends at 0 is seen to.
-    rates = _evaluate(schedule, math.ceil(epochs * train_examples / batch_size) + 1)
+    updates = -(-first_example_from(epochs, int(train_examples)) // int(batch_size))
+    rates = _evaluate(schedule, updates + 1)
     good = np.isfinite(rates[:-1]) & (rates[:-1] >= 0)
     if not good.all():
         at = int(np.argmin(good))
@@ -56,16 +55,17 @@ def from_optax(
     checks.require(bool(np.any(rates[:-1] > 0)), "schedule", 0.0, "a learning rate above 0")
     checks.done()
 
+    starts = np.arange(len(rates)) * batch_size / train_examples
+
     def rate(epochs: Array) -> Array:
-        updates = np.floor(epochs * train_examples / batch_size * _ROUNDINGS)
-        return rates[np.minimum(updates, len(rates) - 1).astype(np.int64)]
+        return rates[num_reached(starts[1:], epochs)]
 
     rises = np.r_[True, rates[1:] > rates[:-1]]
     falls = np.r_[rates[1:] <= rates[:-1], True]
-    turning = np.flatnonzero(rises & falls) * batch_size / train_examples
     zero_update = int(np.flatnonzero(rates > 0)[-1]) + 1
-    zero = zero_update * batch_size / train_examples if zero_update < len(rates) else math.inf
-    return with_learning_rate(rate, batch_size, momentum, tuple(turning.tolist()), zero)
+    zero = float(starts[zero_update]) if zero_update < len(rates) else math.inf
+    turning = tuple(starts[rises & falls].tolist())
+    return with_learning_rate(rate, batch_size, momentum, turning, zero)
 
 
 def _evaluate(schedule: Callable[[Any], Any], updates: int) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bigbatch.checks import Checks
-from bigbatch.schedule.durations import in_any_unit
+from bigbatch.schedule.durations import in_any_unit, num_reached
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.policy.base import Policy, Settings, check_base, with_learning_rate
 
@@ -52,10 +52,9 @@ def step_decay(
     _check_boundaries(checks, boundaries_epochs)
     _check_factor(checks, factor)
     checks.done()
-    boundaries = np.array(boundaries_epochs, np.float64)
-    values = learning_rate * np.float64(factor) ** np.arange(len(boundaries) + 1)
+    values = learning_rate * np.float64(factor) ** np.arange(len(boundaries_epochs) + 1)
     return with_learning_rate(
-        lambda e: values[np.searchsorted(boundaries, e, side="right")], batch_size, momentum
+        lambda e: values[num_reached(boundaries_epochs, e)], batch_size, momentum
     )
 
 
