@@ -24,7 +24,7 @@ def problems(call, *args, **kwargs):
     return [(problem.field, problem.nearest) for problem in error.value.problems]
 
 
-def write_tfds(root, name, file_format, counts):
+def write_tfds(root, name, file_format, counts, first_label=0):
     """Files of tensorflow-datasets, made without it where that needs TensorFlow."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
@@ -41,7 +41,7 @@ def write_tfds(root, name, file_format, counts):
             data_dir=directory, dataset_name=name, split=split, filetype_suffix=file_format
         )
         images = np.random.default_rng(count).integers(0, 256, (count, *shape), dtype=np.uint8)
-        labels = np.arange(count) % 10
+        labels = first_label + np.arange(count) % 10
         writer = ArrayRecordWriter(str(template.sharded_filepaths(1)[0]), "group_size:1")
         for image, label in zip(images, labels, strict=True):
             png = io.BytesIO()
@@ -236,6 +236,12 @@ def test_labels_out_of_range_are_named(tmp_path):
     with pytest.raises(UserError, match=r"label 7 of example 7 in the train part") as error:
         sets.load("stl10", directory=tmp_path)
     assert len(error.value.problems) == 1
+
+
+def test_a_label_past_2_31_is_no_smaller_one(tmp_path):
+    write_tfds(tmp_path, "stl10", "array_record", {"train": 12, "test": 5}, first_label=2**32)
+    with pytest.raises(UserError, match=r"record 0: .* 4294967296 out of bounds"):
+        sets.load("stl10", directory=tmp_path)
 
 
 def test_tfrecord_files_are_read_as_tensorflow_wrote_them(tmp_path):

@@ -286,6 +286,24 @@ def test_optax_schedules(enable_x64):
         assert plan.batch_size(5) == plan.hyper(5)["batch_size"]
 
 
+def test_a_batch_size_of_more_than_31_bits_is_no_schedule():
+    """On the host it is exact; JAX's int32 would give -1,073,741,824."""
+    policy = step_decay(0.1, 3 * 2**30, 0.9, boundaries_epochs=[1], factor=0.5)
+    plan = make_plan(policy, train_examples=2**32, epochs=2)
+    assert plan.hyper(0)["batch_size"] == 3_221_225_472
+    with pytest.raises(errors.UserError, match=r"batch_size: given 3221225472; .* below 2\^31"):
+        plan.batch_size(0)
+    just_below = make_plan(constant(0.1, 2**31 - 1), train_examples=2**32, epochs=1)
+    assert just_below.batch_size(0) == 2**31 - 1
+
+
+def test_more_examples_than_can_be_told_apart_are_refused():
+    plan = make_plan(constant(0.1, 2**40), train_examples=2**32, epochs=2**16)
+    assert plan.num_examples == 2**48
+    with pytest.raises(errors.UserError, match=r"epochs: given 65537; .* nearest: 65536"):
+        make_plan(constant(0.1, 2**40), train_examples=2**32, epochs=2**16 + 1)
+
+
 def test_inject_hyperparams():
     """Optax's own state shows the plan's values, and the parameters follow by hand."""
     plan = make_plan(

@@ -262,6 +262,32 @@ def test_types_are_those_of_jax():
         check(Data(wide), {n: np.asarray(wide[n]).astype(types[n]) for n in wide}, False)
 
 
+@pytest.mark.parametrize("value", [2**31, 2**40 + 3, -(2**31) - 1])
+@pytest.mark.parametrize("kind", ["arrays", "read", "one by one", "on_device"])
+def test_a_whole_number_that_jax_has_no_room_for_is_refused(value, kind):
+    ids = np.arange(N)
+    ids[N // 2] = value
+    source, names = {"id": ids}, None
+    if kind == "one by one":
+        source, names = [(number,) for number in ids], ["id"]
+    elif kind == "read":
+        source = type("Rows", (Read,), {"read": lambda self, numbers: {"id": ids[numbers]}})()
+    message = rf"train.id: given \[{value}\]; allowed: numbers that int32 holds"
+    with pytest.raises(UserError, match=message):
+        Data(source, names=names, on_device=kind == "on_device").training(SEED, 0, N)
+    with jax.enable_x64(True):
+        made = Data(source, names=names).training(SEED, 0, N)["id"]
+        assert made.dtype == np.int64
+        assert sorted(made.tolist()) == sorted(ids.tolist())
+
+
+def test_more_examples_than_a_device_can_number_stay_on_the_host():
+    many = np.broadcast_to(np.uint8(1), (2**31,))
+    with pytest.raises(UserError, match=r"on_device: .* below 2\^31 examples"):
+        Data({"x": many}, on_device=True)
+    assert Data({"x": many}).training(SEED, 2**31 * 5, 3)["x"].tolist() == [1, 1, 1]
+
+
 def test_examples_are_looked_up_on_the_devices():
     arrays = ARRAYS | {"mask": RNG.integers(0, 2, (N, 2, 2)) > 0, "index": np.arange(N) + 0.5}
     host, there = Data(arrays), Data(arrays, on_device=True)

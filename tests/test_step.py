@@ -1,5 +1,7 @@
 """The compiled functions: their collectives, their independence of the hardware, their numbers."""
 
+import decimal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +159,23 @@ def test_running_statistics_go_as_far_as_single_steps_would(ghost_batches):
         decay=0.9,
     )
     np.testing.assert_allclose(got["mean"], single, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.999, 0.9999, 0.9999999])
+@pytest.mark.parametrize("ghost_batches", [1, 7, 2048, 65_536])
+def test_running_statistics_fade_as_exactly_near_a_decay_of_1(decay, ghost_batches):
+    """Against decimals of 50 digits; float32's 0.9999^2048 is off by 1.4e-4."""
+    with decimal.localcontext(prec=50):
+        kept = decimal.Decimal(decay) ** ghost_batches
+        expected = {"old": float(kept), "new": float(1 - kept)}
+    got = step.advance_running_statistics(
+        {"old": jnp.float32(1), "new": jnp.float32(0)},
+        {"old": jnp.float32(0), "new": jnp.float32(ghost_batches)},
+        jnp.float32(ghost_batches),
+        decay=decay,
+    )
+    np.testing.assert_allclose(got["new"], expected["new"], rtol=5e-7)
+    np.testing.assert_allclose(got["old"], expected["old"], rtol=0, atol=2e-7)
 
 
 def test_nothing_is_compiled_after_the_first_update():

@@ -211,9 +211,22 @@ def jax_dtype(name: str, dtype: np.dtype) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype)).newbyteorder("=")
 
 
-def as_jax_has_them(arrays: Example) -> Example:
-    """The arrays in the types of `jax_dtype`."""
-    return {n: array.astype(jax_dtype(n, array.dtype), copy=False) for n, array in arrays.items()}
+def as_jax_has_them(part: str, arrays: Example) -> Example:
+    """The arrays of a part of the data in the types of `jax_dtype`.
+
+    Raises:
+      UserError: a whole number does not fit.
+    """
+    checks = Checks()
+    made = {n: array.astype(jax_dtype(n, array.dtype), copy=False) for n, array in arrays.items()}
+    for name, array in made.items():
+        given = arrays[name]
+        if array.dtype.kind in "iu" and array.itemsize < given.itemsize:
+            lost = given[array != given]
+            allowed = f"numbers that {array.dtype} holds, unless jax_enable_x64 is set"
+            checks.require(not lost.size, f"{part}.{name}", lost[:1].tolist(), allowed)
+    checks.done()
+    return made
 
 
 def is_grain(source: Any) -> bool:

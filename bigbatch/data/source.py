@@ -134,8 +134,10 @@ class Data:
             parts["test"] = part_of("test", test, names, None, checks)
         if workers is not None:
             checks.whole("workers", workers, "a whole number, at least 1, or None")
-        fits = isinstance(parts["train"].source, ArraysByName) and augment is None
-        allowed = "False, but for arrays by name that nothing augments"
+        source = parts["train"].source
+        fits = isinstance(source, ArraysByName) and augment is None
+        fits = fits and (bool(checks.problems) or len(source) < 2**31)
+        allowed = "False, but for arrays by name, of below 2^31 examples, that nothing augments"
         checks.require(fits or not on_device, "on_device", on_device, allowed, False)
         checks.done()
         for name, part in parts.items():
@@ -162,7 +164,7 @@ class Data:
         self.on_device: Held | None = None
         if on_device:
             arrays = {n: np.asarray(a) for n, a in parts["train"].source.arrays.items()}
-            self.on_device = Held(as_jax_has_them(arrays))
+            self.on_device = Held(as_jax_has_them("train", arrays))
 
     @property
     def example_shapes(self) -> Shapes:
@@ -182,7 +184,8 @@ class Data:
         """The examples of positions of a run; see `TrainingData`.
 
         Raises:
-          UserError: seed, position or number out of range; an example unlike the first one.
+          UserError: seed, position or number out of range; an example unlike the first one, or a
+            whole number that JAX's present mode has no room for.
           RunError: a process that reads examples has ended.
         """
         if self.on_device is not None:
@@ -207,7 +210,7 @@ class Data:
         """Examples by their numbers in a part, in pieces by the workers."""
         rows = part.rows(numbers)
         if rows is not None and part.augment is None:
-            return as_jax_has_them(part.checked(rows, numbers))
+            return as_jax_has_them(part.name, part.checked(rows, numbers))
         ends = np.linspace(0, len(numbers), 1 + _PIECES_PER_WORKER * self._workers).astype(int)
         pieces = [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
         work = [
@@ -225,7 +228,8 @@ class Data:
             made = [part.examples(*piece) for piece in work]
         else:
             made = [*self._pool.map(part.examples, *zip(*work, strict=True))]
-        return as_jax_has_them({n: np.concatenate([piece[n] for piece in made]) for n in made[0]})
+        stacked = {n: np.concatenate([piece[n] for piece in made]) for n in made[0]}
+        return as_jax_has_them(part.name, stacked)
 
     def _in_processes(self, part: str, work: list[Any]) -> list[Any]:
         try:

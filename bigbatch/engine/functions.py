@@ -12,6 +12,7 @@ refuse a scan that begins with zeros, so every recurrent network.)
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -330,16 +331,17 @@ def advance_running_statistics(
       running: statistics before the update.
       ghost_sums: the same, summed over the update's ghost batches.
       ghost_batches: K, a float scalar.
-      decay: d, a number in (0, 1), or one for each array in a tree like the statistics.
+      decay: d, a number in (0, 1), not traced, or one for each array in a tree like the statistics.
 
     Returns:
       The statistics after the update.
     """
 
     def advanced(decay: Any, running: jax.Array, ghost_sum: jax.Array) -> jax.Array:
-        kept = decay**ghost_batches
+        # log d in double precision: float32's d is off by 6e-8, its power K by K times that.
+        fresh = -jnp.expm1(ghost_batches * math.log(decay))
         mean = ghost_sum / ghost_batches
-        return (kept * running + (1 - kept) * mean).astype(running.dtype)
+        return ((1 - fresh) * running + fresh * mean).astype(running.dtype)
 
     return jax.tree.map(advanced, jax.tree.broadcast(decay, running), running, ghost_sums)
 

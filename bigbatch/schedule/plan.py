@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ from bigbatch.schedule import positions
 from bigbatch.schedule.durations import first_example_from
 from bigbatch.schedule.noise_scale import Array, make_rule
 from bigbatch.schedule.policy import Policy
+
+# Positions up to here can be told from times in any unit: see `durations`.
+_MOST_EXAMPLES = 2**48
 
 
 class Stage(NamedTuple):
@@ -173,10 +177,16 @@ class Plan:
           A function of the update count (integers of any shape) that JAX can trace. It gives
           float32 (int32 for the batch size), the host's value rounded once; past the last update
           the last value.
+
+        Raises:
+          UserError: a batch size has more than 31 bits.
         """
         column = self.batch_sizes if name == "batch_size" else self.hypers[name]
         starts = _run_starts(column)
         dtype = np.int32 if name == "batch_size" else np.float32
+        if name == "batch_size" and column.max() >= 2**31:
+            allowed = "below 2^31 examples in an Optax schedule; `hyper` gives any on the host"
+            raise errors.UserError(errors.Problem(name, int(column.max()), allowed))
         values, starts = column[starts].astype(dtype), starts.astype(np.int32)
 
         def value(count: Any) -> Any:
@@ -335,7 +345,9 @@ def make_plan(
     checks = Checks()
     allowed = "a whole number of examples, at least 1"
     sized = checks.whole("train_examples", train_examples, allowed)
-    checks.number("epochs", epochs, "a number of epochs above 0", above=0)
+    most = _MOST_EXAMPLES / train_examples if sized else math.inf
+    allowed_epochs = "a number of epochs above 0, with at most 2^48 examples"
+    checks.number("epochs", epochs, allowed_epochs, above=0, at_most=most)
     if checks.whole("batch_multiple_examples", batch_multiple_examples, allowed):
         positions.check_stated_sizes(checks, policy, int(batch_multiple_examples))
     exact_for = policy.rule.train_examples

@@ -26,7 +26,7 @@ def read(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
       split: of its splits.
 
     Returns:
-      Images, uint8[n, H, W, C], and labels, int64[n].
+      Images, uint8[n, H, W, C], and labels, int32[n].
 
     Raises:
       UserError: files are missing, damaged or in another format, or hold other images than the data
@@ -39,7 +39,7 @@ def read(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(missing)
     count = prepared.num_examples(split)
     images = np.empty((count, *prepared.image_shape), np.uint8)  # type: ignore[misc]
-    labels = np.empty(count, np.int64)
+    labels = np.empty(count, np.int32)
     done = 0
     for file, expected in zip(files, prepared.shard_examples[split], strict=True):
         try:
