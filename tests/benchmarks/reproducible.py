@@ -3,7 +3,7 @@
     python -m tests.benchmarks.reproducible > tests/benchmarks/results/reproducible_rounding.md
 
 The float32 gradients of 64 ghost batches of 32 examples (digits, WRN-10-1 at its start), summed in
-float32 one after the other, and in bins, against their sum in float64. Of each tensor the root mean
+float32 one after the other, and as integers, against their sum in float64. Of each tensor the root mean
 square of the errors is divided by that of its sums, and the largest error by the largest sum;
 printed are the median tensor and the worst.
 """
@@ -50,19 +50,18 @@ def rounding() -> list[str]:
     addends = gradients()
     true = [np.sum(leaves, axis=0, dtype=np.float64) for leaves in zip(*addends, strict=True)]
     plain = [np.zeros_like(leaf) for leaf in addends[0]]
-    bins = exact_sums.zeros(addends[0])
+    exact = exact_sums.zeros(addends[0])
     largest = [max(np.abs(leaf).max() for leaf in leaves) for leaves in zip(*addends, strict=True)]
     # A bound as it is after an update: so much room above the largest.
-    total = [jax.numpy.zeros(leaf.shape) for leaf in true]
     exponents, _ = exact_sums.next_bounds(
-        total, np.array(largest, np.float32), exact_sums.first_exponents(total)
+        np.array(largest, np.float32), exact_sums.first_exponents(true)
     )
-    shifters = exact_sums.shifters(exponents, np.int32(GHOSTS), jax.numpy.dtype("float32"))
     add = jax.jit(exact_sums.add)
     for addend in addends:
         plain = [a + b for a, b in zip(plain, addend, strict=True)]
-        bins = add(bins, addend, shifters)
-    ours = [np.asarray(leaf) for leaf in exact_sums.total(bins.slices)]
+        exact = add(exact, addend, exponents)
+    total, _ = exact_sums.total(exact_sums.parts(exact.words), exact.largest, exponents)
+    ours = [np.asarray(leaf) for leaf in total]
     lines = [
         "| sums | rms error, median | rms error, worst | largest error, worst |",
         "| --- | ---: | ---: | ---: |",
