@@ -3,8 +3,8 @@
     python -m tests.benchmarks.reproducible > tests/benchmarks/results/reproducible_rounding.md
 
 The float32 gradients of 64 ghost batches of 32 examples (digits, WRN-10-1 at its start), summed in
-float32 one after the other, and as integers, against their sum in float64. Of each tensor the root mean
-square of the errors is divided by that of its sums, and the largest error by the largest sum;
+float32 one after the other, and as integers, against their sum in float64. Of each tensor the root
+mean square of the errors is divided by that of its sums, and the largest error by the largest sum;
 printed are the median tensor and the worst.
 """
 

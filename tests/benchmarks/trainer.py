@@ -56,7 +56,19 @@ WORKS = {
         5,
     ),
 }
-_HOST_UPDATES = 2_000
+HOST_UPDATES = 2_000
+COLUMNS = (
+    "work",
+    "devices",
+    "batch size",
+    "rounds x updates",
+    "bare, examples/s",
+    "loop, examples/s",
+    "loop / bare",
+    "quartiles",
+    "host, ms an update",
+    "host with input, ms",
+)
 
 
 def measure(name: str) -> dict:
@@ -73,7 +85,7 @@ def measure(name: str) -> dict:
 
     reference, changes, devices, stretch, rounds = WORKS[name]
     jax.config.update("jax_num_cpu_devices", devices)
-    needed = max((rounds + 1) * stretch, _HOST_UPDATES) + 10
+    needed = max((rounds + 1) * stretch, HOST_UPDATES) + 10
     overrides = {**changes, "evaluate_every_epochs": 1_000_000}
     config = load_config(reference, [(key, str(value)) for key, value in overrides.items()])
     batch_size = int(config.plan.batch_sizes[0])
@@ -162,7 +174,7 @@ def measure(name: str) -> dict:
         def timed(*arguments, moments=moments):
             for one in updates(*arguments):
                 moments.append(time.perf_counter())
-                if len(moments) == _HOST_UPDATES:
+                if len(moments) == HOST_UPDATES:
                     raise EndError
                 yield one
 
@@ -180,15 +192,15 @@ def measure(name: str) -> dict:
     }
 
 
-def row(name: str, found: dict) -> str:
-    """One line of the table."""
+def row(name: str, found: dict) -> tuple[str, ...]:
+    """The cells of one line of the table."""
     loop, bare = np.array(found["loop_s"]), np.array(found["bare_s"])
     examples = found["stretch"] * found["batch_size"]
     low, middle, high = np.percentile(bare / loop, (25, 50, 75))
     host = [
         f"{1e3 * s[0]:.2f} ({1e3 * s[1]:.2f} to {1e3 * s[2]:.2f})" for s in found["host_s"].values()
     ]
-    cells = (
+    return (
         name,
         str(found["devices"]),
         f"{found['batch_size']}",
@@ -199,7 +211,6 @@ def row(name: str, found: dict) -> str:
         f"{low:.3f} to {high:.3f}",
         *host,
     )
-    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
@@ -217,13 +228,8 @@ def main() -> None:
                 f"{platform.machine()}, {os.cpu_count()} CPU cores, jax {found['jax']}, Python "
                 f"{platform.python_version()}. Medians, and quartiles over the rounds.\n"
             )
-            columns = (
-                "work | devices | batch size | rounds x updates | bare, examples/s | "
-                "loop, examples/s | loop / bare | quartiles | host, ms an update | "
-                "host with input, ms"
-            )
-            print(f"| {columns} |\n|{' --- |' * 10}")
-        print(row(name, found), flush=True)
+            print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
+        print(f"| {' | '.join(row(name, found))} |", flush=True)
 
 
 if __name__ == "__main__":
