@@ -29,9 +29,11 @@ The shares hold for what is the same whenever an example comes: the variance bet
 augmentation or dropout makes each visit another, that part of the variance is drawn anew and has no
 share. The two parts cannot be told apart here. A run with either is measured with shares of 0: then
 |G|^2 is too low by the part between examples / N, where full shares would make it too high by the
-other part / N. (What ghost batches add through their statistics is drawn anew as well, but small
-beside the rest.) In both populations the parameters count as fixed: that they have followed the
-examples of their own epoch is left out.
+other part / N. Ghost batches stand between: their statistics come with other neighbours on each
+visit. Full shares are the nearer ones while that part is under a half of tr(S), and bound the noise
+scale by about N beyond it (`tests/benchmarks/results/adaptive_digits.md` has what it is on digits).
+In both populations the parameters count as fixed: that they have followed the examples of their own
+epoch is left out.
 
 The noise scale B_noise = tr(S) / |G|^2 is the batch size at which noise and signal are alike. A
 ratio of unbiased estimates is not unbiased, and one of a single update may be anything, so both are
