@@ -17,6 +17,7 @@ from bigbatch.schedule.adaptive.gradient_noise import (
     Smoothed,
     best_learning_rate,
     estimate,
+    measurement_of,
     shares,
     smooth,
 )
@@ -137,6 +138,17 @@ def test_an_update_of_one_small_batch_or_of_infinities_has_no_estimate():
     assert estimate(Measurement(5.0, 1.0, 1.0, 8.0)) is None
     assert estimate(Measurement(math.inf, 1.0, 2.0, 8.0)) is None
     assert estimate(Measurement(5.0, math.nan, 2.0, 8.0)) is None
+
+
+def test_an_update_without_weight_has_measured_nothing():
+    sums = dict.fromkeys(("small_squares", "big_square", "small_batches", "examples", "count"), 0.0)
+    measured = measurement_of(sums)
+    assert estimate(measured) is None
+    # Sequences that are all padding: examples, and no tokens.
+    assert estimate(measurement_of(sums | {"examples": 32.0, "small_batches": 4.0})) is None
+    two = Measurement(0.0, 0.0, 2.0, 32.0)
+    before = smooth(Smoothed(), Estimate(2.0, 6.0), two, memory_examples=1e4)
+    assert smooth(before, None, measured, memory_examples=1e4) == before
 
 
 def run(rng, updates, memory_examples):

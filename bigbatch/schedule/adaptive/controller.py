@@ -265,7 +265,7 @@ class Controller:
         """
         update, growths, smoothed = decisions
         if update >= (growths[-1] if growths else 0):
-            examples = self._first_example(growths, update) + measurement.examples
+            examples = self._first_example(growths, update + 1)
             smoothed = smooth(
                 smoothed,
                 estimate(measurement),

@@ -112,10 +112,13 @@ def measurement_of(sums: Mapping[str, Any]) -> Measurement | None:
 
     The noise is that of examples. Where a loss is divided by something else (tokens), their
     gradients are first brought to the unit of the mean gradient: by the mean count of an example.
+    An update without weight held no small batches.
     """
     if SMALL_SQUARES not in sums:
         return None
     measured = Measurement(*(float(sums[name]) for name in SUMMED))
+    if not float(sums["count"]):
+        return measured._replace(small_batches=0.0)
     count_per_example = float(sums["count"]) / measured.examples
     return measured._replace(small_squares=measured.small_squares / count_per_example**2)
 
