@@ -60,6 +60,8 @@ def test_branches_are_measured_kept_and_not_run_again(finished, tmp_path, capsys
     [point] = json.loads((directory / "critical" / "critical.json").read_text())
     assert point["target_loss"] == pytest.approx(0.7 * point["noise"]["loss"])
     assert point["noise"]["scale"] > 0
+    assert point["noise"]["population"] == "training set"
+    assert "noise scale of the training set" in out
     # The rule: the run's own rate at its own batch size.
     rates = {size["batch_size"]: size["learning_rate"] for size in point["sizes"]}
     assert rates[32] == pytest.approx(0.05)

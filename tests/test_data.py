@@ -237,6 +237,8 @@ def test_a_data_set_is_training_data():
         assert sets.load("digits", **options).description != data.description
     there = sets.load("digits", flip=True, pad_pixels=1, test_examples=50, on_device=True)
     assert there.description == data.description
+    assert data.is_augmented
+    assert not sets.load("digits").is_augmented
     assert there.on_device.nbytes == 1437 * (64 + 4)
 
 

@@ -1,10 +1,14 @@
 """Estimates of the gradient noise: closed forms, AdaptDL's formulas, and errors that are true."""
 
+import fractions
+import itertools
 import json
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bigbatch.errors import UserError
 from bigbatch.schedule.adaptive.gradient_noise import (
@@ -13,6 +17,8 @@ from bigbatch.schedule.adaptive.gradient_noise import (
     Smoothed,
     best_learning_rate,
     estimate,
+    measurement_of,
+    shares,
     smooth,
 )
 
@@ -43,6 +49,67 @@ def test_estimates_are_unbiased_for_equal_and_unequal_small_batches(small_batche
     assert np.all(error < 0.05 * expected)
 
 
+EPOCH = np.array([[2.0, 0.0], [1.0, -1.0], [-3.0, 1.0], [5.0, 2.0]])
+"""The gradients of a training set of four examples."""
+SET_SQUARE = float(np.sum(EPOCH.mean(0) ** 2))
+SET_VARIANCE = float(EPOCH.var(0, ddof=1).sum())
+
+
+def over_all_orders(first, size, small, **drawn):
+    """The mean estimate over all orders of the epochs that an update of a run meets."""
+    num_epochs = -(-(first + size) // len(EPOCH))
+    found = []
+    for orders in itertools.product(itertools.permutations(range(4)), repeat=num_epochs):
+        gradients = EPOCH[np.concatenate(orders)[first : first + size]]
+        parts = np.split(gradients, range(small, size, small))
+        squares = sum(np.sum(part.sum(0) ** 2) / len(part) for part in parts)
+        big = np.sum(gradients.mean(0) ** 2)
+        found.append(estimate(Measurement(squares, big, len(parts), size, **drawn)))
+    return np.mean(found, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("first", "size", "small"),
+    # Within an epoch; a whole one; over an edge, between small batches and in one; more than one.
+    [(0, 2, 1), (0, 3, 2), (0, 4, 2), (2, 4, 2), (3, 3, 2), (1, 4, 2), (1, 7, 2), (0, 8, 3)],
+)
+def test_draws_without_replacement_are_unbiased_for_the_training_set(first, size, small):
+    drawn = {
+        "share": shares(first, size, size, 4),
+        "small_shares": shares(first, size, small, 4),
+    }
+    found = over_all_orders(first, size, small, **drawn)
+    np.testing.assert_allclose(found, (SET_SQUARE, SET_VARIANCE), rtol=1e-12)
+
+
+def test_taken_for_independent_draws_their_gradient_square_is_low_by_the_variance_over_n():
+    for size, small in ((2, 1), (3, 2), (4, 2)):
+        found = over_all_orders(0, size, small)
+        expected = SET_SQUARE - SET_VARIANCE / 4, SET_VARIANCE
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@given(st.integers(0, 100), st.integers(1, 60), st.integers(1, 60), st.integers(1, 30))
+def test_shares_are_those_of_a_count_of_the_positions(first, count, size, train_examples):
+    total = fractions.Fraction(0)
+    for begin in range(first, first + count, size):
+        positions = range(begin, min(begin + size, first + count))
+        epochs = [position // train_examples for position in positions]
+        pairs = sum(epochs.count(epoch) ** 2 for epoch in set(epochs))
+        total += fractions.Fraction(pairs, len(positions) * train_examples)
+    assert shares(first, count, size, train_examples) == pytest.approx(float(total), rel=1e-13)
+
+
+def test_shares_far_into_a_run_are_exact():
+    far = 2**45 // 1437 * 1437
+    assert shares(far + 7, 640, 16, 1437) == shares(7, 640, 16, 1437) == 640 / 1437
+
+
+def test_small_batches_of_whole_epochs_tell_nothing():
+    drawn = shares(0, 12, 12, 4), shares(0, 12, 4, 4)
+    assert estimate(Measurement(3 * 4 * SET_SQUARE, SET_SQUARE, 3.0, 12.0, *drawn)) is None
+
+
 def test_estimates_and_averages_are_those_of_adaptdl():
     """AdaptDL takes the mean over small batches of their mean gradients' squares."""
     rng = np.random.default_rng(1)
@@ -71,6 +138,17 @@ def test_an_update_of_one_small_batch_or_of_infinities_has_no_estimate():
     assert estimate(Measurement(5.0, 1.0, 1.0, 8.0)) is None
     assert estimate(Measurement(math.inf, 1.0, 2.0, 8.0)) is None
     assert estimate(Measurement(5.0, math.nan, 2.0, 8.0)) is None
+
+
+def test_an_update_without_weight_has_measured_nothing():
+    sums = dict.fromkeys(("small_squares", "big_square", "small_batches", "examples", "count"), 0.0)
+    measured = measurement_of(sums)
+    assert estimate(measured) is None
+    # Sequences that are all padding: examples, and no tokens.
+    assert estimate(measurement_of(sums | {"examples": 32.0, "small_batches": 4.0})) is None
+    two = Measurement(0.0, 0.0, 2.0, 32.0)
+    before = smooth(Smoothed(), Estimate(2.0, 6.0), two, memory_examples=1e4)
+    assert smooth(before, None, measured, memory_examples=1e4) == before
 
 
 def run(rng, updates, memory_examples):

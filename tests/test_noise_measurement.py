@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 import bigbatch
 from bigbatch.data import stream
+from bigbatch.data.source import Data
 from bigbatch.engine import functions as step
 from bigbatch.engine.optimizer import Sgd
 from bigbatch.engine.task import Task
@@ -47,22 +48,37 @@ def logistic_loss(outputs, examples):
     return {"loss": jnp.sum(weight * losses), "count": jnp.sum(weight)}
 
 
-def prepared(arrays, loss, params, *, devices=1, share=BATCH, batch=BATCH, small=SMALL, ghost=1):
+def prepared(
+    arrays,
+    loss,
+    params,
+    *,
+    devices=1,
+    share=BATCH,
+    batch=BATCH,
+    small=SMALL,
+    ghost=1,
+    epochs=1,
+    augment=None,
+    outputs=linear,
+    **options,
+):
     task = Task(
         init=lambda key: (jnp.asarray(params), {}),
-        apply=lambda params, statistics, examples, train: (linear(params, examples), {}),
+        apply=lambda params, statistics, examples, train: (outputs(params, examples), {}),
         loss=loss,
+        **options,
     )
     # Examples are made in another thread, which knows no float64; parameters and sums are float64.
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
     examples = len(arrays["x"])
     recipe = bigbatch.constant(1e-300, batch, 0.0)
     plan = bigbatch.make_plan(
-        recipe, train_examples=examples, epochs=1, batch_multiple_examples=ghost
+        recipe, train_examples=examples, epochs=epochs, batch_multiple_examples=ghost
     )
     return prepare(
         task,
-        arrays,
+        Data(arrays, augment=augment),
         plan,
         Sgd(),
         microbatch_examples_per_device=share,
@@ -75,7 +91,7 @@ def prepared(arrays, loss, params, *, devices=1, share=BATCH, batch=BATCH, small
 def measurements(run, updates):
     """Those of the run's first updates; its learning rate is next to nothing."""
     found = itertools.islice(train.updates(run, run.init_state(), 0), updates)
-    return [gradient_noise.measurement_of(jax.device_get(sums)) for _, _, sums in found]
+    return [run.measurement(row, jax.device_get(sums)) for row, _, sums in found]
 
 
 TRUTH = np.linspace(-1, 1, DIMENSIONS)
@@ -100,14 +116,15 @@ def closed_form():
     return square, (DIMENSIONS + 1) * square + DIMENSIONS * NOISE**2
 
 
-def by_vmap(arrays):
+def by_vmap(arrays, loss=logistic_loss, params=PARAMS):
     """|G|^2 and tr(S) of a finite set from its examples' gradients, one by one."""
 
     def loss_of_one(params, x, y):
         one = {"x": x[None], "y": y[None], "weight": jnp.ones(1)}
-        return logistic_loss(linear(params, one), one)["loss"]
+        return loss(linear(params, one), one)["loss"]
 
-    gradients = jax.vmap(jax.grad(loss_of_one), (None, 0, 0))(PARAMS, arrays["x"], arrays["y"])
+    by_one = jax.vmap(jax.grad(loss_of_one), (None, 0, 0))
+    gradients = np.asarray(by_one(params, arrays["x"], arrays["y"]))
     return np.sum(np.mean(gradients, 0) ** 2), np.sum(np.var(gradients, axis=0, ddof=1))
 
 
@@ -155,6 +172,71 @@ def test_logistic_regression():
     assert_unbiased(measured, expected)
 
 
+def mean_estimate(measured, in_a_block):
+    """The mean of the estimates and its standard error, from blocks of neighbours."""
+    found = np.array([gradient_noise.estimate(m) for m in measured])
+    blocks = found.reshape(-1, in_a_block, 2).mean(1)
+    return blocks.mean(0), blocks.std(0, ddof=1) / math.sqrt(len(blocks))
+
+
+def test_a_training_set_that_repeats_against_the_gradients_of_its_examples():
+    """Batches of 50 of 130, over the edges of epochs, in small batches of 16, 16, 16 and 2."""
+    with jax.enable_x64(True):
+        arrays, near = logistic_data(np.random.default_rng(3), 130), 0.8 * TRUTH
+        expected = by_vmap(arrays, params=near)
+        sizes = {"share": 16, "batch": 50, "small": 16}
+        run = prepared(arrays, logistic_loss, near, **sizes, epochs=250)
+        measured = measurements(run, 13 * 50)
+    # Thirteen updates are five epochs.
+    found, error = mean_estimate(measured, 13)
+    assert np.all(np.abs(found - expected) < 3 * error)
+    independent = [m._replace(share=0.0, small_shares=0.0) for m in measured]
+    as_independent, _ = mean_estimate(independent, 13)
+    assert as_independent[0] < expected[0] - 9 * error[0]
+
+
+def flipped(example, key):
+    return example | {"x": example["x"] if key[0] >> 31 else -example["x"]}
+
+
+def randomly_flipped(params, examples):
+    flips = examples["key"][:, 0] >> 31 if "key" in examples else 0
+    return linear(params, examples) * (1 - 2.0 * flips)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"augment": flipped}, {"takes_keys": True, "outputs": randomly_flipped}],
+    ids=["augmentation", "random numbers of the task"],
+)
+def test_examples_that_change_with_each_visit_against_all_their_gradients(options):
+    """Each example comes as x or as -x: the gradient is x (x w) - or + x y, nearly all of it y."""
+    with jax.enable_x64(True):
+        rng, params = np.random.default_rng(4), np.linspace(-0.2, 0.2, DIMENSIONS)
+        arrays = {"x": rng.normal(size=(100, DIMENSIONS)), "y": 3 * rng.normal(size=100)}
+        both = {"x": np.concatenate([arrays["x"], -arrays["x"]]), "y": np.tile(arrays["y"], 2)}
+        expected = by_vmap(both, linear_loss, params)
+        sizes = {"share": 50, "batch": 50, "small": 10}
+        run = prepared(arrays, linear_loss, params, **sizes, epochs=500, **options)
+        measured = measurements(run, 1000)
+    found, error = mean_estimate(measured, 10)
+    assert np.all(np.abs(found - expected) < 3 * error)
+    # Where the noise is new on each visit, the correction for draws of an epoch would be wrong.
+    corrected = [m._replace(share=0.5, small_shares=0.5) for m in measured]
+    assert mean_estimate(corrected, 10)[0][0] > expected[0] + 10 * error[0]
+
+
+def test_the_population_is_that_of_the_data_and_the_task():
+    arrays = logistic_data(np.random.default_rng(5), 40)
+    for options, population in (
+        ({}, "training set"),
+        ({"augment": flipped}, "data distribution"),
+        ({"takes_keys": True, "outputs": randomly_flipped}, "data distribution"),
+    ):
+        run = prepared(arrays, logistic_loss, PARAMS.astype(np.float32), **options)
+        assert run.noise_population == population
+
+
 def test_a_small_batch_masked_in_part_is_one_of_fewer_examples():
     """A batch of 40 with small batches of 16, of four ghost batches: 16, 16 and 8."""
     with jax.enable_x64(True):
@@ -177,7 +259,7 @@ def test_a_small_batch_masked_in_part_is_one_of_fewer_examples():
             sums = [gradients[a:b].sum(0) for a, b in ((0, 16), (16, 32), (32, 40))]
             squares = sum(s @ s / n for s, n in zip(sums, (16, 16, 8), strict=True))
             big = np.sum(gradients.mean(0) ** 2)
-            np.testing.assert_allclose(found, (squares, big, 3, 40), rtol=1e-12)
+            np.testing.assert_allclose(found, (squares, big, 3, 40, 0.5, 0.5), rtol=1e-12)
 
 
 MEASURED = {"noise_small_batch_examples": 32, "microbatch_examples_per_device": 64}
@@ -199,7 +281,7 @@ def network_measurements(devices, **changes):
             jax.device_get(run.init_state()), NamedSharding(run.mesh, step.REPLICATED)
         )
         found = train.updates(run, state, 0)
-        return [gradient_noise.measurement_of(jax.device_get(sums)) for _, _, sums in found]
+        return [run.measurement(row, jax.device_get(sums)) for row, _, sums in found]
 
 
 def test_a_network_with_ghost_norm_measures_the_same_on_every_layout():
@@ -241,8 +323,9 @@ def test_the_log_tells_the_noise_or_why_there_is_none(tmp_path):
     records = [r for r in log_of(tmp_path) if "train_loss" in r]
     smoothed = gradient_noise.Smoothed()
     for record in records:
+        assert record["gradient_noise_population"] == "training set"
         if record["batch_size"] == 32:
-            assert record["gradient_noise_status"] == "fewer than two small batches"
+            assert record["gradient_noise_status"] == "fewer than two small batches that differ"
             assert record["gradient_square"] is record["gradient_noise_scale"] is None
             continue
         estimate = gradient_noise.Estimate(record["gradient_square"], record["gradient_variance"])

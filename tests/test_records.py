@@ -128,7 +128,7 @@ def test_the_set_is_training_data(imagenet):
         np.testing.assert_array_equal(made[name], array)
         assert data.example_shapes[name] == (array.shape[1:], array.dtype)
         np.testing.assert_array_equal(shown[name], data.test.evaluation(2, 5)[name])
-    assert (data.num_bad_records, data.on_device) == (None, None)
+    assert (data.num_bad_records, data.on_device, data.is_augmented) == (None, None, True)
     assert json.loads(json.dumps(data.description)) == data.description
     others = ({"flip": False}, {"decoding": "smooth"}, {"image_size": 16}, {"train_examples": 5})
     for other in others:

@@ -21,7 +21,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NAME = "in</script><b>crease"
 
 
-def add_measurements(path):
+def add_measurements(path, population):
     """Speeds that depend on the batch size, waits, and a noise scale from epoch 1 on."""
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -32,6 +32,7 @@ def add_measurements(path):
                 "input_wait_s": 0.01,
                 "gradient_noise_scale": 50.0 * row["epoch"] if warm else None,
                 "gradient_noise_scale_error": 7.0 if warm else None,
+                **population,
             }
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -51,7 +52,9 @@ def run_dirs(tmp_path_factory):
                 loss,
                 accuracy=lambda epoch, s=seed: 0.8 + 0.01 * s * epoch,
             )
-            add_measurements(path)
+            # Logs from before it was said: what was measured then is of the data distribution.
+            said = {} if name == "decay" else {"gradient_noise_population": "training set"}
+            add_measurements(path, said)
             config = json.loads((path / "config.json").read_text())
             if name == "increase":
                 (path / "config.json").write_text(json.dumps(config | {"experiment": NAME}))
@@ -155,15 +158,15 @@ def test_the_tables_say_what_was_measured(report):
 def test_where_linear_scaling_ends(report):
     """The medians of 50 times the epoch, and lr_max / (1 + B_noise / B) by hand."""
     rows = linear_scaling.rows(report.summary)
-    assert [row[:5] for row in rows] == [
-        ("decay", "1", "20", "0.1", "75"),
-        ("decay", "2", "20", "0.02", "150"),
-        (NAME, "1", "20", "0.1", "75"),
-        (NAME, "2", "100", "0.1", "152"),
+    assert [row[:6] for row in rows] == [
+        ("decay", "1", "20", "0.1", "75", "data distribution"),
+        ("decay", "2", "20", "0.02", "150", "data distribution"),
+        (NAME, "1", "20", "0.1", "75", "training set"),
+        (NAME, "2", "100", "0.1", "152", "training set"),
     ]
     # 2 (B + 75) / (2 B + 75) at B = 20, and the rule's double at 75 + 2 B examples.
-    assert rows[0][5:] == ("0.165 (1.65x)", "115")
-    assert rows[3][5:] == ("0.143 (1.43x)", "352")
+    assert rows[0][6:] == ("0.165 (1.65x)", "115")
+    assert rows[3][6:] == ("0.143 (1.43x)", "352")
     assert "Where linear scaling ends" in report.page.read_text()
     assert "## Where linear scaling ends" in report.table.read_text()
 

@@ -81,6 +81,11 @@ class DataSet(Info):
         return {"image": self.test.images[part], "label": self.test.labels[part]}
 
     @property
+    def is_augmented(self) -> bool:
+        """Whether anything is changed at random in the training images."""
+        return bool(self.augment)
+
+    @property
     def on_device(self) -> Held | None:
         """What the devices hold; None: nothing."""
         arrays = {"image": self.train.images, "label": self.train.labels}

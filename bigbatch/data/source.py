@@ -59,6 +59,10 @@ class TrainingData(Protocol):
         """How many examples could not be used and were replaced; None: none ever is."""
 
     @property
+    def is_augmented(self) -> bool:
+        """Whether training may show an example otherwise in another epoch."""
+
+    @property
     def on_device(self) -> Held | None:
         """The training part, where the devices are to hold it; then `training` is `Held`'s."""
 
@@ -171,6 +175,12 @@ class Data:
         """Shape and type of one example's entries, by name, in JAX's present mode."""
         shapes = self._parts["train"].shapes
         return {n: (shape, jax_dtype(n, dtype)) for n, (shape, dtype) in shapes.items()}
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether `augment` was given, or Grain may change the examples."""
+        part = self._parts["train"]
+        return part.augment is not None or is_grain(part.source)
 
     @property
     def description(self) -> dict[str, Any]:

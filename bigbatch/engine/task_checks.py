@@ -21,12 +21,12 @@ from bigbatch.engine.accumulator import RESTS
 from bigbatch.engine.functions import REPLICATED, SHARDED
 from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task
 from bigbatch.errors import Problem, UserError, nearest_name
-from bigbatch.schedule.adaptive.gradient_noise import Measurement
+from bigbatch.schedule.adaptive.gradient_noise import SUMMED
 
 Shaped = Mapping[str, jax.ShapeDtypeStruct]
 
 # What the engine adds to the sums of an update.
-_RESERVED = {*Measurement._fields, functions.IS_EXACT, RESTS}
+_RESERVED = {*SUMMED, functions.IS_EXACT, RESTS}
 _RESERVED |= {functions.GRADIENT_IS_FINITE, functions.PARAMS_ARE_FINITE}
 _IN_TRAINING_ONLY = ("key", "ghost_mask")
 _GRADIENT = "the gradient by the outputs"

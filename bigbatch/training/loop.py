@@ -26,7 +26,6 @@ from bigbatch.engine import accumulator, functions
 from bigbatch.engine.task import Sums
 from bigbatch.errors import RunError, StoppedError
 from bigbatch.schedule import divergence
-from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.course import Course
 from bigbatch.schedule.durations import TIME_UNITS, Every, Intervals
 from bigbatch.schedule.plan import Row
@@ -347,7 +346,7 @@ class _Loop:
                     value.copy_to_host_async()
         for row, sums, done_s in unread:
             on_host = accumulator.on_host(sums)
-            self.course.observe(gradient_noise.measurement_of(on_host))
+            self.course.observe(self.run.measurement(row, on_host))
             progress = self.progress._replace(controller=self.course.saved)
             self.progress = progress_lib.record(
                 self.run, progress, row, on_host, done_s, self.due.log_every, self._write

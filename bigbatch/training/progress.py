@@ -76,7 +76,7 @@ def record(
         empty_updates=progress.empty_updates + (count == 0),
         input_wait_s=progress.input_wait_s + float(sums["input_wait_s"]),
     )
-    noise, noise_fields = _noise(run, progress.noise, sums)
+    noise, noise_fields = _noise(run, progress.noise, row, sums)
     progress = progress._replace(noise=noise)
     if not log_every.due(*span(run, row)) and progress.updates < run.plan.num_updates:
         return progress
@@ -124,21 +124,21 @@ def check_finite(run: Run, row: Row, sums: Mapping[str, Any], last_loss: float) 
 
 
 def _noise(
-    run: Run, smoothed: gradient_noise.Smoothed, sums: Sums
+    run: Run, smoothed: gradient_noise.Smoothed, row: Row, sums: Sums
 ) -> tuple[gradient_noise.Smoothed, dict[str, Any]]:
     """The averages with an update's estimates in them, and what the log says of the noise.
 
     `gradient_square` and `gradient_variance` are this update's own; the noise scale is that of the
     averages, which forget over one epoch. Where there is none, the status says why.
     """
-    measured = gradient_noise.measurement_of(sums)
+    measured = run.measurement(row, sums)
     if measured is None:
         return smoothed, {}
     estimate = gradient_noise.estimate(measured)
     smoothed = gradient_noise.smooth(
         smoothed, estimate, measured, memory_examples=run.plan.train_examples
     )
-    return smoothed, gradient_noise.log_fields(smoothed, estimate)
+    return smoothed, gradient_noise.log_fields(smoothed, estimate, run.noise_population)
 
 
 def span(run: Run, row: Row) -> tuple[int, int, int, int]:

@@ -10,11 +10,12 @@ from jax.sharding import Mesh, NamedSharding
 from bigbatch import distributed
 from bigbatch.data.source import TrainingData
 from bigbatch.engine import functions
-from bigbatch.engine.task import Examples, PyTree, Task
+from bigbatch.engine.task import Examples, PyTree, Sums, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.layout.layout import Layout
+from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.controller import Controller
-from bigbatch.schedule.plan import Plan
+from bigbatch.schedule.plan import Plan, Row
 from bigbatch.training.microbatches import Request
 from bigbatch.training.programs import Programs
 
@@ -67,6 +68,23 @@ class Run:
     def microbatch_examples_per_device(self) -> int:
         """A device's share of the largest microbatch."""
         return self.layout.devices * self.layout.shapes[0] // self.mesh.size
+
+    @property
+    def noise_population(self) -> str:
+        """Of what the measured noise speaks: of the training set if its examples come unchanged."""
+        changing = self.data.is_augmented or self.task.takes_keys
+        return gradient_noise.DATA_DISTRIBUTION if changing else gradient_noise.TRAINING_SET
+
+    def measurement(self, row: Row, sums: Sums) -> gradient_noise.Measurement | None:
+        """What an update has measured of the noise, from its sums; None where nothing was."""
+        measured = gradient_noise.measurement_of(sums)
+        if measured is None or self.noise_population == gradient_noise.DATA_DISTRIBUTION:
+            return measured
+        share, small_shares = (
+            gradient_noise.shares(row.first_example, row.batch_size, size, self.plan.train_examples)
+            for size in (row.batch_size, self.unit_examples)
+        )
+        return measured._replace(share=share, small_shares=small_shares)
 
     def init_state(self) -> functions.State:
         """The state before the first update, on all devices."""

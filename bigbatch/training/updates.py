@@ -18,7 +18,6 @@ from bigbatch.engine import functions
 from bigbatch.engine.accumulator import Accumulator, on_host
 from bigbatch.engine.task import COUNT, Sums
 from bigbatch.layout import memory
-from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.course import Course
 from bigbatch.schedule.plan import Row
 from bigbatch.training import microbatches
@@ -237,7 +236,7 @@ def fit(run: Run) -> functions.State:
         if found[COUNT]:
             last_loss = found[run.task.minimised] / found[COUNT]
         if run.controller is not None:
-            course.observe(gradient_noise.measurement_of(found))
+            course.observe(run.measurement(row, found))
 
     for row, final, sums in updates(run, first, 0, course):  # noqa: B007 - the last is the result
         unread.append((row, sums))

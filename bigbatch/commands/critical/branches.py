@@ -63,8 +63,8 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
     plan = constant_plan(run.plan, row, size, 0.0, _NOISE_EPOCHS)
     smoothed, loss, count, examples = gradient_noise.Smoothed(), 0.0, 0.0, 0
     with contextlib.closing(_updates(run, state, plan, seed=run.seed)) as parts:
-        for _, _, sums in parts:
-            measured = gradient_noise.measurement_of(sums)
+        for at, _, sums in parts:
+            measured = run.measurement(at, sums)
             assert measured is not None, "the run was prepared to measure"
             smoothed = gradient_noise.smooth(
                 smoothed,
@@ -79,7 +79,8 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
             known = scale is not None and error is not None and error < _NOISE_ERROR * scale
             if known and smoothed.effective_updates > _NOISE_UPDATES and examples >= total:
                 break
-    return Noise(loss / count, smoothed.noise_scale, smoothed.standard_error, smoothed.status)
+    found = smoothed.noise_scale, smoothed.standard_error, smoothed.status
+    return Noise(loss / count, *found, run.noise_population)
 
 
 def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) -> Branch:
@@ -99,11 +100,11 @@ def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) ->
     with contextlib.closing(_updates(run, state, plan, seed)) as parts:
         for row, _, sums in parts:
             # Not read at once: the device need not wait for the host.
-            unread.append(sums)
+            unread.append((row, sums))
             if row.update + 1 < min(look, plan.num_updates):
                 continue
             for read in unread:
-                _read(done, read, run.task.minimised)
+                _read(done, run, *read)
             unread, look = [], row.update + 2 + int(_LOOK_SHARE * row.update)
             finite = math.isfinite(done.losses[-1])
             if not finite or reached_after(done.losses, size, target_loss) is not None:
@@ -111,10 +112,10 @@ def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) ->
     return done
 
 
-def _read(done: Branch, sums: Any, minimised: str) -> None:
+def _read(done: Branch, run: Run, row: Row, sums: Any) -> None:
     """Adds an update's numbers to a branch."""
-    done.losses.append(float(sums[minimised]) / float(sums[COUNT]))
-    measured = gradient_noise.measurement_of(sums)
+    done.losses.append(float(sums[run.task.minimised]) / float(sums[COUNT]))
+    measured = run.measurement(row, sums)
     estimate = None if measured is None else gradient_noise.estimate(measured)
     if estimate is not None:
         done.gradient_squares.append(estimate.gradient_square)

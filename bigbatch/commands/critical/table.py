@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigbatch.commands.critical.fit import Fit, Intervals
+from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
 from bigbatch.workdir import storage
 from bigbatch.workdir.files import write_json
 
@@ -34,12 +35,14 @@ class Noise(NamedTuple):
       scale: the gradient noise scale B_noise in examples; None where it has no estimate.
       error: its standard error; None with it.
       status: "ready", or why there is none.
+      population: of which the noise scale speaks; see `gradient_noise`.
     """
 
     loss: float
     scale: float | None
     error: float | None
     status: str
+    population: str = DATA_DISTRIBUTION
 
 
 class SizeResult(NamedTuple):
@@ -126,7 +129,10 @@ def section(point: Point) -> str:
     noise = point.noise
     scale = f"no noise scale ({noise.status})"
     if noise.scale is not None and noise.error is not None:
-        scale = f"noise scale {noise.scale:,.0f} ± {noise.error:,.0f} examples"
+        scale = (
+            f"noise scale of the {noise.population} {noise.scale:,.0f} ± {noise.error:,.0f} "
+            "examples"
+        )
     head = [
         f"## Update {point.update:,}, epoch {point.epoch:.4g}",
         "",

@@ -15,6 +15,7 @@ COLUMNS = (
     "batch size",
     "learning rate",
     "measured noise scale",
+    "of the",
     "best learning rate at twice the batch size",
     "linear rule twice too large from",
 )
@@ -23,7 +24,9 @@ NOTE = (
     "best learning rate of an update of B examples is lr_max / (1 + B_noise / B) (McCandlish et "
     "al. 2018, for plain SGD), here with lr_max such that the stage's own learning rate is the "
     "best at its own batch size B. It is linear in B far below B_noise only; from B_noise + 2 B "
-    "examples on, the linear rule gives twice the best or more."
+    "examples on, the linear rule gives twice the best or more. A noise scale of the training set "
+    "is one of its examples drawn without replacement, and one of the data distribution is of "
+    "independent draws, which augmentation and dropout come close to."
 )
 
 
@@ -48,6 +51,7 @@ def _stages(run: LoggedRun) -> list[tuple[str, ...]]:
             continue
         noise = float(np.median(known))
         best = best_learning_rate(2 * size, noise, largest=rate * (1 + noise / size))
-        cells = f"{noise:,.0f}", f"{best:.3g} ({best / rate:.2f}x)", f"{noise + 2 * size:,.0f}"
-        found.append((f"{number}", f"{size:,}", f"{rate:.4g}", *cells))
+        cells = f"{best:.3g} ({best / rate:.2f}x)", f"{noise + 2 * size:,.0f}"
+        measured = f"{noise:,.0f}", run.noise_population
+        found.append((f"{number}", f"{size:,}", f"{rate:.4g}", *measured, *cells))
     return found

@@ -29,7 +29,8 @@ _CAPTIONS = {
     "learning_rate": "Likewise.",
     "noise_scale": "What the plan keeps where the learning rate falls or the batch grows.",
     "gradient_noise": "The batch size at which the noise of the gradient is as large as the "
-    "gradient, from the gradients of the first run; the band is one standard error.",
+    "gradient, from the gradients of the first run; the band is one standard error. The table of "
+    "where linear scaling ends says whether of the training set or of the data distribution.",
     "throughput": "Evaluations and checkpoints included; mean over the seeds.",
 }
 _FILES = Path(__file__).parent

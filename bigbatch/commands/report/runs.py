@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bigbatch.errors import Problem, UserError
+from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
 
 POSITION_FIELDS = (
     "update",
@@ -73,6 +74,8 @@ class LoggedRun:
         order of the examples, and `since_examples`: the position at which a record's range
         begins. A record's train_loss is the mean over examples [since_examples, examples). NaN
         where the log lacks the field; since_examples is NaN where lines before were lost.
+      noise_population: of which the measured noise speaks, as the log says last. What was measured
+        before the log said it speaks of the data distribution.
       metrics: names of what the run is judged by, the main one first: the metrics of its task, or
         "loss" if it has none.
       evaluations: the evaluation records, one float64[records] a field of `POSITION_FIELDS`, the
@@ -87,6 +90,7 @@ class LoggedRun:
     config: Mapping[str, Any]
     plan: Mapping[str, Any] | None
     training: Columns
+    noise_population: str
     metrics: tuple[str, ...]
     evaluations: Columns
     result: Mapping[str, Any] | None
@@ -166,7 +170,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         state = "damaged" if (path / "result.json").exists() else "missing"
         warnings.append(f"result.json is {state}: the run counts as not finished")
     metrics = _metrics(path / "run.json", warnings)
-    training, evaluations, log_warnings = _read_log(path / "metrics.jsonl", metrics)
+    training, evaluations, population, log_warnings = _read_log(path / "metrics.jsonl", metrics)
     warnings.extend(log_warnings)
     if training["train_loss"].size == 0:
         warnings.append("there are no training records")
@@ -184,6 +188,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         config=config,
         plan=plan,
         training=training,
+        noise_population=population,
         metrics=metrics,
         evaluations=evaluations,
         result=result,
@@ -222,8 +227,9 @@ def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     return {field: plan.get(field) for field in (*_PLAN_FIELDS, "num_examples", "fingerprint")}
 
 
-def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, list[str]]:
-    """Training columns, evaluation columns and warnings of a metrics.jsonl."""
+def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str, list[str]]:
+    """Training columns, evaluation columns, noise population and warnings of a metrics.jsonl."""
+    population = DATA_DISTRIBUTION
     training = _Table(TRAINING_FIELDS, needed=("update", "examples", "train_loss"))
     tested = dict.fromkeys(f"test_{name}" for name in ("loss", *metrics))
     evaluations = _Table((*POSITION_FIELDS, *tested), needed=("update", "examples", "test_loss"))
@@ -239,6 +245,8 @@ def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, lis
                 training.add(rows, "train_loss", num_lines + 1, damaged)
                 evaluations.add(rows, "test_loss", num_lines + 1, damaged)
                 damaged.extend(num_lines + 1 + i for i, row in enumerate(rows) if row is None)
+                for row in rows:
+                    population = str((row or {}).get("gradient_noise_population", population))
                 num_lines += len(lines)
                 ends_cut = not lines[-1].endswith("\n")
     except OSError:
@@ -264,7 +272,7 @@ def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, lis
     kept["since_examples"] = _since_examples(kept["examples"], kept.pop("line"), damaged)
     evaluated = _without_repeats(evaluations.columns())
     del evaluated["line"]
-    return kept, evaluated, warnings
+    return kept, evaluated, population, warnings
 
 
 def _chunks(lines: Iterator[str]) -> Iterator[list[str]]:

@@ -29,8 +29,8 @@ class RecordSet(Info):
     flip: bool
     decoding: str
 
-    # The devices hold none of it.
-    on_device = None
+    # The devices hold none of it, and each visit crops anew.
+    on_device, is_augmented = None, True
 
     def training(self, seed: int, first_example: int, num_examples: int) -> dict[str, np.ndarray]:
         """The training examples of positions; see `RecordExamples.training`."""

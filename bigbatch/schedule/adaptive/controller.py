@@ -30,7 +30,8 @@ raise k. And it halves the error of what was measured, in powers.
 
 Levels never fall, they rise one at a time, and what was measured on a lower one is no evidence for
 the next rise: the averages start anew at each. The standard error is the hysteresis. An estimate
-that is not positive or not yet warm raises nothing.
+that is not positive or not yet warm raises nothing. Of which population the noise scale is,
+training set or data distribution, is the measurement's (`gradient_noise`).
 
 *The cooldown.* A run that ends while it tracks the noise ends with the noise of its last level.
 What is left at the end is best removed whatever was measured, as the decay at the end of a
@@ -264,7 +265,7 @@ class Controller:
         """
         update, growths, smoothed = decisions
         if update >= (growths[-1] if growths else 0):
-            examples = self._first_example(growths, update) + measurement.examples
+            examples = self._first_example(growths, update + 1)
             smoothed = smooth(
                 smoothed,
                 estimate(measurement),

@@ -5,9 +5,36 @@ compare gradients of two batch sizes. Let G be the expected gradient and S the c
 example's. With an update of B examples cut into K small batches, b_i examples and summed gradient
 s_i each,
 
-    E sum_i |s_i|^2 / b_i = B |G|^2 + K tr(S),        E |sum_i s_i / B|^2 = |G|^2 + tr(S) / B,
+    E sum_i |s_i|^2 / b_i = B |G|^2 + (K - sum_i f_i) tr(S),
+    E |sum_i s_i / B|^2   =   |G|^2 + (1 - f) tr(S) / B,
 
 two linear equations whose solution is unbiased for |G|^2 and tr(S), the small batches equal or not.
+Which G and S these are is decided by the shares f and f_i, the update's own and those of its small
+batches.
+
+*The data distribution*: f = f_i = 0. Examples that are drawn independently have independent
+gradients, and n of them sum to E |s|^2 = n^2 |G|^2 + n tr(S) (their appendix A).
+
+*The training set*: its N examples are drawn without replacement, all of them in an epoch. With G
+their mean gradient and S their covariance with divisor N - 1, one draw has the variance
+(1 - 1/N) tr(S), and two of an epoch the covariance -tr(S) / N, since the sum of a whole epoch does
+not vary. So n draws of one epoch sum to E |s|^2 = n^2 |G|^2 + n (1 - n/N) tr(S): the
+finite-population correction of sampling theory (Cochran 1977, theorem 2.2). Epochs are permuted
+independently, so variances of draws from several add up, and n = sum_e n_e draws, n_e of them in
+epoch e, have n/N replaced by the share f = sum_e n_e^2 / (n N). This holds for the first epoch too,
+and for batches larger than N. Without it tr(S) comes out the same (but for updates over the end of
+an epoch), |G|^2 too low by tr(S) / N, and where B_noise nears N the noise scale is far too high.
+
+The shares hold for what is the same whenever an example comes: the variance between examples. Where
+augmentation or dropout makes each visit another, that part of the variance is drawn anew and has no
+share. The two parts cannot be told apart here. A run with either is measured with shares of 0: then
+|G|^2 is too low by the part between examples / N, where full shares would make it too high by the
+other part / N. Ghost batches stand between: their statistics come with other neighbours on each
+visit. Full shares are the nearer ones while that part is under a half of tr(S), and bound the noise
+scale by about N beyond it (`tests/benchmarks/results/adaptive_digits.md` has what it is on digits).
+In both populations the parameters count as fixed: that they have followed the examples of their own
+epoch is left out.
+
 The noise scale B_noise = tr(S) / |G|^2 is the batch size at which noise and signal are alike. A
 ratio of unbiased estimates is not unbiased, and one of a single update may be anything, so both are
 averaged over updates first and divided then.
@@ -21,6 +48,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bigbatch.checks import Checks
 
 # An average remembers at least about so many updates, however large they are: from fewer there is
@@ -28,6 +57,11 @@ from bigbatch.checks import Checks
 _MIN_MEMORY_UPDATES = 10
 # As many equally weighted updates must stand behind an average before it is used.
 _MIN_UPDATES = 5
+# Small batches of whole epochs are all alike, but for rounding.
+_NOTHING = 1e-9
+
+TRAINING_SET, DATA_DISTRIBUTION = "training set", "data distribution"
+"""The populations of which an estimate may speak."""
 
 
 class Measurement(NamedTuple):
@@ -38,16 +72,39 @@ class Measurement(NamedTuple):
       big_square: |mean gradient of the update|^2.
       small_batches: how many held examples, K.
       examples: B, without the masked ones.
+      share: f, of the training set that the update draws; 0 for draws from a distribution.
+      small_shares: the sum of f_i. Both are B/N where update and small batches lie in one epoch.
     """
 
     small_squares: float
     big_square: float
     small_batches: float
     examples: float
+    share: float = 0.0
+    small_shares: float = 0.0
 
 
-# The names of a measurement's numbers among the sums of an update, beside the loss's own.
-SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES, EXAMPLES = Measurement._fields
+SUMMED = SMALL_SQUARES, BIG_SQUARE, SMALL_BATCHES, EXAMPLES = Measurement._fields[:4]
+"""The names of a measurement's numbers among the sums of an update, beside the loss's own."""
+
+
+def shares(first_example: int, num_examples: int, size: int, train_examples: int) -> float:
+    """The sum of f over batches cut from a part of the stream: sum_e n_e^2 / (n N) of each.
+
+    Args:
+      first_example: position of the part's first.
+      num_examples: how many there are.
+      size: of each batch; the last may have fewer.
+      train_examples: N.
+
+    >>> shares(1_000, 32, 8, 4_000) == shares(1_000, 32, 32, 4_000) == 32 / 4_000
+    True
+    """
+    end = first_example + num_examples
+    epochs = np.arange(first_example // train_examples + 1, -(-end // train_examples))
+    cuts = np.union1d(np.arange(first_example, end, size), epochs * train_examples)
+    batch_sizes = np.minimum(size, num_examples - (cuts - first_example) // size * size)
+    return float(np.sum(np.diff(cuts, append=end) ** 2 / batch_sizes)) / train_examples
 
 
 def measurement_of(sums: Mapping[str, Any]) -> Measurement | None:
@@ -55,10 +112,13 @@ def measurement_of(sums: Mapping[str, Any]) -> Measurement | None:
 
     The noise is that of examples. Where a loss is divided by something else (tokens), their
     gradients are first brought to the unit of the mean gradient: by the mean count of an example.
+    An update without weight held no small batches.
     """
     if SMALL_SQUARES not in sums:
         return None
-    measured = Measurement(*(float(sums[name]) for name in Measurement._fields))
+    measured = Measurement(*(float(sums[name]) for name in SUMMED))
+    if not float(sums["count"]):
+        return measured._replace(small_batches=0.0)
     count_per_example = float(sums["count"]) / measured.examples
     return measured._replace(small_squares=measured.small_squares / count_per_example**2)
 
@@ -82,14 +142,15 @@ def estimate(measurement: Measurement) -> Estimate | None:
       measurement: of one update.
 
     Returns:
-      The estimates; None where the update held fewer than two small batches, or a number in it is
-      not finite.
+      The estimates; None where the update held fewer than two small batches, or of whole epochs
+      only, or a number in it is not finite.
     """
-    small_squares, big_square, small_batches, examples = measurement
-    if not all(map(math.isfinite, measurement)) or small_batches < 2:
+    small_squares, big_square, small_batches, examples, share, small_shares = measurement
+    freedom = small_batches - 1 + (share - small_shares)
+    if not all(map(math.isfinite, measurement)) or small_batches < 2 or freedom < _NOTHING:
         return None
-    variance = (small_squares - examples * big_square) / (small_batches - 1)
-    return Estimate(big_square - variance / examples, variance)
+    variance = (small_squares - examples * big_square) / freedom
+    return Estimate(big_square - (1 - share) * variance / examples, variance)
 
 
 class Smoothed(NamedTuple):
@@ -211,15 +272,19 @@ def smooth(
     return Smoothed(*(old + new for old, new in zip(faded, added, strict=True)))
 
 
-def log_fields(smoothed: Smoothed, estimate: Estimate | None) -> dict[str, float | str | None]:
+def log_fields(
+    smoothed: Smoothed, estimate: Estimate | None, population: str
+) -> dict[str, float | str | None]:
     """What a record of the log says after an update; None for what is not known.
 
     An update without an estimate of its own shows no noise scale either.
     """
+    said: dict[str, float | str | None] = {"gradient_noise_population": population}
     if estimate is None:
-        names = log_fields(Smoothed(), Estimate(0.0, 0.0))
-        return dict.fromkeys(names) | {"gradient_noise_status": "fewer than two small batches"}
-    return {
+        names = log_fields(Smoothed(), Estimate(0.0, 0.0), population)
+        said["gradient_noise_status"] = "fewer than two small batches that differ"
+        return dict.fromkeys(names) | said
+    return said | {
         "gradient_noise_scale": smoothed.noise_scale,
         "gradient_noise_scale_error": smoothed.standard_error,
         "gradient_noise_status": smoothed.status,
