@@ -67,9 +67,8 @@ def wide_resnet(keras, depth, width, image_shape, num_classes):
     layers = keras.layers
 
     def conv(x, channels, size, stride, name):
-        return layers.Conv2D(
-            channels, size, strides=stride, padding="same", use_bias=False, name=name
-        )(x)
+        x = layers.ZeroPadding2D(size // 2)(x)
+        return layers.Conv2D(channels, size, strides=stride, use_bias=False, name=name)(x)
 
     def activated(x, name):
         return layers.ReLU()(layers.BatchNormalization(epsilon=1e-5, name=name)(x))

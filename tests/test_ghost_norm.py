@@ -51,7 +51,7 @@ def apply(module, params, x):
     return y, updated[GHOST_STATISTICS]
 
 
-def on_devices(module, devices, x, cotangent):
+def on_devices(module, devices, x, cotangent, params=PARAMS):
     """Outputs, each device's statistics, gradients of x and parameters, under `shard_map`."""
 
     def on_device(params, x, cotangent):
@@ -72,7 +72,7 @@ def on_devices(module, devices, x, cotangent):
             out_specs=(SHARDED, SHARDED, SHARDED, REPLICATED),
         )
     )
-    return jax.block_until_ready(compiled(PARAMS, x, cotangent))
+    return jax.block_until_ready(compiled(params, x, cotangent))
 
 
 def assert_close(actual, expected):
@@ -117,6 +117,57 @@ def test_the_full_batch_mode_takes_all_examples_of_all_devices(devices):
         jax.tree.map(assert_close, in_params, expected[4])
 
 
+def far(num_examples, kind):
+    """Float32s of deviation 1 about 1,000, or of which a ghost batch's middle is 1,000 off."""
+    x = RNG.normal(size=(num_examples, *SHAPE)).reshape(-1, GHOST, *SHAPE)
+    x[:, 3:6] += 1000 if kind == "middle" else 0
+    x += 1000 if kind == "all" else 0
+    x = x.reshape(-1, *SHAPE).astype(np.float32)
+    return x, RNG.normal(size=x.shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["all", "middle"])
+@pytest.mark.parametrize(("devices", "share"), [(1, 16), (8, 2)])
+def test_float32_keeps_its_digits_however_far_the_mean_is(devices, share, kind):
+    """Mean of the squares minus square of the mean would leave one digit of the variance.
+
+    The mean is right to two last places of 1,000, all else to those of deviations.
+    """
+    x, cotangent = far(devices * share, kind)
+    with jax.enable_x64(False):
+        params = jax.tree.map(np.float32, PARAMS)
+        module = GhostNorm(GHOST, DATA_AXIS)
+        y, statistics, in_x, in_params = on_devices(module, devices, x, cotangent, params)
+    expected = loop(*(a.astype(np.float64) for a in (x, cotangent)), GHOST)
+    sharing = GHOST // min(share, GHOST)
+    means, variances = (np.repeat(a, sharing, axis=0) for a in expected[1:3])
+    np.testing.assert_allclose(statistics["mean"], means, atol=2 * np.spacing(np.float32(1000)))
+    np.testing.assert_allclose(statistics["variance"], variances, rtol=3e-6)
+    np.testing.assert_allclose(y, expected[0], atol=2e-5)
+    np.testing.assert_allclose(in_x, expected[3], atol=2e-5)
+    for name, gradient in expected[4].items():
+        np.testing.assert_allclose(in_params[name], gradient, atol=1e-4)
+
+
+def test_no_sum_over_a_ghost_batch_waits_for_another():
+    """So that one pass over the activations makes all of them, forward and backward."""
+    x, cotangent = (a.astype(np.float32) for a in examples(GHOST))
+    params = jax.tree.map(np.float32, PARAMS)
+
+    def pull_back(params, x, cotangent):
+        return jax.vjp(lambda *inputs: apply(GhostNorm(GHOST), *inputs)[0], params, x)[1](cotangent)
+
+    jaxpr = jax.make_jaxpr(pull_back)(params, x, cotangent).jaxpr
+    waits, sums = {}, 0
+    for equation in jaxpr.eqns:
+        is_sum = equation.primitive.name == "reduce_sum" and equation.invars[0].aval.size == x.size
+        sums += is_sum
+        before = max((waits.get(id(value), 0) for value in equation.invars), default=0)
+        waits |= {id(value): before + is_sum for value in equation.outvars}
+    assert sums >= 4
+    assert max(waits.values()) == 1
+
+
 def test_evaluation_uses_the_running_statistics_of_any_number_of_examples():
     with jax.enable_x64(True):
         x, _ = examples(3)
@@ -137,15 +188,17 @@ def test_constant_channels_and_zero_cotangents_give_no_nan():
 
 
 def test_bfloat16_keeps_statistics_in_float32():
-    x = jnp.asarray(examples(GHOST)[0], jnp.bfloat16)
+    x = jnp.asarray(100 + examples(GHOST)[0], jnp.bfloat16)
     module = GhostNorm(GHOST)
     variables = module.init(jax.random.key(0), x, train=True)
     y, updated = module.apply(variables, x, train=True, mutable=[GHOST_STATISTICS])
     leaves = jax.tree.leaves((variables, updated))
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
-    exact = np.asarray(x, np.float64).mean(axis=(0, 1, 2))
-    np.testing.assert_allclose(updated[GHOST_STATISTICS]["mean"][0], exact, rtol=1e-6)
+    exact = np.asarray(x, np.float64)
+    statistics = updated[GHOST_STATISTICS]
+    np.testing.assert_allclose(statistics["mean"][0], exact.mean(axis=(0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(statistics["variance"][0], exact.var(axis=(0, 1, 2)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 import base64
 import io
 import zlib
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from bigbatch.data.records import jpeg
@@ -90,6 +93,52 @@ def test_large_windows_are_decoded_small(divisor, monkeypatch):
     monkeypatch.setattr(jpeg, "_divisor", lambda window, side: 1)
     plain = shown(encoded, Window(0, 16, 320, 320), side)
     assert np.abs(plain - means).mean() > np.abs(found - means).mean()
+
+
+def shift(found, expected, axis):
+    """How far `found` lies behind `expected` along an axis, in pixels, whatever its contrast."""
+    slope = -np.gradient(expected, axis=axis)
+    columns = np.stack([slope, expected, np.ones_like(expected)], axis=-1).reshape(-1, 3)
+    return np.linalg.lstsq(columns, found.ravel())[0][0]
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 4, 8])
+def test_windows_of_images_decoded_small_lie_where_those_of_whole_ones_do(divisor):
+    """Waves across and down the image, against Pillow's whole image and means over its areas."""
+    height, width, side = 397, 451, 30
+    down, across = (100 * np.sin(np.arange(length) / (4 * divisor)) for length in (height, width))
+    waves = 128 + np.dstack(np.broadcast_arrays(across[None], down[:, None], 0.0))
+    encoded = encode(waves.round().astype(np.uint8), quality=100, subsampling=0)
+    whole = Image.open(io.BytesIO(encoded))
+    rng = np.random.default_rng(divisor)
+    shifts = []
+    for _ in range(60):
+        rows, columns = rng.integers(divisor * side, min(2 * divisor * side, height), 2)
+        top, left = rng.integers(height - rows + 1), rng.integers(width - columns + 1)
+        found = shown(encoded, Window(*map(int, (top, left, rows, columns))), side).astype(float)
+        box = (left, top, left + columns, top + rows)
+        expected = whole.resize((side, side), Image.Resampling.BOX, box=box)
+        expected = np.asarray(expected, float)
+        # In pixels of the image that was decoded.
+        down = shift(found[..., 1], expected[..., 1], 0) * rows / side / divisor
+        across = shift(found[..., 0], expected[..., 0], 1) * columns / side / divisor
+        shifts += [(down, across)]
+    assert np.abs(shifts).max() < 0.55
+    # Each edge is off by at most half a pixel, evenly: 4 standard errors of what lies between two.
+    assert np.abs(np.mean(shifts, axis=0)).max() < 4 * np.sqrt(1 / 12 / 2 / len(shifts))
+
+
+@given(st.integers(0, 4000), st.integers(1, 4000), st.sampled_from([1, 2, 4, 8]))
+def test_edges_are_rounded_alike_on_both_sides(first, length, divisor):
+    """A window of an image of 8000 pixels, and its mirror image."""
+    window = jpeg._decoded(first, length, divisor)
+    mirrored = jpeg._decoded(8000 - first - length, length, divisor)
+    assert (mirrored.start, mirrored.stop) == (
+        8000 // divisor - window.stop,
+        8000 // divisor - window.start,
+    )
+    assert abs(window.start - Fraction(first, divisor)) <= Fraction(1, 2)
+    assert abs(window.stop - Fraction(first + length, divisor)) <= Fraction(1, 2)
 
 
 def test_evaluation_is_resize_then_centre_crop():

@@ -86,6 +86,57 @@ def test_forward_equals_keras(keras, config, pixels):
     assert_relatively_close(ours, model(images, training=False).numpy(), 1e-4)
 
 
+def convolved(x, kernel, stride=1):
+    """PyTorch's `conv2d` of [N, I, H, W] with [O, I, k, k], padding k // 2, written out."""
+    size = kernel.shape[-1]
+    edges = (size // 2, size // 2)
+    padded = np.pad(x, ((0, 0), (0, 0), edges, edges))
+    height, width = ((side - 1) // stride + 1 for side in x.shape[2:])
+    out = np.empty((len(x), len(kernel), height, width))
+    for i, j in np.ndindex(height, width):
+        rows, columns = (slice(at * stride, at * stride + size) for at in (i, j))
+        out[:, :, i, j] = np.einsum("nchw,ochw->no", padded[:, :, rows, columns], kernel)
+    return out
+
+
+def wide_resnet_10_in_torch_order(params, statistics, images, strides):
+    """The logits of WRN-10 by loops, its weights and images laid out as its authors' are."""
+
+    def conv(x, name, stride=1):
+        return convolved(x, params[name]["kernel"].transpose(3, 2, 0, 1), stride)
+
+    def activated(x, name):
+        mean, variance = statistics[name]["mean"], statistics[name]["variance"]
+        factor = params[name]["scale"] / np.sqrt(variance + 1e-5)
+        shifted = x - mean[:, None, None]
+        return np.maximum(shifted * factor[:, None, None] + params[name]["bias"][:, None, None], 0)
+
+    x = conv(images.transpose(0, 3, 1, 2), "stem")
+    for group, stride in enumerate(strides):
+        name = f"group{group}_block0"
+        y = activated(x, f"{name}_norm1")
+        if f"{name}_shortcut" in params:
+            x = conv(y, f"{name}_shortcut", stride)
+        y = activated(conv(y, f"{name}_conv1", stride), f"{name}_norm2")
+        x = x + conv(y, f"{name}_conv2")
+    pooled = activated(x, "norm").mean(axis=(2, 3))
+    return pooled @ params["logits"]["kernel"] + params["logits"]["bias"]
+
+
+@pytest.mark.parametrize(("strides", "width"), [((1, 2, 2), 2), ((2, 1, 1), 1)])
+def test_wide_resnet_equals_loops_in_the_order_of_torch(strides, width):
+    """Even sides, where the padding of a stride of 2 can be at the end."""
+    image_shape = (12, 8, 3)
+    with jax.enable_x64(True):
+        config = WideResNetConfig(depth=10, width=width, strides=strides, dtype="float64")
+        module = config.module(num_classes=7, ghost_batch_examples=2)
+        params, statistics = keras_models.random_variables(shapes_of(module, image_shape), seed=4)
+        images = images_of(2, image_shape, np.float64)
+        ours = evaluate(module, {"params": params, RUNNING_STATISTICS: statistics}, images)
+    expected = wide_resnet_10_in_torch_order(params, statistics, images, strides)
+    assert_relatively_close(ours, expected, 1e-12)
+
+
 def called_convs(module, image_shape):
     """The names of the convolutions in the order in which they are called."""
     names = []

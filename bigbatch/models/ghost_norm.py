@@ -5,6 +5,8 @@ recipe. It never depends on the batch size, the microbatch or the devices, so ne
 gradients: a device's share holds whole ghost batches, or neighbouring devices share one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,7 +27,7 @@ class GhostNorm(nn.Module):
     statistics of the collection `running_statistics` are used.
 
     Inside `jax.shard_map` a device may see only a part of a ghost batch: then the neighbouring
-    devices of the mesh axis `axis_name` that hold the rest exchange sums, and each leaves the
+    devices of the mesh axis `axis_name` that hold the rest exchange moments, and each leaves the
     statistics of the common ghost batch.
 
     Attributes:
@@ -73,14 +75,12 @@ class GhostNorm(nn.Module):
 
         local, sharing = self._split(len(x))
         ghosts = x.astype(wide).reshape(-1, local, *x.shape[1:])
-        ghost_mean = self._mean(ghosts, sharing)
-        centred = ghosts - ghost_mean
-        # In two passes: the difference of two large squares would lose the variance's digits.
-        ghost_variance = self._mean(jnp.square(centred), sharing)
+        shifted, offset, ghost_mean, ghost_variance = self._moments(ghosts, sharing)
         if not self.is_initializing():
             for name, value in (("mean", ghost_mean), ("variance", ghost_variance)):
                 self.put_variable(GHOST_STATISTICS, name, value.reshape(-1, channels))
-        normalised = centred * (scale * jax.lax.rsqrt(ghost_variance + self.epsilon)) + bias
+        factor = scale * jax.lax.rsqrt(ghost_variance + self.epsilon)
+        normalised = shifted * factor + (bias - offset * factor)
         return normalised.reshape(x.shape).astype(x.dtype)
 
     def _split(self, examples: int) -> tuple[int, int]:
@@ -93,17 +93,44 @@ class GhostNorm(nn.Module):
         sharing = devices_per_ghost_batch(self.ghost_batch_examples, examples, devices)
         return examples, sharing
 
-    def _mean(self, ghosts: jax.Array, sharing: int) -> jax.Array:
-        """The mean of each ghost batch in [ghost batches, examples, ..., channels], axes kept."""
-        inner = tuple(range(1, ghosts.ndim - 1))
-        mean = jnp.mean(ghosts, axis=inner, keepdims=True)
+    def _moments(
+        self, ghosts: jax.Array, sharing: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Mean and biased variance of each ghost batch, in one pass over the examples.
+
+        var(x) = mean((x - c)^2) - mean(x - c)^2, where c is one of the values, so that the digits
+        of a large mean m do not cancel: of n values with variance v most have (c - m)^2 of about v,
+        and none more than (n - 1) v (Samuelson 1968). A value is the same to the bit wherever a
+        compiler makes it anew; a mean would not be. Nothing depends on c, so it needs no gradient.
+        The parts of a ghost batch on several devices are merged as in Chan, Golub and LeVeque 1983,
+        with their means taken from the first one's c, which leaves them small.
+
+        Args:
+          ghosts: [ghost batches, examples, ..., channels].
+          sharing: devices that hold an equal part of each.
+
+        Returns:
+          x - c, m - c, m and the variance; all but the first with axes of 1 kept.
+        """
+        mean = functools.partial(jnp.mean, axis=tuple(range(1, ghosts.ndim - 1)), keepdims=True)
+        middle = (slice(size // 2, size // 2 + 1) for size in ghosts.shape[1:-1])
+        centre = jax.lax.stop_gradient(ghosts[:, *middle])
+        shifted = ghosts - centre
+        offset = mean(shifted)
+        variance = jnp.maximum(mean(jnp.square(shifted)) - jnp.square(offset), 0)
         if sharing == 1:
-            return mean
+            return shifted, offset, centre + offset, variance
         # Gathered and then summed in the order of the devices: `psum` knows no groups in
         # `shard_map`, and all of a group must get the same bits.
         first = range(0, _axis_size(self.axis_name), sharing)
         groups = [list(range(start, start + sharing)) for start in first]
-        return jnp.mean(jax.lax.all_gather(mean, self.axis_name, axis_index_groups=groups), axis=0)
+        centres, offsets, variances = jax.lax.all_gather(
+            jnp.stack([centre, offset, variance]), self.axis_name, axis=1, axis_index_groups=groups
+        )
+        offsets += centres - centres[0]
+        offset = jnp.mean(offsets, axis=0)
+        variance = jnp.mean(variances + jnp.square(offsets - offset), axis=0)
+        return shifted, offset + (centres[0] - centre), centres[0] + offset, variance
 
 
 def _axis_size(axis_name: str | None) -> int:

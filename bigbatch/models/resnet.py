@@ -3,8 +3,8 @@
 He et al. 2016, "Deep residual learning for image recognition", in the form called v1.5: a
 bottleneck block that shrinks the image does so in its 3x3 convolution and not in the first 1x1.
 Goyal et al. 2017 let the scale of each branch's last norm start at 0, so that every block starts
-as the identity. Padding is symmetric, as in the authors' and PyTorch's networks ("SAME" would put
-an odd pixel at the end).
+as the identity. Padding is symmetric, as in the Torch code that Goyal et al. start from and in
+PyTorch's networks ("SAME" would put an odd pixel at the end).
 """
 
 import jax

@@ -1,7 +1,8 @@
 """Wide ResNet (Zagoruyko and Komodakis 2016), with ghost batch norm.
 
 WRN-d-k has three groups of (d - 4) / 6 pre-activation blocks with 16k, 32k and 64k channels; the
-paper trains WRN-16-4 on CIFAR-10.
+paper trains WRN-16-4 on CIFAR-10. Padding is symmetric, as in the authors' code: with a stride of 2
+"SAME" would put it at the end.
 """
 
 import functools
@@ -76,7 +77,7 @@ class WideResNet(nn.Module):
                 if x.shape[-1] != channels or stride != 1:
                     # Where the shape changes, the shortcut starts from the activated input.
                     x = conv(channels, (1, 1), strides=stride, name=f"{name}_shortcut")(y)
-                y = conv(channels, (3, 3), strides=stride, name=f"{name}_conv1")(y)
+                y = conv(channels, (3, 3), strides=stride, padding=1, name=f"{name}_conv1")(y)
                 y = nn.relu(norm(name=f"{name}_norm2")(y, train=train))
                 if drops:
                     y = dropout(y, keys, rate=self.dropout_rate, layer=layer)

@@ -94,17 +94,18 @@ def decode(
     """
     cv2 = libraries().cv2
     side = out.shape[0]
+    divisor = _divisor(window, side)
     if encoded.startswith(_JPEG):
-        pixels = _decode_jpeg(encoded, size, _divisor(window, side), decoding)
+        pixels = _decode_jpeg(encoded, size, divisor, decoding)
     else:
         pixels = _decode_by_pillow(encoded, "PNG")
-    height, width = pixels.shape[:2]
-    # The window's edges in the pixels that were decoded.
-    top, left = window.top * height // size[0], window.left * width // size[1]
-    bottom = max(top + 1, (window.top + window.height) * height // size[0])
-    right = max(left + 1, (window.left + window.width) * width // size[1])
+    if pixels.shape[:2] == size:
+        # Pillow makes images of the whole size only.
+        divisor = 1
+    rows = _decoded(window.top, window.height, divisor)
+    columns = _decoded(window.left, window.width, divisor)
     interpolation = cv2.INTER_CUBIC if decoding.bicubic else cv2.INTER_LINEAR
-    shown = pixels[top:bottom, left:right]
+    shown = pixels[rows, columns]
     if flip:
         shown = cv2.resize(shown, (side, side), interpolation=interpolation)
         cv2.flip(shown, 1, dst=out)
@@ -116,6 +117,19 @@ def _divisor(window: Window, side: int) -> int:
     """The largest of 1, 2, 4 and 8 by which the window can be made smaller and still be enough."""
     room = min(window.height, window.width) // side
     return next((divisor for divisor in (8, 4, 2) if room >= divisor), 1)
+
+
+def _decoded(first: int, length: int, divisor: int) -> slice:
+    """A window's pixels in an image that was decoded small: its edges are rounded, halves outwards.
+
+    Each edge is off by at most half a pixel of that image, and to no side more than to the other: a
+    mirrored window gives the mirrored pixels.
+
+    >>> _decoded(3, 10, 4), _decoded(1, 10, 2)
+    (slice(1, 3, None), slice(0, 6, None))
+    """
+    start = (2 * first + divisor - 1) // (2 * divisor)
+    return slice(start, (2 * (first + length) + divisor) // (2 * divisor))
 
 
 def _decode_jpeg(
