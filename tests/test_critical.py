@@ -32,7 +32,7 @@ QUICK = ("--branches=2", "--sizes=32,128,512", "--loss-share=0.3", "--most-epoch
 def claimed(directory, **changes):
     files = Workdir(directory)
     config = trained.config(**CHANGES | changes)
-    trained.claimed(files, config)
+    trained.claimed(files, config, assemble.load_data(config))
     return files, config
 
 

@@ -59,7 +59,7 @@ def begin(config: Config, directory, devices: int) -> tuple[Run, State]:
     """The run of a config in a new directory, and the state with which it begins."""
     files = Workdir(directory)
     config = assemble.identified(config, files)
-    trained.claimed(files, config)
+    trained.claimed(files, config, assemble.load_data(config))
     run = trained.prepared(config, devices)
     with Checkpoints(files.checkpoints, 2) as checkpoints:
         state, progress = restore(run, checkpoints)

@@ -82,11 +82,12 @@ def train(run: ConfigRun, directory: Path, **options: Any) -> dict[str, Any]:
     return loop.train(run, directory, **settings, **config.intervals, **options)
 
 
-def claimed(files: Workdir, config: Config, **options: Any) -> None:
-    """Claims a directory for the run of a config, as `bigbatch train` does."""
+def claimed(files: Workdir, config: Config, data: Any = None, **options: Any) -> None:
+    """Claims a directory for the run of a config on its data, or on what they are said to be."""
     record = {"experiment": config.experiment, **config.tree}
     options["adaptive"] = config.controller is not None
-    resume.open_run(files, config.identity, config.plan, record=record, **options)
+    identity = config.identity if data is None else assemble.identity_of(config, data)
+    resume.open_run(files, identity, config.plan, record=record, **options)
 
 
 def config(**changes: Any) -> Config:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ from bigbatch.workdir.files import Workdir, read_json
 from bigbatch.workdir.network_file import Network
 
 _SHA256 = "initial_params_sha256"
+# How the fields end that say where files lie.
+_PLACES = ("path", "directory")
 
 
 def load_data(config: Config, *, show_progress: bool = False) -> TrainingData:
@@ -129,11 +132,12 @@ def train(
     config = distributed.together(lambda: identified(config, files))
     if data is None:
         data = distributed.together(lambda: load_data(config, show_progress=show_progress))
-    record: Mapping[str, Any] = {"experiment": config.experiment, **config.tree}
+    record = {"experiment": config.experiment, **_placed(config.tree)}
+    identity = distributed.together(lambda: identity_of(config, data))
     # Before anything is compiled: what is refused is refused at once.
     plan = resume.open_run(
         files,
-        identity_of(config, data),
+        identity,
         config.plan,
         record=record,
         adaptive=config.controller is not None,
@@ -154,12 +158,28 @@ def train(
     return loop.train(run, files.path, **options), False
 
 
+def _placed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's values with paths that hold from every directory, for its record."""
+    names = [*_PLACES, network_file.FIELD]
+    return {
+        name: _placed(value)
+        if isinstance(value, Mapping)
+        else os.path.abspath(os.path.expanduser(value))
+        if name in names and isinstance(value, str)
+        else value
+        for name, value in tree.items()
+    }
+
+
 def identity_of(config: Config, data: TrainingData) -> dict[str, Any]:
     """What decides the result of a config's run on its data, beside its plan."""
-    identity = config.identity
-    if not isinstance(config.data, Options) or not config.data.info.mean:
-        # What only the examples themselves can tell.
-        identity["data"] = {**identity["data"], "description": data.description}
+    identity, told = config.identity, data.description
+    if isinstance(config.data, Options):
+        identity["data"] = {**identity["data"], "fingerprint": told["fingerprint"]}
+    else:
+        # Where they lie is for the user's callable alone.
+        given = {n: v for n, v in identity["data"].items() if not n.endswith(_PLACES)}
+        identity["data"] = {**given, "description": told}
     if config.task is None:
         return identity
     task, shapes = specialised(config.task, data, config.ghost_batch_examples)
@@ -210,5 +230,5 @@ def _recorded(path: str, files: Workdir) -> str | None:
     if not saved or not files.config.exists():
         return None
     tree = read_json(files.config)
-    found: str | None = tree.get(_SHA256) if tree.get(network_file.FIELD) == path else None
-    return found
+    found: str | None = tree.get(_SHA256)
+    return found if tree.get(network_file.FIELD) in (path, os.path.abspath(path)) else None

@@ -1,11 +1,12 @@
 """A data set of images as values: what is known of it, and its arrays in memory."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 
-from bigbatch.data import stream
+from bigbatch.data import fingerprint, stream
 from bigbatch.data.augment import Augment
 from bigbatch.data.on_device import Held
 from bigbatch.data.stream import Arrays
@@ -94,7 +95,18 @@ class DataSet(Info):
     @property
     def description(self) -> dict[str, Any]:
         """What identifies the data, as plain values."""
-        return self.facts | dataclasses.asdict(self.augment)
+        told = self.facts | dataclasses.asdict(self.augment)
+        return told | {"fingerprint": self._fingerprint}
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        def told(part: Arrays) -> str:
+            def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+                return {"image": part.images[numbers], "label": part.labels[numbers]}
+
+            return fingerprint.of_examples(len(part), read, whole=True)
+
+        return {"train": told(self.train), "test": told(self.test)}
 
 
 def data_set(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from bigbatch.checks import Checks
+from bigbatch.data.fingerprint import is_read_whole
 from bigbatch.errors import Problem, UserError, nearest_name
 
 Example = dict[str, np.ndarray]
@@ -124,6 +125,11 @@ class ArraysByName:
     def __init__(self, arrays: Mapping[str, Any]):
         self.arrays = {n: a if hasattr(a, "shape") else np.asarray(a) for n, a in arrays.items()}
 
+    @property
+    def are_read_whole(self) -> bool:
+        """Whether a fingerprint is of all of them."""
+        return all(map(is_read_whole, self.arrays.values()))
+
     def __len__(self) -> int:
         return min((array.shape[0] for array in self.arrays.values()), default=0)
 
@@ -208,7 +214,7 @@ def jax_dtype(name: str, dtype: np.dtype) -> np.dtype:
 
     if name == "weight":
         return np.dtype(np.float32)
-    return np.dtype(jax.dtypes.canonicalize_dtype(dtype)).newbyteorder("=")
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype.newbyteorder("=")))
 
 
 def as_jax_has_them(part: str, arrays: Example) -> Example:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bigbatch.checks import Checks
-from bigbatch.data import stream
+from bigbatch.data import fingerprint, stream
 from bigbatch.data.on_device import Held
 from bigbatch.data.parts import (
     ArraysByName,
@@ -68,7 +68,10 @@ class TrainingData(Protocol):
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """What identifies the data, as plain values: a run goes on with the same only."""
+        """What identifies the data, as plain values: a run goes on with the same only.
+
+        Its entry `fingerprint` tells the examples of `train` and `test` from others.
+        """
 
     def training(self, seed: int, first_example: int, num_examples: int) -> Example:
         """The examples of positions of a run, stacked: [num_examples, ...] by name.
@@ -187,8 +190,22 @@ class Data:
         """What identifies the data, as plain values."""
         entries = {n: [str(dtype), list(s)] for n, (s, dtype) in self.example_shapes.items()}
         described = {"entries": entries, "train_examples": self.train_examples}
-        fingerprint = getattr(self._parts["train"].source, "fingerprint", None)
-        return described | ({} if fingerprint is None else {"fingerprint": str(fingerprint)})
+        return described | {"fingerprint": self._fingerprint}
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        """What tells the examples of each part: the source's own word, or a hash."""
+        found = {}
+        for name, part in self._parts.items():
+            own = getattr(part.source, "fingerprint", None)
+            if isinstance(own, str | int):
+                found[name] = f"{own}, the source's own word"
+                continue
+            whole = isinstance(part.source, ArraysByName) and part.source.are_read_whole
+            part = dataclasses.replace(part, augment=None)
+            read = functools.partial(self._read, part, keys=None)
+            found[name] = fingerprint.of_examples(len(part.source), read, whole=whole)
+        return found
 
     def training(self, seed: int, first_example: int, num_examples: int) -> Example:
         """The examples of positions of a run; see `TrainingData`.

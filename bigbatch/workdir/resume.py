@@ -24,7 +24,9 @@ from bigbatch.workdir.files import Workdir, read_json, write_json
 # Processes with other versions may compute something else.
 _SAME_VERSIONS = ("bigbatch", "jax", "numpy", "optax")
 # Where files lie may differ between hosts.
-_ELSEWHERE = ("data.directory", "initial_params")
+_ELSEWHERE = ("data.directory", "data.path", "initial_params", "policy.path")
+
+_FINGERPRINT = ".fingerprint."
 
 
 def open_run(
@@ -129,14 +131,16 @@ def check_same(files: Workdir, identity: Mapping[str, Any]) -> None:
     Raises:
       UserError: with every value that differs; or an older version has begun the run.
     """
-    if not files.run.exists():
+    before = flat(read_json(files.run)["identity"]) if files.run.exists() else None
+    now = flat(plain(identity))
+    told = {name for name in now if _FINGERPRINT in name}
+    if before is None or (told and not any(_FINGERPRINT in name for name in before)):
         allowed = (
-            "a new workdir: this run was begun by bigbatch 0.1, whose records say less of it. "
-            "Finish it with that version, or `bigbatch export` its network with that version and "
-            "begin here with initial_params"
+            "a new workdir: this run was begun by an older bigbatch, whose records say less of it "
+            "(no fingerprint of its data). Finish it with that version, or `bigbatch export` its "
+            "network with that version and begin here with initial_params"
         )
         raise UserError(Problem("workdir", str(files.path), allowed))
-    before, now = flat(read_json(files.run)["identity"]), flat(plain(identity))
     problems = [
         Problem(
             name,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from bigbatch.data import stream
+from bigbatch.data import fingerprint, stream
 from bigbatch.data.records import crops, jpeg
 from bigbatch.data.records.jpeg import Decoding
 from bigbatch.data.records.reader import BadRecordError, Records, parse
@@ -138,6 +138,22 @@ class RecordExamples:
             [_View(number, None, False) for number in numbers],
             lambda i, turn: _View((numbers[i] + turn) % len(self), None, False),
         )
+
+    def fingerprint(self) -> str:
+        """What tells these records: their encoded images and labels; see `fingerprint`."""
+
+        def record(number: int) -> bytes:
+            try:
+                image, label = parse(self._records.read(number))
+            except BadRecordError:
+                return b"cannot be used"
+            return b"%d %s" % (label, image)
+
+        def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+            told = b"".join(b"%d " % len(r) + r for r in map(record, numbers.tolist()))
+            return {"records": np.frombuffer(told, np.uint8)}
+
+        return fingerprint.of_examples(len(self), read, whole=False)
 
     def close(self) -> None:
         """Ends the threads and closes the files."""

@@ -1,6 +1,7 @@
 """Data sets whose images stay encoded in files: ImageNet, and others with images of many sizes."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,7 +56,11 @@ class RecordSet(Info):
         """What identifies the data, as plain values."""
         replaces = self.train.replaces_bad_records
         own = {"flip": self.flip, "decoding": self.decoding, "replaces_bad_records": replaces}
-        return self.facts | own
+        return self.facts | own | {"fingerprint": self._fingerprint}
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, str]:
+        return {"train": self.train.fingerprint(), "test": self.test.fingerprint()}
 
 
 def open_records(
