@@ -22,6 +22,33 @@ def framed(record: bytes) -> bytes:
     )
 
 
+def unframed(content: bytes) -> list[bytes]:
+    """The records of a file's content.
+
+    Raises:
+      ValueError: it ends within one, or a checksum is another than the one written.
+
+    >>> unframed(framed(b"one") + framed(b""))
+    [b'one', b'']
+    """
+    records: list[bytes] = []
+    begin = 0
+    while begin < len(content):
+        end = begin + HEAD.size + TAIL.size
+        length, checksum = HEAD.unpack_from(content, begin) if end <= len(content) else (0, 0)
+        end += length
+        if end > len(content):
+            raise ValueError(f"it ends within record {len(records)}")
+        record = content[begin + HEAD.size : end - TAIL.size]
+        written = checksum, *TAIL.unpack_from(content, end - TAIL.size)
+        length_bytes = content[begin : begin + LENGTH.size]
+        if (masked_crc32c(length_bytes), masked_crc32c(record)) != written:
+            raise ValueError(f"a checksum of record {len(records)} is another than the one written")
+        records.append(record)
+        begin = end
+    return records
+
+
 def masked_crc32c(data: bytes | memoryview) -> int:
     """The checksum as it is written: CRC-32C, rotated right by 15 bits, plus a constant.
 

@@ -8,12 +8,12 @@ a damaged image from one that ends early.
 """
 
 import functools
-import io
 import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigbatch.data import images
 from bigbatch.data.records.crops import Window
 from bigbatch.data.records.reader import BadRecordError
 from bigbatch.data.records.record_libraries import libraries
@@ -35,7 +35,6 @@ DECODINGS = {
     "fast": Decoding(smooth_chroma=False, bicubic=False),
     "smooth": Decoding(smooth_chroma=True, bicubic=True),
 }
-_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 # libjpeg's remarks on files that are whole all the same; ImageNet has some.
 _HARMLESS = ("extraneous bytes before marker", "unknown JFIF revision", "Invalid SOS parameters")
 # Colour planes in a ratio that simplejpeg does not know.
@@ -55,12 +54,17 @@ def image_size(encoded: bytes) -> tuple[int, int]:
     Raises:
       BadRecordError: it is none, or damaged.
     """
-    if encoded.startswith(_JPEG):
+    if encoded.startswith(images.JPEG):
         try:
-            return libraries().simplejpeg.decode_jpeg_header(encoded, strict=False)[:2]
+            height, width = libraries().simplejpeg.decode_jpeg_header(encoded, strict=False)[:2]
         except (ValueError, KeyError):
             return _open(encoded, "JPEG").size[::-1]
-    if encoded.startswith(_PNG):
+        try:
+            images.check_size(width, height)
+        except ValueError as error:
+            raise BadRecordError(f"its JPEG cannot be used: {error}") from error
+        return height, width
+    if encoded.startswith(images.PNG):
         return _open(encoded, "PNG").size[::-1]
     raise BadRecordError("its image is neither JPEG nor PNG")
 
@@ -76,8 +80,8 @@ def decode(
 ) -> None:
     """Decodes a window of an image, resizes it and mirrors it if asked for.
 
-    Grey images get three equal channels; CMYK is converted as TensorFlow does, up to rounding;
-    orientation marks are ignored, as there.
+    Grey images get three equal channels; CMYK is converted as TensorFlow does, up to rounding. For
+    all else that PNG knows see `images.shown`.
 
     Call `prepare_thread` once before.
 
@@ -95,7 +99,7 @@ def decode(
     cv2 = libraries().cv2
     side = out.shape[0]
     divisor = _divisor(window, side)
-    if encoded.startswith(_JPEG):
+    if encoded.startswith(images.JPEG):
         pixels = _decode_jpeg(encoded, size, divisor, decoding)
     else:
         pixels = _decode_by_pillow(encoded, "PNG")
@@ -164,22 +168,17 @@ def _decode_jpeg(
 
 
 def _open(encoded: bytes, kind: str) -> Any:
-    """An image of that kind by Pillow, which knows all kinds and is slower."""
-    from PIL import Image
-
+    """An image by Pillow, which knows all kinds and is slower."""
     try:
-        image = Image.open(io.BytesIO(encoded), formats=(kind,))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadRecordError(f"its {kind} header cannot be read: {_line(error)}") from error
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
-        raise BadRecordError(f"its {kind} has pixels of the kind {image.mode}, not of 8 bits")
-    return image
+        return images.opened(encoded)
+    except ValueError as error:
+        raise BadRecordError(f"its {kind} cannot be used: {_line(error)}") from error
 
 
 def _decode_by_pillow(encoded: bytes, kind: str) -> np.ndarray:
     try:
-        return np.asarray(_open(encoded, kind).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+        return images.shown(_open(encoded, kind))
+    except ValueError as error:
         raise BadRecordError(f"its {kind} is damaged: {_line(error)}") from error
 
 

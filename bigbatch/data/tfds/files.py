@@ -4,15 +4,14 @@ A file's records are read at once and only the pixels are decoded one image at a
 faster than example by example through `tfds.data_source`.
 """
 
-import io
-import struct
 from pathlib import Path
 
 import numpy as np
 
+from bigbatch.data import images
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tfds.metadata import Prepared
-from bigbatch.data.tfrecord import HEAD, TAIL
+from bigbatch.data.tfrecord import unframed
 from bigbatch.errors import Problem, UserError
 
 FORMATS = (tfds_metadata.ARRAY_RECORD, tfds_metadata.TFRECORD)
@@ -34,30 +33,30 @@ def read(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
     """
     check(prepared)
     files = prepared.files(split)
-    missing = [_damaged(prepared, file, "it is not there") for file in files if not file.exists()]
+    missing = [_damaged(prepared, file, "it is not there") for file in files if not file.is_file()]
     if missing:
         raise UserError(missing)
     count = prepared.num_examples(split)
-    images = np.empty((count, *prepared.image_shape), np.uint8)  # type: ignore[misc]
+    pixels = np.empty((count, *prepared.image_shape), np.uint8)  # type: ignore[misc]
     labels = np.empty(count, np.int32)
     done = 0
     for file, expected in zip(files, prepared.shard_examples[split], strict=True):
         try:
             records = _records(file, prepared.file_format)
-        except (OSError, RuntimeError, ValueError, struct.error) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise UserError(_damaged(prepared, file, str(error))) from error
         if len(records) != expected:
             words = f"it holds {len(records):,} records, not {expected:,}"
             raise UserError(_damaged(prepared, file, words))
         for i, record in enumerate(records):
             try:
-                images[done + i], labels[done + i] = _example(record, images.shape[1:])
+                pixels[done + i], labels[done + i] = _example(record, pixels.shape[1:])
             except Exception as error:
                 # The parsers of records and images fail in ways of their own.
                 words = f"record {i}: {type(error).__name__}: {error}"
                 raise UserError(_damaged(prepared, file, words)) from error
         done += expected
-    return images, labels
+    return pixels, labels
 
 
 def check(prepared: Prepared, *, any_shape: bool = False) -> None:
@@ -102,30 +101,16 @@ def _records(file: Path, file_format: str) -> list[bytes]:
             return list(reader.read_all()) if reader.num_records() else []
         finally:
             reader.close()
-    content, position = file.read_bytes(), 0
-    records: list[bytes] = []
-    while position < len(content):
-        length, _ = HEAD.unpack_from(content, position)
-        position += HEAD.size
-        if position + length + TAIL.size > len(content):
-            raise ValueError(f"it ends within record {len(records)}")
-        records.append(content[position : position + length])
-        position += length + TAIL.size
-    return records
+    return unframed(file.read_bytes())
 
 
 def _example(record: bytes, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
     """The image, uint8[H, W, C], and the label of a record."""
-    from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
     features = tf_example_pb2.Example.FromString(record).features.feature
-    encoded = features["image"].bytes_list.value[0]
-    image = np.asarray(Image.open(io.BytesIO(encoded), formats=("PNG", "JPEG")))
+    image = images.opened(features["image"].bytes_list.value[0])
     label = features["label"].int64_list.value[0]
-    if (
-        image.dtype != np.uint8
-        or image.reshape(image.shape + (1,) * (3 - image.ndim)).shape != shape
-    ):
-        raise ValueError(f"an image {image.dtype}{image.shape}, not uint8{shape}")
-    return image.reshape(shape), label
+    if image.size[::-1] != shape[:2]:
+        raise ValueError(f"an image of {image.size[::-1]} pixels, not of {shape[:2]}")
+    return images.shown(image, shape[2]), label
