@@ -36,6 +36,7 @@ HEARTBEAT_TIMEOUT_S = 45
 START_TIMEOUT_S = 120
 # JAX's own, for hosts that a cluster starts one by one.
 _CLUSTER_START_TIMEOUT_S = 300
+_MOST_PROCESSES = 2**20
 _LOST_WORDS = (
     "was ended from outside: by a signal, or by JAX because another process of this run has gone. "
     "Start all of them again: they continue from the newest checkpoint"
@@ -47,6 +48,8 @@ _LENGTH_BYTES = 8
 _STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 # The shell ends with its process, and not by what is sent to both.
 _WITNESS = 'trap "" HUP INT TERM; read -r line || echo "$1" >&2'
+# With a frame of this type JAX's coordinator answers whoever connects, before it is asked.
+_HTTP2_HEAD_BYTES, _HTTP2_SETTINGS, _ANSWER_S = 9, b"\4", 5.0
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 
@@ -91,7 +94,7 @@ def start(
     others do not come in time, JAX aborts this process, and a `Witness` says so.
 
     Args:
-      coordinator: HOST:PORT of process 0, reachable from all.
+      coordinator: HOST:PORT of process 0, reachable from all. It listens there and nowhere else.
       num_processes: how many there are.
       process: the number of this one, from 0.
 
@@ -106,6 +109,8 @@ def start(
         return
     if jax.distributed.is_initialized():
         return
+    if coordinator is not None:
+        _check_door(coordinator, process)
     timeout_s = _CLUSTER_START_TIMEOUT_S if coordinator is None else START_TIMEOUT_S
     witness = Witness(_not_found_words(coordinator, num_processes, timeout_s))
     try:
@@ -115,6 +120,8 @@ def start(
             process,
             initialization_timeout=timeout_s,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            # Else it would listen on all interfaces: whoever reaches it can end the run.
+            coordinator_bind_address=coordinator if process == 0 else None,
             cluster_detection_method=None if coordinator is None else "deactivate",
         )
     except ValueError as error:
@@ -266,7 +273,7 @@ def together(function: Callable[[], Value]) -> Value:
         value = function()
     except (UserError, RunError) as error:
         failure = error
-    others = gather(json.dumps(_as_message(failure)).encode())
+    others = gather(json.dumps(failure and str(failure)).encode())
     if failure is not None:
         raise _of_all(failure)
     for process, text in enumerate(others):
@@ -331,10 +338,6 @@ def _of_all(error: Exception) -> Exception:
     return error
 
 
-def _as_message(failure: Exception | None) -> str | None:
-    return None if failure is None else str(failure)
-
-
 def _check(given: Mapping[str, Any]) -> None:
     """Refuses flags that do not name one process of several."""
     checks = Checks()
@@ -346,12 +349,43 @@ def _check(given: Mapping[str, Any]) -> None:
     allowed = "HOST:PORT of process 0, with a port from 1 to 65535"
     fits = bool(host) and port.isdigit() and 1 <= int(port) <= 65535
     checks.require(fits, "coordinator", given["coordinator"], allowed)
-    if checks.whole("num-processes", given["num-processes"], "a whole number, at least 1"):
+    count, allowed = given["num-processes"], f"a whole number from 1 to {_MOST_PROCESSES:,}"
+    if checks.whole("num-processes", count, allowed) and checks.require(
+        count <= _MOST_PROCESSES, "num-processes", count, allowed, _MOST_PROCESSES
+    ):
         last = given["num-processes"] - 1
         nearest = min(max(given["process"], 0), last)
         allowed = f"a whole number from 0 to {last}"
         checks.require(nearest == given["process"], "process", given["process"], allowed, nearest)
     checks.done()
+
+
+def _check_door(coordinator: str, process: int | None) -> None:
+    """Refuses a port that is another program's, or is none of this host's.
+
+    JAX's coordinator would share it, and the other processes would wait for minutes.
+    """
+    host, _, port = coordinator.rpartition(":")
+    host, allowed = host.strip("[]"), "an address of the host of process 0, and a port that is free"
+    if process == 0:
+        try:
+            family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as door:
+                door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                door.bind(address)
+        except (OSError, UnicodeError) as error:
+            words = f"{allowed} ({error})"
+            raise UserError(Problem("coordinator", coordinator, words)) from error
+        return
+    try:
+        peer = socket.create_connection((host, int(port)), _ANSWER_S)
+    except (OSError, UnicodeError):
+        # It may not have begun yet.
+        return
+    with peer, contextlib.suppress(OSError):
+        if peer.recv(_HTTP2_HEAD_BYTES, socket.MSG_WAITALL)[3:4] == _HTTP2_SETTINGS:
+            return
+    raise UserError(Problem("coordinator", coordinator, f"{allowed}: another program answers"))
 
 
 def _in_slurm_step() -> bool:
