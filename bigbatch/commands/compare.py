@@ -11,7 +11,7 @@ from pathlib import Path
 from bigbatch.commands.report import Report, write_report
 from bigbatch.commands.report.summary import REFERENCE_NAME
 from bigbatch.config.config import Config
-from bigbatch.config.file import compared_names, load_config
+from bigbatch.config.file import compared_names, file_and_experiment, load_config
 from bigbatch.errors import Problem, UserError
 from bigbatch.workdir.files import Workdir
 
@@ -42,10 +42,14 @@ def compare(
     """
     if seeds < 1:
         raise UserError(Problem("seeds", seeds, "a whole number >= 1", 1))
-    path, _, experiment = reference.partition(":")
+    path, experiment = file_and_experiment(reference)
     if experiment and experiments is None:
         experiments = [experiment]
     names = list(experiments or compared_names(path))
+    for name in names:
+        if name and (Path(name).name != name or name == ".."):
+            allowed = "a name that a directory can have: runs are kept under it"
+            raise UserError(Problem("experiments", name, allowed))
     problems: dict[Problem, None] = {}
     configs: dict[tuple[str, int], Config] = {}
     for seed in range(seeds):

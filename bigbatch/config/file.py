@@ -12,7 +12,7 @@ import functools
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,9 +36,9 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
     Raises:
       UserError: with every mistake that was found.
     """
-    path, _, experiment = reference.partition(":")
+    path, experiment = file_and_experiment(reference)
     module = _load_module(path)
-    names = list(getattr(module, "EXPERIMENTS", ()))
+    names = _names(module, "EXPERIMENTS") or []
     experiment = experiment or (names[0] if names else "")
     if names and experiment not in names:
         allowed = "one of " + ", ".join(names)
@@ -63,13 +63,23 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
     return dataclasses.replace(config, sources=own.sources)
 
 
+def file_and_experiment(reference: str) -> tuple[str, str]:
+    """The two parts of "FILE.py:EXPERIMENT"; a colon in the path of a file is no end of it."""
+    file, _, experiment = reference.rpartition(":")
+    if Path(reference).is_file():
+        return reference, ""
+    if not Path(file).is_file():
+        file, _, experiment = reference.partition(":")
+    return file, experiment
+
+
 def experiment_names(path: str) -> list[str]:
     """The experiments that a config file names; one without a name if it has none.
 
     Raises:
       UserError: there is no such file, or it is no config file.
     """
-    return list(getattr(_load_module(path), "EXPERIMENTS", [""]))
+    return _names(_load_module(path), "EXPERIMENTS") or [""]
 
 
 def compared_names(path: str) -> list[str]:
@@ -79,7 +89,17 @@ def compared_names(path: str) -> list[str]:
       UserError: there is no such file, or it is no config file.
     """
     module = _load_module(path)
-    return list(getattr(module, "COMPARED", getattr(module, "EXPERIMENTS", [""])))
+    return _names(module, "COMPARED") or _names(module, "EXPERIMENTS") or [""]
+
+
+def _names(module: ModuleType, attribute: str) -> list[str] | None:
+    """The names of experiments in a config file's list; None: it has none."""
+    found = getattr(module, attribute, None)
+    if found is None:
+        return None
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise UserError(Problem("config", found, f"a list of names as {attribute}"))
+    return [str(name) for name in found]
 
 
 def _load_module(path: str) -> ModuleType:
@@ -165,7 +185,7 @@ def _run(reference: str, function: Callable[[], Any], field: str = "config") -> 
         return function()
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         what = f"Python code that runs ({type(error).__name__}: {error})"
         raise UserError(Problem(field, reference, what)) from error
 
@@ -221,8 +241,12 @@ def _child(node: Any, group: str, problem: Problem) -> Any:
         child = node.setdefault(group, {})
         allowed, nearest = f"a field of the config; {group} holds no fields", None
     else:
-        named = {str(entry.get("name")): entry for entry in node if isinstance(entry, dict)}
+        entries = [entry for entry in node if isinstance(entry, dict)]
+        named = {str(entry.get("name")): entry for entry in entries}
         child = named.get(group)
+        if sum(str(entry.get("name")) == group for entry in entries) > 1:
+            allowed = f"a group of which there is one; several are named {group!r}: change them in "
+            raise UserError(dataclasses.replace(problem, allowed=f"{allowed}the config file"))
         allowed = "one of " + ", ".join(named) if named else "nothing: the list holds no groups"
         nearest = nearest_name(group, list(named))
     if not isinstance(child, dict | list):
