@@ -13,9 +13,11 @@ batch_size: given 0; allowed: a whole number of examples, at least 1; nearest: 1
 """
 
 import dataclasses
+import json
 import math
 import numbers
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from bigbatch import errors
 
@@ -25,6 +27,8 @@ HARDWARE = {"kind": "hardware"}
 
 # A momentum that someone could mean; the float next to 1 is not.
 _JUST_BELOW_1 = 0.999
+# Whole numbers are below it: no array holds more.
+MOST_WHOLE = 2**63
 
 
 class Checks:
@@ -57,7 +61,7 @@ class Checks:
         The nearest value is the end of the range that was passed. An open end has none, but for 1,
         the end of momenta and shares.
         """
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if not is_number(value):
             return self.require(False, field, value, allowed)
         x = float(value)
         nearest = None
@@ -75,11 +79,7 @@ class Checks:
 
         A float that holds a whole number passes; the caller converts it with `int`.
         """
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, numbers.Real)
-            or not math.isfinite(float(value))
-        ):
+        if not is_number(value) or not abs(value) < MOST_WHOLE:
             return self.require(False, field, value, allowed)
         nearest = max(at_least, round(float(value)))
         return self.require(float(value) == nearest, field, value, allowed, nearest)
@@ -92,6 +92,73 @@ class Checks:
         """
         if self.problems:
             raise errors.UserError(self.problems)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a real number that a float can hold; True and False are none."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    try:
+        return not math.isnan(float(value))
+    except OverflowError:
+        return False
+
+
+def parsed(text: str | bytes, kind: Any) -> Any:
+    """The value of a JSON text, of the kind that is expected.
+
+    Args:
+      text: whatever a file holds.
+      kind: `dict`, `list`, `str`, `int` or `float` (any number, NaN too); `[kind]` for a list of
+        them; `{name: kind}` for an object with these names and perhaps others.
+
+    Raises:
+      ValueError: it is no JSON or of another kind, in words.
+
+    >>> parsed('{"updates": [1, "two"]}', {"updates": [int]})
+    Traceback (most recent call last):
+    ...
+    ValueError: updates[1]: 'two' is no int
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    _expect(value, kind, "")
+    return value
+
+
+def text_of(path: str | Path) -> str:
+    """The text of a user's file; one that has no end or is waited for is none.
+
+    Raises:
+      OSError: there is no such file, or it cannot be read.
+      ValueError: it is no UTF-8.
+    """
+    if not Path(path).is_file():
+        raise OSError("there is no such file")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _expect(value: Any, kind: Any, where: str) -> None:
+    if isinstance(kind, dict):
+        _expect(value, dict, where)
+        for name, each in kind.items():
+            if name not in value:
+                raise ValueError(f"{where}.{name} is missing".lstrip("."))
+            _expect(value[name], each, f"{where}.{name}".lstrip("."))
+    elif isinstance(kind, list):
+        _expect(value, list, where)
+        for i, each in enumerate(value):
+            _expect(each, kind[0], f"{where}[{i}]")
+    else:
+        fits = isinstance(value, int | float if kind is float else kind)
+        if fits and isinstance(value, int) and kind in (int, float):
+            # What no array can hold is no number of a run.
+            fits = not isinstance(value, bool) and abs(value) < MOST_WHOLE
+        if not fits:
+            given = f"{value!r:.40}"
+            raise ValueError(f"{where or 'it'}: {given} is no {kind.__name__}")
 
 
 def statistical(value: Any) -> dict[str, Any]:

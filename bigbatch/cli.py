@@ -6,7 +6,9 @@ needs it.
 """
 
 import argparse
+import io
 import json
+import os
 import re
 import sys
 import traceback
@@ -21,12 +23,18 @@ from bigbatch.errors import Problem, RunError, StoppedError, UserError
 if TYPE_CHECKING:
     from bigbatch.commands.report import Report
 
+# What a shell reports of a program that SIGPIPE has ended.
+_BROKEN_PIPE = 141
+_MOST_DEVICES = 2**20
 _OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What the terminal's encoding lacks is shown by its number.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if arguments == ["--version"]:
         print("bigbatch", bigbatch.__version__)
         return 0
@@ -35,13 +43,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = overrides
     try:
         options.verb(options)
+        print(end="", flush=True)
     except (UserError, RunError, StoppedError, KeyboardInterrupt) as error:
+        return _tell(error)
+    except (OSError, RuntimeError, AssertionError) as error:
+        if not (_is_of_stdout(error) or _is_of_platforms(error)):
+            raise
         return _tell(error)
     return 0
 
 
+def _is_of_stdout(error: BaseException) -> bool:
+    """Whether what was said could not be written: a file would have a name."""
+    return isinstance(error, OSError) and error.filename is None
+
+
+def _is_of_platforms(error: BaseException) -> bool:
+    """Whether JAX has found no devices; some of its errors have no words."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.endswith("xla_bridge.py")
+
+
 def _tell(error: BaseException) -> int:
     """Says on standard error what has ended a command, and gives its exit status."""
+    if _is_of_platforms(error):
+        words = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        allowed = f"platforms whose devices JAX finds here{words}"
+        error = UserError(Problem("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS"), allowed))
+    if isinstance(error, OSError) and _is_of_stdout(error):
+        # What is still to be written goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            return _BROKEN_PIPE
+        error = RunError(f"what was to be said cannot be written ({error.strerror})")
     if isinstance(error, UserError):
         count = len(error.problems)
         print(f"bigbatch: {count} mistake{'s' * (count > 1)}", file=sys.stderr)
@@ -193,11 +227,16 @@ def _no_overrides(options: argparse.Namespace, instead: str) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from bigbatch.commands import plan as plan_table
     from bigbatch.commands import plan_adaptive as ladder_table
+    from bigbatch.layout import time_model
 
     config = _config(options)
-    if options.devices < 1:
-        raise UserError(Problem("devices", options.devices, "a whole number >= 1", 1))
-    speeds = _speeds(options)
+    nearest = min(max(options.devices, 1), _MOST_DEVICES)
+    if options.devices != nearest:
+        allowed = f"a whole number from 1 to {_MOST_DEVICES:,}"
+        raise UserError(Problem("devices", options.devices, allowed, nearest))
+    names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
+    typed = {name: v for name in names if (v := getattr(options, name)) is not None}
+    speeds = time_model.asked(options.bench, typed, options.devices)
     summary = config.plan.summary() if options.json else {}
     if config.controller is None:
         text = plan_table.text
@@ -214,32 +253,6 @@ def _plan(options: argparse.Namespace) -> None:
     print(json.dumps(summary) if options.json else "\n".join(lines))
     if options.plot:
         _plot(config, options.plot)
-
-
-def _speeds(options: argparse.Namespace) -> Any:
-    """What is known of the hardware; None where no time was asked for."""
-    from bigbatch.layout.time_model import Speeds, read_bench
-
-    names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
-    typed = {name: v for name in names if (v := getattr(options, name)) is not None}
-    if not typed and options.bench is None:
-        return None
-    # What is typed in counts more than what was measured.
-    known = (read_bench(options.bench) if options.bench is not None else {}) | typed
-    problems = []
-    if "examples_per_s" not in known:
-        allowed = "examples a second of one device, or --bench with the file of `bigbatch bench`"
-        problems.append(Problem("examples_per_s", "nothing", allowed))
-    if options.devices > 1 and "allreduce_gbps" not in known:
-        allowed = "1e9 bits a second of one device: there are several devices"
-        problems.append(Problem("allreduce_gbps", "nothing", allowed))
-    try:
-        speeds = Speeds(**{"examples_per_s": 1.0} | known)
-    except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(problems)
-    return speeds
 
 
 def _bench(options: argparse.Namespace) -> None:

@@ -9,6 +9,9 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Sequence
 
+# Of a value that was given, in a message.
+_MOST_CHARACTERS = 1_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -27,7 +30,10 @@ class Problem:
     nearest: object = None
 
     def __str__(self) -> str:
-        text = f"{self.field}: given {self.given!r}; allowed: {self.allowed}"
+        given = repr(self.given)
+        if len(given) > _MOST_CHARACTERS:
+            given = f"{given[:_MOST_CHARACTERS]}..."
+        text = f"{self.field}: given {given}; allowed: {self.allowed}"
         return text if self.nearest is None else f"{text}; nearest: {self.nearest!r}"
 
     def under(self, prefix: str) -> "Problem":

@@ -12,6 +12,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bigbatch.checks import MOST_WHOLE
 from bigbatch.errors import Problem, UserError, nearest_name
 
 
@@ -160,7 +161,7 @@ def convert(value: Any, hint: Any) -> Any:
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         return dict(value) if isinstance(value, Mapping) else Mismatch(describe(hint))
     if hint in (int, float) and isinstance(value, int):
-        if isinstance(value, bool) or not _is_float(value):
+        if isinstance(value, bool) or abs(value) >= MOST_WHOLE:
             return Mismatch(describe(hint))
         return hint(value)
     if hint is type(None):
@@ -194,7 +195,9 @@ def _probably_meant(value: Any, hint: Any) -> Any:
         return {"true": True, "false": False}.get(value.lower())
     if hint not in (int, float) or not _is_float(value):
         return None
-    return round(float(value)) if hint is int else float(value)
+    if hint is float:
+        return float(value)
+    return round(float(value)) if abs(float(value)) < MOST_WHOLE else None
 
 
 def _is_float(value: Any) -> bool:

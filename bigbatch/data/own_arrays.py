@@ -1,12 +1,13 @@
 """A data set of the user's own arrays, in memory or in an npz file."""
 
 import dataclasses
-import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bigbatch.data.dataset import Arrays, DataSet, Info, arrays, check_count, data_set
+from bigbatch.data.tfds.metadata import MOST_CLASSES
 from bigbatch.errors import Problem, UserError
 
 NAME = "arrays"
@@ -54,7 +55,7 @@ def npz_info(path: str | Path) -> Info:
     Raises:
       UserError: as `from_arrays`, or there is no such file, or it is damaged.
     """
-    held = _shapes_only(path) | _read(path, _LABELS)
+    held = _read(path, _IMAGES, shapes=True) | _read(path, _LABELS)
     train, test = ((held[f"{p}_images"], held[f"{p}_labels"]) for p in ("train", "test"))
     try:
         return _facts(train, test, NAME)
@@ -73,41 +74,35 @@ def load_npz(path: str | Path) -> tuple[Arrays, Arrays]:
     return train, test
 
 
-def _read(path: str | Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Some arrays of a file."""
+def _read(path: str | Path, names: tuple[str, ...], shapes: bool = False) -> dict[str, np.ndarray]:
+    """Some arrays of a file, or stand-ins of their shapes and types that take no memory."""
+    if not Path(path).is_file():
+        raise UserError(Problem("path", str(path), "a file that is there"))
     try:
         # NumPy leaves a damaged file open that it opened itself.
         with Path(path).open("rb") as opened, np.load(opened) as file:
             missing = [name for name in _IMAGES + _LABELS if name not in file.files]
-            if missing:
-                given = f"{path}, with {', '.join(file.files) or 'nothing'}"
-                allowed = f"an npz file with {', '.join(_IMAGES + _LABELS)}"
-                raise UserError(Problem("path", given, allowed))
-            return {name: file[name] for name in names}
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(Problem("path", str(path), "a file that is there")) from None
+            if not missing:
+                return {name: _shape_only(file, name) if shapes else file[name] for name in names}
     except Exception as error:
         # zip, zlib and npy each have errors of their own for a damaged file.
         allowed = f"an npz file that can be read ({type(error).__name__}: {error})"
         raise UserError(Problem("path", str(path), allowed)) from error
+    given = f"{path}, with {', '.join(file.files) or 'nothing'}"
+    allowed = f"an npz file with {', '.join(_IMAGES + _LABELS)}"
+    raise UserError(Problem("path", given, allowed))
 
 
-def _shapes_only(path: str | Path) -> dict[str, np.ndarray]:
-    """Stand-ins for a file's images, of their shapes and types, that take no memory."""
-    stand_ins = {}
-    _read(path, ())
-    with zipfile.ZipFile(path) as file:
-        for name in _IMAGES:
-            with file.open(f"{name}.npy") as member:
-                version = np.lib.format.read_magic(member)
-                reader = np.lib.format.read_array_header_1_0
-                if version != (1, 0):
-                    reader = np.lib.format.read_array_header_2_0
-                shape, _, dtype = reader(member)
-                stand_ins[name] = np.broadcast_to(np.zeros((), dtype), shape)
-    return stand_ins
+def _shape_only(file: Any, name: str) -> np.ndarray:
+    """A stand-in for an array of an npz file."""
+    member = name if name in file.zip.namelist() else f"{name}.npy"
+    with file.zip.open(member) as opened:
+        version = np.lib.format.read_magic(opened)
+        reader = np.lib.format.read_array_header_1_0
+        if version != (1, 0):
+            reader = np.lib.format.read_array_header_2_0
+        shape, _, dtype = reader(opened)
+        return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _facts(
@@ -130,7 +125,8 @@ def _facts(
     if not problems and shape != test_shape:
         allowed = f"images of the training part's shape {shape}"
         problems.append(Problem("test_images", test_shape, allowed))
-    problems += check_count("train_examples", train_examples, len(train[0]))
+    if not problems:
+        problems += check_count("train_examples", train_examples, len(train[0]))
     if problems:
         raise UserError(problems)
     height, width, channels = shape if len(shape) == 3 else (*shape, 1)
@@ -162,7 +158,7 @@ def _check_part(
         allowed = f"one label for each image: {images.shape[:1]}"
         problems.append(Problem(f"{part}_labels", labels.shape, allowed, images.shape[:1]))
     if not problems:
-        most = np.iinfo(np.int32).max if num_classes is None else num_classes - 1
+        most = min(num_classes or MOST_CLASSES, MOST_CLASSES) - 1
         outside = (labels < 0) | (labels > most)
         if outside.any():
             first = int(np.flatnonzero(outside)[0])

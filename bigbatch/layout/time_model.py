@@ -16,12 +16,10 @@ measured updates in `tests/benchmarks/time_model.py`.
 """
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-from bigbatch.checks import Checks
+from bigbatch.checks import Checks, parsed, text_of
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.layout import Layout
 from bigbatch.schedule.plan import Plan, Stage
@@ -208,6 +206,36 @@ def most_worthwhile(rows: Sequence[Scaling]) -> int:
     return best
 
 
+def asked(bench: str | None, typed: Mapping[str, float], devices: int) -> Speeds | None:
+    """What is known of the hardware; None where no time was asked for.
+
+    Args:
+      bench: the file of `bigbatch bench`, or None.
+      typed: fields of `Speeds`, which count more than what was measured.
+      devices: how many there are to be.
+
+    Raises:
+      UserError: something is missing or out of its range.
+    """
+    if not typed and bench is None:
+        return None
+    known = {**(read_bench(bench) if bench is not None else {}), **typed}
+    problems = []
+    if "examples_per_s" not in known:
+        allowed = "examples a second of one device, or --bench with the file of `bigbatch bench`"
+        problems.append(Problem("examples_per_s", "nothing", allowed))
+    if devices > 1 and "allreduce_gbps" not in known:
+        allowed = "1e9 bits a second of one device: there are several devices"
+        problems.append(Problem("allreduce_gbps", "nothing", allowed))
+    try:
+        speeds = Speeds(**{"examples_per_s": 1.0} | known)
+    except UserError as error:
+        problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return speeds
+
+
 def read_bench(path: str) -> dict[str, float]:
     """The speeds of `bigbatch bench`, from its file.
 
@@ -216,11 +244,7 @@ def read_bench(path: str) -> dict[str, float]:
     """
     allowed = "a JSON file written by `bigbatch bench`"
     try:
-        values: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = parsed(text_of(path), dict.fromkeys(_MEASURED, float))
     except (OSError, ValueError) as error:
         raise UserError(Problem("bench", path, f"{allowed} ({error})")) from error
-    if not isinstance(values, dict) or not all(
-        isinstance(values.get(name), int | float) for name in _MEASURED
-    ):
-        raise UserError(Problem("bench", path, f"{allowed}, with {', '.join(_MEASURED)}"))
     return {name: float(values[name]) for name in _MEASURED}

@@ -32,8 +32,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bigbatch import errors
-from bigbatch.checks import Checks
+from bigbatch.checks import Checks, is_number
 
+# Of a plan: far more than anyone trains. So many take half a gigabyte, and as much again while they
+# are made.
+MOST_UPDATES = 2**24
 TIME_UNITS = ("epochs", "examples", "updates")
 
 # 1 - 8u, see above.
@@ -230,7 +233,7 @@ def _unit(
     if unit == "example":
         return _Unit(1, train_examples)
     batch_size: Any = arguments.get("batch_size")
-    if "policy" in arguments and isinstance(time, int | float) and math.isfinite(time):
+    if "policy" in arguments and is_number(time) and time <= MOST_UPDATES:
         batch_size = float(arguments["policy"].at(0.0).batch_size[0])
         starts = np.arange(max(0, math.ceil(time))) * batch_size / train_examples
         if (arguments["policy"].at(np.r_[0.0, starts]).batch_size != batch_size).any():

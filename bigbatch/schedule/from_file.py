@@ -3,11 +3,9 @@
 A run's plan.json holds its plan; that of an adaptive run what its controller decided.
 """
 
-from pathlib import Path
-
 import numpy as np
 
-from bigbatch.checks import Checks
+from bigbatch.checks import Checks, text_of
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.durations import num_reached
 from bigbatch.schedule.noise_scale import Array, make_rule
@@ -32,8 +30,8 @@ def plan_file(
     """
     allowed = "the path of a run's plan.json"
     try:
-        plan = Plan.from_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, UserError) as error:
+        plan = Plan.from_json(text_of(path))
+    except (OSError, ValueError) as error:
         raise UserError(Problem("path", path, f"{allowed} ({error})")) from error
     checks = Checks()
     checks.require(

@@ -25,14 +25,22 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bigbatch import errors
-from bigbatch.checks import Checks
+from bigbatch.checks import Checks, parsed
 from bigbatch.schedule import positions
-from bigbatch.schedule.durations import first_example_from
-from bigbatch.schedule.noise_scale import Array, make_rule
+from bigbatch.schedule.durations import MOST_UPDATES, first_example_from
+from bigbatch.schedule.noise_scale import RULE_NAMES, Array, make_rule
 from bigbatch.schedule.policy import Policy
 
 # Positions up to here can be told from times in any unit: see `durations`.
 _MOST_EXAMPLES = 2**48
+_LARGEST_HYPER = float(np.finfo(np.float32).max)
+# What a plan's file must hold.
+_JSON = {
+    "train_examples": int,
+    "epochs": float,
+    "rule": str,
+    "columns": dict.fromkeys(("batch_size", "learning_rate", "momentum"), list),
+}
 
 
 class Stage(NamedTuple):
@@ -279,17 +287,21 @@ class Plan:
           UserError: the text is no such plan.
         """
         try:
-            values = json.loads(text)
-            columns = {
-                name: np.repeat(*(np.array(part) for part in zip(*runs, strict=True)))
-                for name, runs in values["columns"].items()
-            }
+            values = parsed(text, _JSON)
+            columns = {name: _column(name, runs) for name, runs in values["columns"].items()}
             batch_sizes = columns.pop("batch_size").astype(np.int64)
-            hypers = {name: column.astype(np.float64) for name, column in columns.items()}
-            return cls(
-                values["train_examples"], values["epochs"], values["rule"], batch_sizes, hypers
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            num_updates, rule = len(batch_sizes), values["rule"]
+            for name, fits in (
+                ("train_examples", values["train_examples"] > 0),
+                ("epochs", 0 < values["epochs"] < math.inf),
+                ("rule", rule in RULE_NAMES),
+                ("batch_size", batch_sizes.min() > 0 and sum(batch_sizes.tolist()) < 2**53),
+                *((name, len(column) == num_updates) for name, column in columns.items()),
+            ):
+                if not fits:
+                    raise ValueError(f"{name} is out of its range")
+            return cls(values["train_examples"], values["epochs"], rule, batch_sizes, columns)
+        except ValueError as error:
             raise errors.UserError(
                 errors.Problem("plan", f"{text[:40]}...", f"a plan's JSON ({error})")
             ) from error
@@ -322,6 +334,18 @@ def _runs(column: NDArray[Any]) -> list[list[float]]:
     starts = _run_starts(column)
     counts = np.diff(starts, append=len(column))
     return [list(run) for run in zip(column[starts].tolist(), counts.tolist(), strict=True)]
+
+
+def _column(name: str, runs: Any) -> Array:
+    """A column from its [value, count] pairs."""
+    table = np.array(runs)
+    if table.ndim != 2 or table.shape[1] != 2 or table.dtype.kind not in "if" or not len(table):
+        raise ValueError(f"{name} is no list of pairs of numbers")
+    counts = table[:, 1]
+    # As numbers of a file may be any, nothing is made before their sum is known.
+    if not (np.isfinite(table).all() and (counts >= 1).all() and counts.sum() <= MOST_UPDATES):
+        raise ValueError(f"{name} is not of 1 to {MOST_UPDATES:,} updates")
+    return np.repeat(table[:, 0].astype(np.float64), counts.astype(np.int64))
 
 
 def make_plan(
@@ -367,4 +391,8 @@ def make_plan(
     batch_sizes = np.concatenate([part.batch_size for part in parts]).astype(np.int64)
     names = list(parts[0].hyper)
     hypers = {name: np.concatenate([part.hyper.pop(name) for part in parts]) for name in names}
+    for name, column in hypers.items():
+        large = column[~(np.abs(column) <= _LARGEST_HYPER)][:1].tolist()
+        checks.require(not large, name, large and large[0], "a number that float32 can hold")
+    checks.done()
     return Plan(int(train_examples), float(epochs), policy.rule.name, batch_sizes, hypers)

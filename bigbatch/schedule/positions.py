@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.checks import Checks
-from bigbatch.schedule.durations import first_example_from
+from bigbatch.errors import Problem, UserError
+from bigbatch.schedule.durations import MOST_UPDATES, first_example_from
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.policy import Policy, Settings
 
@@ -61,7 +62,7 @@ def rows_of(
       UserError: the policy gives a batch size that no update can have.
     """
     end = first_example_from(epochs, train_examples)
-    position, guess, length = 0, float(multiple), _SHORTEST_CHUNK_UPDATES
+    position, guess, length, done = 0, float(multiple), _SHORTEST_CHUNK_UPDATES, 0
     while position < end:
         sizes = np.full(length, guess)
         for _ in range(_MAX_ROUNDS):
@@ -84,6 +85,13 @@ def rows_of(
         yield rows
         guess = rows.batch_size[-1]
         position = int(starts[settled - 1] + guess)
+        done += settled
+        if done > MOST_UPDATES:
+            updates = done + max(0, end - position) / guess
+            num_bytes = updates * 8 * (1 + len(rows.hyper))
+            allowed = f"a plan of at most {MOST_UPDATES:,} updates; this one has about "
+            allowed += f"{updates:.3g}, which take {num_bytes / 1e9:.3g} GB"
+            raise UserError(Problem("epochs", epochs, allowed, position // train_examples or None))
 
 
 def _rounded(policy: Policy, epochs: Array, multiple: int) -> Settings:

@@ -39,7 +39,10 @@ def use(directory: str | None) -> None:
         return
     if directory is None and _current():
         return
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if directory is None and home.startswith("~"):
+        # A user without a home.
+        return
     path = Path(home) / "bigbatch" / "programs" if directory is None else Path(directory)
     path = path.absolute() / _machine()
     try:

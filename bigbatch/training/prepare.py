@@ -121,6 +121,8 @@ def prepare(
     checks.require(fits, "mesh", mesh.axis_names, allowed, (functions.DATA_AXIS,))
     allowed = "False with shard_optimizer, whose sums lie elsewhere on other devices"
     checks.require(not (reproducible and shard_optimizer), "reproducible", True, allowed, False)
+    allowed = "nothing: updates are compiled programs"
+    checks.require(not jax.config.jax_disable_jit, "JAX_DISABLE_JIT", True, allowed)  # type: ignore
     checks.done()
     if isinstance(data, Mapping):
         data = Data(data)

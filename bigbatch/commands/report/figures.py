@@ -98,7 +98,7 @@ def _curve_gap(axes: "Axes", summary: Summary) -> None:
     axes.set_yticks([*(-t for t in reversed(shown)), 0, *shown])
     axes.set_yticklabels([f"{t:g}".replace("-", "\N{MINUS SIGN}") for t in axes.get_yticks()])
     axes.minorticks_off()
-    title = f"Loss difference from {summary.reference.name}, in seed spreads"
+    title = f"Loss difference from {_plain(summary.reference.name)}, in seed spreads"
     axes.set(title=title, xlabel="epochs")
 
 
@@ -150,7 +150,12 @@ def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
 
 
 def _legend_text(experiment: Experiment) -> str:
-    return f"{experiment.name} ({experiment.updates.mean:,.0f} updates)"
+    return f"{_plain(experiment.name)} ({experiment.updates.mean:,.0f} updates)"
+
+
+def _plain(name: str) -> str:
+    """A name in which matplotlib finds no formula."""
+    return name.replace("$", r"\$")
 
 
 def _legend_columns(names: Sequence[str]) -> int:
@@ -179,7 +184,7 @@ def _metric(axes: "Axes", summary: Summary, against: str) -> None:
     _curves(axes, summary, [e.metric_curve for e in summary.experiments], against, alpha=0.12)
     metric = summary.metrics[0]
     unit = " (%)" if metric.percent else ""
-    axes.set(title=f"Test {metric.name}{unit}, by {against}", ylim=metric_limits(summary))
+    axes.set(title=f"Test {_plain(metric.name)}{unit}, by {against}", ylim=metric_limits(summary))
 
 
 def _curves(

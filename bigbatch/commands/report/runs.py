@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bigbatch.checks import is_number, parsed, text_of
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
 
@@ -36,12 +37,6 @@ TRAINING_FIELDS = (
     "gradient_noise_scale_error",
 )
 
-_PLAN_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "train_examples": int,
-    "epochs": (int, float),
-    "num_updates": int,
-    "stages": list,
-}
 _STAGE_FIELDS = (
     "first_update",
     "num_updates",
@@ -53,6 +48,12 @@ _STAGE_FIELDS = (
     "momentum",
     "noise_scale",
 )
+_PLAN = {
+    "train_examples": int,
+    "epochs": float,
+    "num_updates": int,
+    "stages": [dict.fromkeys(_STAGE_FIELDS, float)],
+}
 # Lines parsed by one call of the JSON parser: enough to hide the call, few enough for memory.
 _CHUNK_LINES = 4096
 
@@ -138,7 +139,7 @@ class LoggedRun:
     def final(self, field: str, otherwise: float) -> float:
         """A number of the result, or `otherwise` where there is none."""
         value = (self.result or {}).get(field)
-        return float(value) if isinstance(value, int | float) else otherwise
+        return float(value) if is_number(value) else otherwise
 
 
 def read_run(run_dir: str | Path) -> LoggedRun:
@@ -162,7 +163,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         raise UserError(Problem("run_dir", str(run_dir), allowed))
     warnings: list[str] = []
 
-    plan = _plan_summary(_read_object(path / "plan.json"))
+    plan = _plan_summary(_read_object(path / "plan.json", _PLAN))
     if plan is None:
         warnings.append("plan.json is missing or damaged: no stage table")
     result = _read_object(path / "result.json")
@@ -183,8 +184,8 @@ def read_run(run_dir: str | Path) -> LoggedRun:
     seed = config.get("seed")
     return LoggedRun(
         path=path,
-        experiment=config["experiment"],
-        seed=seed if isinstance(seed, int) else None,
+        experiment=_printable(config["experiment"]),
+        seed=seed if type(seed) is int else None,
         config=config,
         plan=plan,
         training=training,
@@ -196,13 +197,18 @@ def read_run(run_dir: str | Path) -> LoggedRun:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None if there is none."""
+def _read_object(path: Path, kind: Any = dict) -> dict[str, Any] | None:
+    """The JSON object in a file; None if there is none of that kind."""
     try:
-        value = json.loads(path.read_bytes())
+        value: dict[str, Any] = parsed(text_of(path), kind)
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    return value
+
+
+def _printable(name: str) -> str:
+    """A name on one line."""
+    return "".join(c if c.isprintable() else " " for c in name)
 
 
 def _metrics(path: Path, warnings: list[str]) -> tuple[str, ...]:
@@ -212,19 +218,18 @@ def _metrics(path: Path, warnings: list[str]) -> tuple[str, ...]:
     if not isinstance(names, list | None):
         warnings.append("run.json is damaged: the run is judged by its test loss")
         names = None
-    return tuple(map(str, names or ["loss"]))
+    return tuple(dict.fromkeys(_printable(str(name)) for name in names or ["loss"]))
 
 
 def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The plan without its columns; None unless it has all that a report needs."""
-    if plan is None or not all(
-        isinstance(plan.get(field), kind) for field, kind in _PLAN_FIELDS.items()
-    ):
+    """The plan without its columns; None unless all its numbers are finite and it has an end."""
+    fields = (*_PLAN, "num_examples", "fingerprint")
+    summary = {field: (plan or {}).get(field) for field in fields}
+    try:
+        json.dumps(summary, allow_nan=False)
+    except ValueError:
         return None
-    stages = plan["stages"]
-    if not all(isinstance(stage, dict) and set(_STAGE_FIELDS) <= set(stage) for stage in stages):
-        return None
-    return {field: plan.get(field) for field in (*_PLAN_FIELDS, "num_examples", "fingerprint")}
+    return summary if plan and plan["train_examples"] > 0 < plan["epochs"] else None
 
 
 def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str, list[str]]:
@@ -239,6 +244,8 @@ def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str
     warnings = []
     try:
         # A damaged byte must cost its line and no more.
+        if not path.is_file():
+            raise FileNotFoundError
         with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
             for lines in _chunks(file):
                 rows = _parse(lines)
@@ -343,7 +350,7 @@ class _Table:
         """The row's numbers, NaN for a field that it lacks; all NaN if a needed one is unusable."""
         if all(_is_number_or_null(row.get(field, "")) for field in self._needed):
             values = (row.get(field) for field in self._fields)
-            return [float(v) if isinstance(v, int | float) else math.nan for v in values]
+            return [float(v) if is_number(v) else math.nan for v in values]
         return [math.nan] * len(self._fields)
 
     def columns(self) -> dict[str, np.ndarray]:
@@ -353,7 +360,7 @@ class _Table:
 
 def _is_number_or_null(value: object) -> bool:
     """A loss that is not finite may be written as null."""
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return value is None or is_number(value) or value != value
 
 
 def _without_repeats(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

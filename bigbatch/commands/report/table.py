@@ -159,7 +159,7 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def _escape(text: str) -> str:
-    for mark in "\\|<>`*_":
+    for mark in "\\|<>`*_[]~$&":
         text = text.replace(mark, f"\\{mark}")
     return text
 

@@ -70,7 +70,7 @@ class Records:
             given = f"{prepared.directory}, with the splits {', '.join(prepared.shard_examples)}"
             raise UserError(Problem("directory", given, f"a data set with the split {split}"))
         self._paths = prepared.files(split)
-        there = {entry.name for entry in os.scandir(self._paths[0].parent)}
+        there = {entry.name for entry in os.scandir(self._paths[0].parent) if entry.is_file()}
         missing = [path for path in self._paths if path.name not in there]
         if missing:
             raise UserError(damaged(path, "it is not there") for path in missing)

@@ -67,14 +67,15 @@ def load_or_build(
     return index
 
 
-def _places(files: Sequence[Path]) -> tuple[Path, Path]:
-    """The index's file: beside the data, and else in the user's cache directory."""
+def _places(files: Sequence[Path]) -> list[Path]:
+    """The index's file: beside the data, or else in the cache directory of a user who has one."""
     directory = files[0].parent
     stem = files[0].name.partition("-00000")[0]
     digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~") / ".cache").expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = f"{stem}.bigbatch_index.npz"
-    return directory / name, cache / "bigbatch" / "record_index" / f"{digest}-{name}"
+    elsewhere = Path(cache) / "bigbatch" / "record_index" / f"{digest}-{name}"
+    return [directory / name] + [elsewhere] * (not cache.startswith("~"))
 
 
 def _load(place: Path, sizes: np.ndarray, shard_examples: Sequence[int]) -> Index | None:
@@ -82,12 +83,17 @@ def _load(place: Path, sizes: np.ndarray, shard_examples: Sequence[int]) -> Inde
     try:
         with np.load(place) as file:
             kept_sizes, counts, flat = file["sizes_bytes"], file["counts"], file["boundaries"]
-    except (OSError, ValueError, KeyError, EOFError):
+        fits = np.array_equal(kept_sizes, sizes) and np.array_equal(counts, shard_examples)
+        if not fits or flat.dtype != np.int64 or len(flat) != counts.sum() + len(counts):
+            return None
+        parts = np.split(flat, np.cumsum(counts + 1)[:-1])
+    except Exception:
+        # zip, zlib and npy have errors of their own; whatever it is, the index is made again.
         return None
-    fits = np.array_equal(kept_sizes, sizes) and np.array_equal(counts, shard_examples)
-    if not fits or len(flat) != counts.sum() + len(counts):
-        return None
-    return Index(sizes, tuple(np.split(flat, np.cumsum(counts + 1)[:-1])))
+    ends = zip(parts, sizes, strict=True)
+    if all(part[0] == 0 and part[-1] == size and (np.diff(part) > 0).all() for part, size in ends):
+        return Index(sizes, tuple(parts))
+    return None
 
 
 def _save(place: Path, index: Index) -> None:

@@ -37,8 +37,11 @@ def read(prepared: Prepared, split: str) -> tuple[np.ndarray, np.ndarray]:
     if missing:
         raise UserError(missing)
     count = prepared.num_examples(split)
-    pixels = np.empty((count, *prepared.image_shape), np.uint8)  # type: ignore[misc]
-    labels = np.empty(count, np.int32)
+    try:
+        pixels = np.empty((count, *prepared.image_shape), np.uint8)  # type: ignore[misc]
+        labels = np.empty(count, np.int32)
+    except (MemoryError, ValueError) as error:
+        raise UserError(_damaged(prepared, prepared.directory, str(error))) from error
     done = 0
     for file, expected in zip(files, prepared.shard_examples[split], strict=True):
         try:

@@ -5,13 +5,17 @@ format), `features.json` (shapes and classes) and the files of the records.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigbatch.checks import parsed
+from bigbatch.errors import Problem, UserError
+
+# More outputs than a network can have; a larger label is a mark for something else.
+MOST_CLASSES = 2**20
 ARRAY_RECORD = "array_record"
 TFRECORD = "tfrecord"
 
@@ -68,7 +72,7 @@ class Prepared:
 def data_directory(data_dir: str | Path | None) -> Path:
     """Where prepared data sets are kept: as given, or the default of tensorflow-datasets."""
     default = os.environ.get("TFDS_DATA_DIR") or Path("~") / "tensorflow_datasets"
-    return Path(default if data_dir is None else data_dir).expanduser()
+    return Path(os.path.expanduser(default if data_dir is None else data_dir))
 
 
 def find(name: str, data_dir: str | Path | None) -> Prepared | None:
@@ -81,13 +85,21 @@ def find(name: str, data_dir: str | Path | None) -> Prepared | None:
 
     Returns:
       What is known of it, or None: there is none.
+
+    Raises:
+      UserError: its description is damaged.
     """
     place = data_directory(data_dir) / name
-    versions = _versions(place)
-    if not versions:
-        configs = [config for config in place.glob("*") if _versions(config)]
-        versions = _versions(configs[0]) if len(configs) == 1 else []
-    return _read(name, max(versions)[1]) if versions else None
+    try:
+        versions = _versions(place)
+        if not versions:
+            configs = [config for config in place.glob("*") if _versions(config)]
+            versions = _versions(configs[0]) if len(configs) == 1 else []
+        return _read(name, max(versions)[1]) if versions else None
+    except (ArithmeticError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        allowed = "dataset_info.json and features.json as tensorflow-datasets writes them "
+        allowed += f"({type(error).__name__}: {error}); prepare the data set again"
+        raise UserError(Problem("directory", str(place), allowed)) from error
 
 
 def _versions(place: Path) -> list[tuple[tuple[int, ...], Path]]:
@@ -107,15 +119,28 @@ def _read(name: str, directory: Path) -> Prepared:
     file_format = info.get("fileFormat", TFRECORD)
     usual = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     classes = label.get("classLabel", {}).get("numClasses")
+    classes = None if classes is None else int(classes)
+    if classes is not None and not 1 <= classes <= MOST_CLASSES:
+        raise ValueError(f"numClasses {classes}; allowed: 1 to {MOST_CLASSES:,}")
     return Prepared(
         name=name,
         directory=directory,
         file_format=file_format,
-        shard_examples={n: tuple(map(int, s.get("shardLengths", ()))) for n, s in splits.items()},
+        shard_examples={
+            n: tuple(map(_count, s.get("shardLengths", ()))) for n, s in splits.items()
+        },
         templates={n: s.get("filepathTemplate", usual) for n, s in splits.items()},
         image_shape=None if image is None else _shape(image),
-        num_classes=None if classes is None else int(classes),
+        num_classes=classes,
     )
+
+
+def _count(text: Any) -> int:
+    """A number of examples, which JSON holds as a text."""
+    count = int(text)
+    if not 0 <= count < 2**32:
+        raise ValueError(f"{count} examples")
+    return count
 
 
 def _shape(image: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -125,4 +150,4 @@ def _shape(image: Mapping[str, Any]) -> tuple[int | None, ...]:
 
 
 def _json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return parsed(file.read_bytes(), dict) if file.is_file() else {}

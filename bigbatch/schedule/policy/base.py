@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bigbatch.checks import Checks
+from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.noise_scale import LINEAR, Array, Rule
 
 
@@ -61,8 +62,9 @@ class Policy:
     rule: Rule = LINEAR
 
     def at(self, epochs: ArrayLike) -> Settings:
-        """The settings at n points in time, in epochs."""
-        return self.settings_at(np.atleast_1d(np.asarray(epochs, np.float64)))
+        """The settings at n points in time, in epochs; not finite where they exceed float64."""
+        with np.errstate(all="ignore"):
+            return self.settings_at(np.atleast_1d(np.asarray(epochs, np.float64)))
 
     @functools.cached_property
     def peak_epoch(self) -> float:
@@ -82,6 +84,8 @@ class Policy:
         One that a formula gives is whole where it is but for rounding.
         """
         size = float(self.at(self.turning_epochs).batch_size.max())
+        if not math.isfinite(size):
+            raise UserError(Problem("batch_size", size, "a number of examples that float64 holds"))
         return round(size) if math.isclose(size, round(size), rel_tol=1e-12) else size
 
 

@@ -1,0 +1,75 @@
+"""The command where its surroundings are not as usual: no traceback, and a status that says it."""
+
+import io
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from bigbatch import cli
+from bigbatch.errors import UserError
+from tests import trained
+from tests.test_distributed import ROOT
+
+PLAN = ["plan", "--config=digits:decay"]
+
+
+def command(*arguments, environment=None, **options):
+    found = {**os.environ, **(environment or {})}
+    found = {name: value for name, value in found.items() if value is not None}
+    return subprocess.Popen(
+        [sys.executable, "-m", "bigbatch", *arguments],
+        cwd=ROOT,
+        env=found,
+        stderr=subprocess.PIPE,
+        **{"stdout": subprocess.PIPE, **options},
+    )
+
+
+def test_nobody_reads_what_is_printed():
+    read, write = os.pipe()
+    os.close(read)
+    process = command(*PLAN, stdout=write)
+    os.close(write)
+    assert process.communicate()[1] == b""
+    assert process.returncode == 141
+
+
+def test_a_full_disk_behind_standard_output():
+    with open("/dev/full", "wb") as full:
+        process = command(*PLAN, stdout=full)
+        said = process.communicate()[1]
+    assert process.returncode == 1
+    assert said == b"bigbatch: what was to be said cannot be written (No space left on device)\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_characters_that_standard_output_lacks(tmp_path, monkeypatch, encoding):
+    path = tmp_path / "ü\N{EN DASH}.npz"
+    images, labels = np.zeros((4, 2, 2), np.uint8), np.arange(4)
+    parts = {"train_images": images, "test_images": images}
+    np.savez(path, train_labels=labels, test_labels=labels, **parts)
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    assert cli.main(["data", "info", "arrays", f"--path={path}"]) == 0
+    last = written.getvalue().decode(encoding).splitlines()[-1].rpartition("/")[2]
+    expected = {"ascii": "\\xfc\\u2013.npz", "latin-1": "ü\\u2013.npz", "utf-8": path.name}
+    assert last == expected[encoding]
+
+
+@pytest.mark.parametrize("platform", ["cuda", "nonsense"])
+def test_platforms_that_are_not_there(tmp_path, platform):
+    train = ["train", "--config=digits:decay", f"--workdir={tmp_path / 'run'}"]
+    process = command(*train, environment={"JAX_PLATFORMS": platform})
+    _, said = process.communicate()
+    assert process.returncode == 2, said
+    assert f"JAX_PLATFORMS: given '{platform}'; allowed: platforms".encode() in said
+    assert b"Traceback" not in said
+
+
+def test_programs_that_are_not_to_be_compiled():
+    with jax.disable_jit(), pytest.raises(UserError, match="JAX_DISABLE_JIT: given True"):
+        trained.prepared(trained.config(), 1)
