@@ -5,23 +5,42 @@
 
 import contextlib
 import copy
+import dataclasses
+import gzip
 import io
 import json
 import resource
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
+from pathlib import Path
 
 import numpy as np
 
 from bigbatch.commands import plan as plan_table
 from bigbatch.commands import plan_adaptive
+from bigbatch.commands.report import table
+from bigbatch.commands.report.page import page
+from bigbatch.commands.report.runs import read_run
+from bigbatch.commands.report.summary import summarise
 from bigbatch.config import file as config_file
 from bigbatch.config.config import read_config
+from bigbatch.data import sets
+from bigbatch.data.records import jpeg
+from bigbatch.data.records.reader import BadRecordError, Records, parse
+from bigbatch.data.records.tfrecord_index import load_or_build
+from bigbatch.data.tfds import idx_files
+from bigbatch.data.tfds.metadata import TFRECORD
 from bigbatch.errors import RunError, UserError
-from bigbatch.schedule.plan import Plan
+from bigbatch.layout import time_model
+from bigbatch.schedule.from_file import plan_file
+from bigbatch.schedule.plan import Plan, make_plan
+from bigbatch.schedule.policy import constant
+from tests import report_runs, test_images
 
+RUN_FILES = ("config.json", "run.json", "plan.json", "result.json", "metrics.jsonl")
 MOST_BYTES, MOST_S = 8 * 2**30, 60
 NUMBERS = [0, -1, 1, 2, 7, 0.5, 1e-310, 5e-324, 1e308, -1e308, 10**20, 10**400, 2**31, 2**63, 1e6]
 NUMBERS += [float("nan"), float("inf"), 0.1, 1e-13, 1e8, 31, 33, 100_000]
@@ -120,6 +139,98 @@ def try_config(rng, known):
         assert again.fingerprint == config.plan.fingerprint
 
 
+def samples(root: Path):
+    """Files as they should be, each with a function that reads a directory where it may not be."""
+    rng = np.random.default_rng(0)
+    run = report_runs.write_run(
+        root / "runs",
+        "decay",
+        0,
+        report_runs.DECAY,
+        report_runs.falling_loss(0),
+        metrics={"m": abs},
+    )
+    plan = make_plan(constant(0.1, 20, 0.9), train_examples=100, epochs=3)
+    bench = dict.fromkeys(("examples_per_s", "call_s", "update_s", "allreduce_gbps"), 1.5)
+    images = rng.integers(0, 256, (6, 5, 5), np.uint8)
+    parts = {f"{part}_images": images for part in ("train", "test")}
+    parts |= {f"{part}_labels": np.arange(6) for part in ("train", "test")}
+    packed = io.BytesIO()
+    np.savez(packed, **parts)
+    idx = b"\0\0\x08\x03" + np.array(images.shape, ">u4").tobytes() + images.tobytes()
+    files = {name: (run / name).read_bytes() for name in RUN_FILES}
+    files |= {
+        "of_another.json": plan.to_json().encode(),
+        "bench.json": json.dumps(bench).encode(),
+        "d.npz": packed.getvalue(),
+        "train-images-idx3-ubyte.gz": gzip.compress(idx),
+    }
+    prepared, file, _ = test_images.small_set(root, TFRECORD)
+    load_or_build([file], (8,))
+    (index,) = root.glob("*.bigbatch_index.npz")
+    known = {"name": "small", "splits": [{"name": "train", "shardLengths": ["8"]}]}
+    shape = {"dimensions": ["6", "6", "3"]}
+    features = {"image": {"image": {"shape": shape}}, "label": {"classLabel": {"numClasses": "8"}}}
+    files |= {
+        "dataset_info.json": json.dumps(known).encode(),
+        "features.json": json.dumps({"featuresDict": {"features": features}}).encode(),
+        file.name: file.read_bytes(),
+        index.name: index.read_bytes(),
+    }
+    context = {"train_examples": 100, "epochs": 3, "batch_multiple_examples": 1}
+
+    def records(directory):
+        found = Records(dataclasses.replace(prepared, directory=directory), "train")
+        for number in range(len(found)):
+            with contextlib.suppress(BadRecordError):
+                jpeg.image_size(parse(found.read(number)).image)
+        found.close()
+
+    def described(directory):
+        place = directory / "small" / "1.0.0"
+        place.mkdir(parents=True, exist_ok=True)
+        for name in ("dataset_info.json", "features.json", file.name):
+            (place / name).write_bytes((directory / name).read_bytes())
+        sets.load("small", directory=directory)
+
+    def told(directory):
+        # Figures would take seconds.
+        summary = summarise([read_run(directory)])
+        table.markdown(summary)
+        page(summary)
+
+    def arrays(directory):
+        sets.load("arrays", path=directory / "d.npz")
+
+    read = {
+        **dict.fromkeys(RUN_FILES, told),
+        "of_another.json": lambda place: plan_file(str(place / "of_another.json"), **context),
+        "bench.json": lambda place: time_model.asked(str(place / "bench.json"), {}, 2),
+        "d.npz": arrays,
+        "train-images-idx3-ubyte.gz": idx_files.read_parts,
+        "dataset_info.json": described,
+        "features.json": described,
+        file.name: records,
+        index.name: records,
+    }
+    return files, read
+
+
+def try_file(rng, directory, files, read):
+    """One of the files is damaged, as bytes or as the values that it holds; then it is read."""
+    name = [*files][rng.integers(len(files))]
+    content = files[name]
+    if name.endswith(".json") and rng.integers(2):
+        content = json.dumps(mutated(rng, json.loads(content))).encode()
+    else:
+        content = damaged(rng, content)
+    (directory / name).write_bytes(content)
+    try:
+        read[name](directory)
+    finally:
+        (directory / name).write_bytes(files[name])
+
+
 def many(what, count, one):
     """Calls a function with a generator of each seed; gives the seeds that ended otherwise."""
     bad = []
@@ -142,9 +253,18 @@ def many(what, count, one):
 
 def main(what, count):
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    known = trees()
-    bad = many(what, int(count), lambda rng: try_config(rng, known))
-    print(json.dumps(bad))
+    with tempfile.TemporaryDirectory() as root:
+        if what == "configs":
+            arguments = (trees(),)
+        else:
+            files, read = samples(Path(root))
+            directory = Path(root) / "tried"
+            directory.mkdir()
+            for name, content in files.items():
+                (directory / name).write_bytes(content)
+            arguments = directory, files, read
+        one = {"configs": try_config, "files": try_file}[what]
+        print(json.dumps(many(what, int(count), lambda rng: one(rng, *arguments))))
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def _read(name: str, directory: Path) -> Prepared:
     info = _json(directory / "dataset_info.json")
     features = _json(directory / "features.json").get("featuresDict", {}).get("features", {})
     image, label = features.get("image", {}).get("image"), features.get("label", {})
-    splits = {split["name"]: split for split in info.get("splits", [])}
+    splits = {str(split["name"]): split for split in info.get("splits", [])}
     file_format = info.get("fileFormat", TFRECORD)
     usual = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
     classes = label.get("classLabel", {}).get("numClasses")
@@ -129,7 +129,7 @@ def _read(name: str, directory: Path) -> Prepared:
         shard_examples={
             n: tuple(map(_count, s.get("shardLengths", ()))) for n, s in splits.items()
         },
-        templates={n: s.get("filepathTemplate", usual) for n, s in splits.items()},
+        templates={n: str(s.get("filepathTemplate", usual)) for n, s in splits.items()},
         image_shape=None if image is None else _shape(image),
         num_classes=classes,
     )
