@@ -26,6 +26,8 @@ from bigbatch.workdir.files import Workdir, read_json
 from bigbatch.workdir.network_file import Network
 
 _SHA256 = "initial_params_sha256"
+# What is said of a run that is finished.
+_RESULT = {"updates": int, "examples": int, "seconds": float}
 # How the fields end that say where files lie.
 _PLACES = ("path", "directory")
 
@@ -144,7 +146,7 @@ def train(
         change_future=change_future,
     )
     if files.result.exists():
-        return read_json(files.result), True
+        return read_json(files.result, _RESULT), True
     kept, plans = files.microbatch, config.controller or plan
     run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
     options: dict[str, Any] = {

@@ -20,6 +20,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bigbatch.checks import parsed
 from bigbatch.errors import Problem, UserError
 from bigbatch.workdir import storage
 
@@ -88,13 +89,13 @@ def write_json(path: Path, value: Any) -> None:
     storage.put(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Reads one of the run's JSON files.
+def read_json(path: Path, kind: Any = dict) -> Any:
+    """Reads one of the run's JSON files, of a kind that `parsed` knows.
 
     Raises:
       UserError: it cannot be read or is damaged.
     """
     try:
-        return json.loads(storage.read(path))
+        return parsed(storage.read(path), kind)
     except (OSError, ValueError) as error:
         raise UserError(Problem("workdir", str(path), f"a readable JSON file ({error})")) from error

@@ -131,7 +131,9 @@ def check_same(files: Workdir, identity: Mapping[str, Any]) -> None:
     Raises:
       UserError: with every value that differs; or an older version has begun the run.
     """
-    before = flat(read_json(files.run)["identity"]) if files.run.exists() else None
+    before = (
+        flat(read_json(files.run, {"identity": dict})["identity"]) if files.run.exists() else None
+    )
     now = flat(plain(identity))
     told = {name for name in now if _FINGERPRINT in name}
     if before is None or (told and not any(_FINGERPRINT in name for name in before)):
