@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import threading
 import zlib
 from pathlib import Path
 
@@ -171,6 +172,21 @@ def test_a_state_in_any_number_of_pieces_comes_back(tmp_path, monkeypatch, piece
     assert kinds[0] == kinds[1]
     content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(small))
     assert record["checksum"] == zlib.crc32(content)
+
+
+def test_many_checkpoints_keep_no_descriptor_and_no_thread(tmp_path):
+    def counts() -> tuple[int, int]:
+        return len(os.listdir("/dev/fd")), threading.active_count()
+
+    save(tmp_path / "first", 1)
+    before = counts()
+    with Checkpoints(tmp_path / "c", 2) as checkpoints:
+        for updates in range(1, 11):
+            checkpoints.save(updates, state_of(updates), {"run": "this"})
+            if updates == 2:
+                early = counts()
+        assert counts() <= early
+    assert counts() <= before
 
 
 def test_a_state_of_another_shape_is_not_used(original):

@@ -11,6 +11,7 @@ not notice a byte that has changed on the disk, so the checksum is compared afte
 newest checkpoint that is whole is taken; damaged ones are put aside, never deleted or written over.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -73,6 +74,7 @@ class Checkpoints:
     ):
         self.directory = directory.absolute()
         self._writes = keep is not None
+        self._being_written: Any = None
         _say_errors_once()
         # A reader must not clean up what another process is writing.
         policy = _Preservation(keep, keep_always) if keep is not None else None
@@ -172,7 +174,8 @@ class Checkpoints:
         record |= {"arrays": packing.described(state), "checksum": zlib.crc32(packed.data)}
         record["digest"] = _digest(record)
         try:
-            self._checkpointer.save_async(
+            self._wait()
+            self._being_written = self._checkpointer.save_async(
                 update, _pieces(packed), force=True, custom_metadata=record
             )
         except (OSError, ValueError, RuntimeError) as error:
@@ -194,10 +197,17 @@ class Checkpoints:
         if kind is not None and not issubclass(kind, StoppedError) and jax.process_count() > 1:
             return
         try:
-            self._checkpointer.close()
+            with contextlib.closing(self._checkpointer):
+                self._wait()
         except (OSError, ValueError, RuntimeError) as failure:
             if error is None or isinstance(error, StoppedError):
                 raise self._not_written(failure) from failure
+
+    def _wait(self) -> None:
+        """Waits for what is being written; Orbax keeps its thread and three files until then."""
+        being_written, self._being_written = self._being_written, None
+        if being_written is not None:
+            being_written.result()
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
         """Updates done and record of each checkpoint, newest first; None: it cannot be read."""
