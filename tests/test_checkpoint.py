@@ -63,7 +63,7 @@ def flip(path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_file_that_is_cut_changed_or_missing_gives_the_checkpoint_before(original, tmp_path):
     files = [path.relative_to(original) for path in (original / "2").rglob("*") if path.is_file()]
-    assert len(files) >= 8
+    assert len(files) == 6
     used = []
     for damage in (cut, flip, os.remove):
         for name in files:
@@ -86,7 +86,7 @@ def test_a_file_that_is_cut_changed_or_missing_gives_the_checkpoint_before(origi
                 assert warnings == [""]
                 assert not aside.exists()
     # Each kind of damage to the data, its index and the record is among those that were noticed.
-    assert used.count(1) >= 12
+    assert used.count(1) >= 9
     gc.collect()
 
 
@@ -187,6 +187,12 @@ def test_many_checkpoints_keep_no_descriptor_and_no_thread(tmp_path):
                 early = counts()
         assert counts() <= early
     assert counts() <= before
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "[ab]*?", "a\nb #%é", "~", "-x", "x" * 250])
+def test_a_checkpoint_in_a_directory_of_any_name_comes_back(tmp_path, name):
+    save(tmp_path / name / "c", 1, 2)
+    assert restored(tmp_path / name / "c").updates == 2
 
 
 def test_a_state_of_another_shape_is_not_used(original):

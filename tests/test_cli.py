@@ -326,6 +326,16 @@ def test_a_foreign_workdir_is_refused(capsys, tmp_path, verb):
     assert snapshot(tmp_path) == {str(tmp_path / "thesis.tex"): b"years of work"}
 
 
+@pytest.mark.parametrize("name", ["back\\slash", "\udcff", "/gs/bucket"])
+def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_training(capsys, tmp_path, name):
+    workdir = f"--workdir={tmp_path / name}"
+    status, _, err = run("train", f"--config={DIGITS}:increase", workdir, *QUICK, capsys=capsys)
+    assert status == 2
+    assert "workdir: given" in err
+    assert "a path without a backslash" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["", "missing", "empty", "file/inside"])
 def test_a_workdir_without_a_run(capsys, tmp_path, monkeypatch, name):
     (tmp_path / "empty").mkdir()

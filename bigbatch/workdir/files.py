@@ -17,11 +17,15 @@ Every file is put whole (`storage`), so a kill at any moment leaves the old one 
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from bigbatch.errors import Problem, UserError
 from bigbatch.workdir import storage
+
+# What Orbax takes for a bucket, TensorStore for a slash, and neither as a character.
+_UNUSABLE = re.compile(r"/(gs|s3|az|hf)(/|$)|.*[\\\ud800-\udfff]", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,12 @@ class Workdir:
         Raises:
           UserError: it is a file, cannot be made, or holds something else.
         """
+        if _UNUSABLE.match(str(self.path.absolute())):
+            allowed = (
+                "a path without a backslash, in UTF-8, and not below /gs, /s3, /az or /hf: the "
+                "checkpoints' library knows no others (a symbolic link of a plain name will do)"
+            )
+            raise UserError(Problem("workdir", str(self.path), allowed))
         storage.claim(self.path, "workdir")
         self._refuse_foreign()
 
