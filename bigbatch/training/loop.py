@@ -101,81 +101,82 @@ def train(
     due, files = _intervals(intervals), Workdir(Path(directory))
     if record is None:
         record = {"experiment": files.path.name, **run.identity}
-    metric_names = list(run.task.shown_metrics(run.programs.sum_names))
-    plan = resume.open_run(
-        files,
-        run.identity,
-        run.plan,
-        record=record,
-        metrics=metric_names,
-        adaptive=run.controller is not None,
-        change_future=change_future,
-        sources=sources,
-    )
-    if files.result.exists():
-        result: dict[str, Any] = read_json(files.result)
+    with files.released():
+        metric_names = list(run.task.shown_metrics(run.programs.sum_names))
+        plan = resume.open_run(
+            files,
+            run.identity,
+            run.plan,
+            record=record,
+            metrics=metric_names,
+            adaptive=run.controller is not None,
+            change_future=change_future,
+            sources=sources,
+        )
+        if files.result.exists():
+            result: dict[str, Any] = read_json(files.result)
+            return result
+        run = dataclasses.replace(run, plan=plan)
+        show_progress = show_progress and distributed.is_first()
+        stays = functools.partial(_stays, run, due.keep_every)
+        with Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints:
+            state, progress = restore(run, checkpoints)
+            course = Course(run.plan, run.controller, progress.controller)
+            run = _as_known(run, course, files)
+            distributed.on_first(lambda: _truncate(files, progress))
+            with (
+                metrics.MetricsLog(
+                    files.metrics if distributed.is_first() else None,
+                    _events(run, files, progress, record, metric_names),
+                ) as log,
+                progress_lib.progress_bar(run, progress, show_progress) as bar,
+            ):
+                say = functools.partial(bar.write, file=sys.stderr)
+                if show_progress:
+                    say(progress_lib.memory_line(run))
+                with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
+                    loop = _Loop(
+                        run=run,
+                        due=due,
+                        state=state,
+                        progress=progress,
+                        checkpoints=checkpoints,
+                        log=log,
+                        on_record=on_record,
+                        bar=bar,
+                        say=say if show_progress else None,
+                        watchdog=watchdog,
+                        stop=stop,
+                        course=course,
+                        files=files,
+                    )
+                    loop.run_updates()
+        progress = loop.progress
+        run = loop.run
+        test_loss = progress.test.get("test_loss", 0.0)
+        if not math.isfinite(test_loss):
+            last = run.plan.row(run.plan.num_updates - 1)
+            what = f"the test loss is {test_loss}"
+            raise RunError(divergence.diagnosis(run.plan, last, what, progress.train_loss))
+        if run.controller is not None and distributed.is_first():
+            storage.put(files.plan, course.to_json())
+        result = metrics.as_json(
+            {
+                "updates": run.plan.num_updates,
+                "examples": run.plan.num_examples,
+                **progress.test,
+                "train_loss": progress.train_loss,
+                "seconds": round(progress.seconds, 3),
+                "compilations": run.programs.compilations,
+                "params_sha256": packing.sha256(loop.state.params),
+            }
+        )
+        if run.data.num_bad_records is not None:
+            # Each process has read its own devices' part of them.
+            bad = distributed.gather(str(run.data.num_bad_records).encode())
+            result["bad_records"] = sum(map(int, bad))
+        distributed.on_first(lambda: write_json(files.result, result))
         return result
-    run = dataclasses.replace(run, plan=plan)
-    show_progress = show_progress and distributed.is_first()
-    stays = functools.partial(_stays, run, due.keep_every)
-    with Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints:
-        state, progress = restore(run, checkpoints)
-        course = Course(run.plan, run.controller, progress.controller)
-        run = _as_known(run, course, files)
-        distributed.on_first(lambda: _truncate(files, progress))
-        with (
-            metrics.MetricsLog(
-                files.metrics if distributed.is_first() else None,
-                _events(run, files, progress, record, metric_names),
-            ) as log,
-            progress_lib.progress_bar(run, progress, show_progress) as bar,
-        ):
-            say = functools.partial(bar.write, file=sys.stderr)
-            if show_progress:
-                say(progress_lib.memory_line(run))
-            with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
-                loop = _Loop(
-                    run=run,
-                    due=due,
-                    state=state,
-                    progress=progress,
-                    checkpoints=checkpoints,
-                    log=log,
-                    on_record=on_record,
-                    bar=bar,
-                    say=say if show_progress else None,
-                    watchdog=watchdog,
-                    stop=stop,
-                    course=course,
-                    files=files,
-                )
-                loop.run_updates()
-    progress = loop.progress
-    run = loop.run
-    test_loss = progress.test.get("test_loss", 0.0)
-    if not math.isfinite(test_loss):
-        last = run.plan.row(run.plan.num_updates - 1)
-        what = f"the test loss is {test_loss}"
-        raise RunError(divergence.diagnosis(run.plan, last, what, progress.train_loss))
-    if run.controller is not None and distributed.is_first():
-        storage.put(files.plan, course.to_json())
-    result = metrics.as_json(
-        {
-            "updates": run.plan.num_updates,
-            "examples": run.plan.num_examples,
-            **progress.test,
-            "train_loss": progress.train_loss,
-            "seconds": round(progress.seconds, 3),
-            "compilations": run.programs.compilations,
-            "params_sha256": packing.sha256(loop.state.params),
-        }
-    )
-    if run.data.num_bad_records is not None:
-        # Each process has read its own devices' part of them.
-        bad = distributed.gather(str(run.data.num_bad_records).encode())
-        result["bad_records"] = sum(map(int, bad))
-    distributed.on_first(lambda: write_json(files.result, result))
-    return result
 
 
 def _intervals(given: Mapping[str, float | None]) -> Intervals:

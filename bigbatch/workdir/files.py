@@ -11,13 +11,16 @@
     checkpoints/    by update
     critical/       branches of `bigbatch critical`, and what they show
     programs/       compiled programs, where --compilation-cache names it
+    lock            who trains here now; not there where nobody does
 
 Every file is put whole (`storage`), so a kill at any moment leaves the old one or the new one.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +52,14 @@ class Workdir:
     checkpoints = property(lambda self: self.path / "checkpoints")
     critical = property(lambda self: self.path / "critical")
     programs = property(lambda self: self.path / "programs")
+    lock = property(lambda self: self.path / "lock")
 
     def claim(self) -> None:
-        """Makes the directory, or makes sure that it holds a run or nothing.
+        """Makes the directory, or makes sure that it holds a run or nothing, and holds it.
 
         Raises:
-          UserError: it is a file, cannot be made, or holds something else.
+          UserError: it is a file, cannot be made, holds something else, or somebody else trains
+            in it.
         """
         if _UNUSABLE.match(str(self.path.absolute())):
             allowed = (
@@ -63,7 +68,16 @@ class Workdir:
             )
             raise UserError(Problem("workdir", str(self.path), allowed))
         storage.claim(self.path, "workdir")
+        storage.hold(self.lock, "workdir")
         self._refuse_foreign()
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """At the end of it others may claim the directory."""
+        try:
+            yield
+        finally:
+            storage.release(self.lock)
 
     def expect_run(self) -> None:
         """Makes sure that the directory holds a run.
@@ -80,7 +94,8 @@ class Workdir:
 
     def _refuse_foreign(self) -> None:
         # The cache of compiled programs may be there before the run is.
-        names = [name for name in storage.listed(self.path) if name != self.programs.name]
+        own = self.programs.name, self.lock.name
+        names = [name for name in storage.listed(self.path) if name not in own]
         if names and not self.config.exists():
             allowed = (
                 "a new or empty directory, or the directory of a run; this one holds "
