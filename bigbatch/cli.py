@@ -1,8 +1,8 @@
 """The command `bigbatch VERB --config=FILE.py:EXPERIMENT --workdir=DIR [--config.field=value]`.
 
 Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 130 stopped by
-the keyboard, 143 stopped by SIGTERM, with the state saved. Nothing heavy is imported before a verb
-needs it.
+the keyboard, 129 by SIGHUP, 143 by SIGTERM, where a run is trained with the state saved. Nothing
+heavy is imported before a verb needs it.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigbatch
+from bigbatch.commands import interrupts
 from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
 
@@ -26,6 +27,8 @@ _OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    if arguments is None:
+        interrupts.heed()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
         print("bigbatch", bigbatch.__version__)
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = overrides
     try:
         options.verb(options)
-    except (UserError, RunError, StoppedError, KeyboardInterrupt) as error:
+    except (UserError, RunError, StoppedError) as error:
         return _tell(error)
     return 0
 
@@ -48,12 +51,9 @@ def _tell(error: BaseException) -> int:
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         return 2
-    if isinstance(error, KeyboardInterrupt):
-        print("bigbatch: stopped; the same command continues", file=sys.stderr)
-        return 130
     if isinstance(error, RunError | StoppedError):
         print(f"bigbatch: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else StoppedError.exit_status
+        return error.exit_status if isinstance(error, StoppedError) else 1
     traceback.print_exception(error)
     return 1
 

@@ -91,7 +91,7 @@ def train(
       UserError: the directory cannot be used, or holds another run.
       RunError: the loss, the parameters or the last test loss are not finite, or a checkpoint
         cannot be written.
-      StoppedError: SIGTERM or the runtime asked for it; the state is saved.
+      StoppedError: a signal or the runtime asked for it; the state is saved.
     """
     checks = Checks()
     # One to go back to where the newest is damaged.
@@ -119,7 +119,10 @@ def train(
         run = dataclasses.replace(run, plan=plan)
         show_progress = show_progress and distributed.is_first()
         stays = functools.partial(_stays, run, due.keep_every)
-        with Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints:
+        with (
+            StopRequest() as stop,
+            Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints,
+        ):
             state, progress = restore(run, checkpoints)
             course = Course(run.plan, run.controller, progress.controller)
             run = _as_known(run, course, files)
@@ -134,7 +137,7 @@ def train(
                 say = functools.partial(bar.write, file=sys.stderr)
                 if show_progress:
                     say(progress_lib.memory_line(run))
-                with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
+                with Watchdog(say, stall_s) as watchdog:
                     loop = _Loop(
                         run=run,
                         due=due,
@@ -176,6 +179,9 @@ def train(
             bad = distributed.gather(str(run.data.num_bad_records).encode())
             result["bad_records"] = sum(map(int, bad))
         distributed.on_first(lambda: write_json(files.result, result))
+        if stop.notice:
+            # It came after the last update, and must not be lost on what would follow.
+            raise StoppedError("told to stop: the run is at its end", stop.exit_status)
         return result
 
 
@@ -288,7 +294,8 @@ class _Loop:
             self._save()
             raise StoppedError(
                 f"told to stop: saved after update {self.progress.updates:,} of "
-                f"{self.run.plan.num_updates:,}; the same command continues"
+                f"{self.run.plan.num_updates:,}; the same command continues",
+                self.stop.exit_status,
             ) from None
 
     def _use(self, smaller: Run, state: functions.State) -> None:
