@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TextIO
 
 from bigbatch.errors import Problem, RunError, UserError
+from bigbatch.replacing import BEING_WRITTEN, replacing
 
-_BEING_WRITTEN = ".being-written"
 # The locks of this process by their files' real paths: which thread has taken each.
 _locks: dict[str, tuple[int, TextIO]] = {}
 
@@ -111,18 +111,13 @@ def put(path: Path, text: str) -> None:
     Raises:
       RunError: it cannot be written; the old one is as it was.
     """
-    temporary = path.with_name(path.name + _BEING_WRITTEN)
-    with writing(path):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with writing(path), replacing(path) as file:
+        file.write(text.encode())
 
 
 def listed(directory: Path) -> list[str]:
     """The names in a directory, sorted, but for those that are being written."""
-    return sorted(path.name for path in directory.iterdir() if path.suffix != _BEING_WRITTEN)
+    return sorted(path.name for path in directory.iterdir() if path.suffix != BEING_WRITTEN)
 
 
 def read(path: Path) -> str:
