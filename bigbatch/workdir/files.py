@@ -55,7 +55,7 @@ class Workdir:
     lock = property(lambda self: self.path / "lock")
 
     def claim(self) -> None:
-        """Makes the directory, or makes sure that it holds a run or nothing, and holds it.
+        """Makes the directory, or makes sure that it holds a run or nothing like it, and holds it.
 
         Raises:
           UserError: it is a file, cannot be made, holds something else, or somebody else trains
@@ -89,17 +89,19 @@ class Workdir:
             raise UserError(Problem("workdir", str(self.path), "the directory of a run"))
         self._refuse_foreign()
         if not (self.config.exists() and self.plan.exists()):
-            allowed = "the directory of a run (this one is empty: `bigbatch train` fills it)"
+            allowed = "the directory of a run (this one holds none: `bigbatch train` fills it)"
             raise UserError(Problem("workdir", str(self.path), allowed))
 
     def _refuse_foreign(self) -> None:
-        # The cache of compiled programs may be there before the run is.
-        own = self.programs.name, self.lock.name
-        names = [name for name in storage.listed(self.path) if name not in own]
-        if names and not self.config.exists():
+        # What has other names, such as .DS_Store or a log of the user's, is in nobody's way. The
+        # cache of compiled programs and the lock may be there before the run is.
+        own = [name for name, kind in vars(Workdir).items() if isinstance(kind, property)]
+        names = {getattr(self, name).name for name in own if name not in ("programs", "lock")}
+        found = [name for name in storage.listed(self.path) if name in names]
+        if found and not self.config.exists():
             allowed = (
-                "a new or empty directory, or the directory of a run; this one holds "
-                f"{names[0]!r} and no config.json"
+                "a directory in which nothing has the name of a file of a run, or the directory of "
+                f"a run; this one holds {found[0]!r} and no config.json"
             )
             raise UserError(Problem("workdir", str(self.path), allowed))
 
