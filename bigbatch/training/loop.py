@@ -33,7 +33,7 @@ from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from bigbatch.training.progress import Progress, span
-from bigbatch.training.restore import restore
+from bigbatch.training.restore import restore, saved_elsewhere
 from bigbatch.training.run import Run
 from bigbatch.training.updates import updates, waits_for
 from bigbatch.training.watch import STALL_S, Watchdog
@@ -89,8 +89,8 @@ def train(
 
     Raises:
       UserError: the directory cannot be used, or holds another run.
-      RunError: the loss, the parameters or the last test loss are not finite, or a checkpoint
-        cannot be written.
+      RunError: the loss, the parameters or the last test loss are not finite, a checkpoint cannot
+        be written, or the directory has gone.
       StoppedError: a signal or the runtime asked for it; the state is saved.
     """
     checks = Checks()
@@ -126,7 +126,10 @@ def train(
             state, progress = restore(run, checkpoints)
             course = Course(run.plan, run.controller, progress.controller)
             run = _as_known(run, course, files)
-            distributed.on_first(lambda: _truncate(files, progress))
+            done, again = progress.updates, progress.evaluation_due
+            distributed.on_first(
+                lambda: metrics.truncate(files.metrics, last_update=done, without_test=again)
+            )
             with (
                 metrics.MetricsLog(
                     files.metrics if distributed.is_first() else None,
@@ -222,13 +225,6 @@ def _events(
         )
 
 
-def _truncate(files: Workdir, progress: Progress) -> None:
-    """Removes what the log says of the time after the checkpoint."""
-    metrics.truncate(
-        files.metrics, last_update=progress.updates, without_test=progress.evaluation_due
-    )
-
-
 def _stays(run: Run, every: Every | None, updates_done: int) -> bool:
     """Whether the checkpoint after so many updates is kept for good."""
     if every is None or not 0 < updates_done <= run.plan.num_updates:
@@ -322,11 +318,11 @@ class _Loop:
         evaluation_due = is_last or due.evaluate_every.due(*at)
         checkpoint_due = is_last or due.checkpoint_every.due(*at)
         checkpoint_due = checkpoint_due or _stays(self.run, due.keep_every, row.update + 1)
-        if evaluation_due or checkpoint_due:
+        if evaluation_due or checkpoint_due or self.log.is_lost:
             self._read()
         if evaluation_due:
             self._evaluate(row)
-        if checkpoint_due:
+        if checkpoint_due or self.log.is_lost:
             self._save()
 
     def _await(self) -> None:
@@ -359,7 +355,8 @@ class _Loop:
             self.progress = progress_lib.record(
                 self.run, progress, row, on_host, done_s, self.due.log_every, self._write
             )
-        self.run = _as_known(self.run, self.course, self.files)
+        if not self.log.is_lost:
+            self.run = _as_known(self.run, self.course, self.files)
         self.bar.total = self.run.plan.num_examples
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -382,7 +379,7 @@ class _Loop:
     def _save(self) -> None:
         """Saves the state, unless this very update is saved."""
         updates_done = self.progress.updates
-        if updates_done == self._saved_updates:
+        if updates_done == self._saved_updates and not self.log.is_lost:
             return
         self._saved_updates = updates_done
         self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
@@ -395,6 +392,9 @@ class _Loop:
             "seed": self.run.seed,
         }
         self.log.sync()
+        if self.log.is_lost:
+            where = self.files, self.log.directory()
+            raise saved_elsewhere(self.run, *where, updates_done, self.state, record)
         with self.watchdog.phase("checkpoint"):
             state = self.run.programs.unite(self.state)
             self.checkpoints.save(updates_done, state, record)
