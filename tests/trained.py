@@ -83,10 +83,11 @@ def train(run: ConfigRun, directory: Path, **options: Any) -> dict[str, Any]:
 
 
 def claimed(files: Workdir, config: Config, **options: Any) -> None:
-    """Claims a directory for the run of a config, as `bigbatch train` does."""
+    """Claims a directory for the run of a config, as `bigbatch train` does, and lets it go."""
     record = {"experiment": config.experiment, **config.tree}
     options["adaptive"] = config.controller is not None
-    resume.open_run(files, config.identity, config.plan, record=record, **options)
+    with files.released():
+        resume.open_run(files, config.identity, config.plan, record=record, **options)
 
 
 def config(**changes: Any) -> Config:
