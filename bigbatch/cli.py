@@ -1,8 +1,8 @@
 """The command `bigbatch VERB --config=FILE.py:EXPERIMENT --workdir=DIR [--config.field=value]`.
 
 Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 130 stopped by
-the keyboard, 143 stopped by SIGTERM, with the state saved. Nothing heavy is imported before a verb
-needs it.
+the keyboard, 129 by SIGHUP, 143 by SIGTERM, where a run is trained with the state saved. Nothing
+heavy is imported before a verb needs it.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigbatch
+from bigbatch.commands import interrupts
 from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
 
@@ -31,6 +32,8 @@ _OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    if arguments is None:
+        interrupts.heed()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What the terminal's encoding lacks is shown by its number.
@@ -44,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.verb(options)
         print(end="", flush=True)
-    except (UserError, RunError, StoppedError, KeyboardInterrupt) as error:
+    except (UserError, RunError, StoppedError) as error:
         return _tell(error)
     except (OSError, RuntimeError, AssertionError) as error:
         if not (_is_of_stdout(error) or _is_of_platforms(error)):
@@ -82,12 +85,9 @@ def _tell(error: BaseException) -> int:
         for problem in error.problems:
             print(f"  {problem}", file=sys.stderr)
         return 2
-    if isinstance(error, KeyboardInterrupt):
-        print("bigbatch: stopped; the same command continues", file=sys.stderr)
-        return 130
     if isinstance(error, RunError | StoppedError):
         print(f"bigbatch: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunError) else StoppedError.exit_status
+        return error.exit_status if isinstance(error, StoppedError) else 1
     traceback.print_exception(error)
     return 1
 

@@ -66,10 +66,12 @@ class StoppedError(Exception):
     """A run that was told to stop and has saved its state; the same command continues.
 
     Attributes:
-      exit_status: what a shell reports of a program that SIGTERM has ended (128 + 15).
+      exit_status: what a shell reports of a program that the signal has ended (128 + number).
     """
 
-    exit_status = 143
+    def __init__(self, text: str, exit_status: int):
+        super().__init__(text)
+        self.exit_status = exit_status
 
 
 def nearest_name(name: str, names: Sequence[str]) -> str | None:

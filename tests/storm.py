@@ -1,4 +1,4 @@
-"""A storm of SIGKILLs and SIGTERMs over one short run.
+"""A storm of SIGKILLs and of the signals that a run heeds over one short run.
 
     python -m tests.storm KILLS [SEED [increase | adaptive]]
 
@@ -108,7 +108,7 @@ def storm(directory: Path, kills: int, seed: int, experiment: str) -> collection
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
     while sum(counts.values()) < kills and not (directory / "result.json").exists():
-        number = moments.choice([signal.SIGKILL, signal.SIGTERM])
+        number = moments.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
         moment = moments.choice(MOMENTS)
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **options)
         try:
@@ -116,7 +116,7 @@ def storm(directory: Path, kills: int, seed: int, experiment: str) -> collection
             if process.poll() is None:
                 process.send_signal(number)
                 status = process.wait(timeout=300)
-                if status in (-number, 143):
+                if status in (-number, 128 + number):
                     counts[f"{signal.Signals(number).name} {moment}"] += 1
         finally:
             process.kill()

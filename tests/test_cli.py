@@ -9,6 +9,8 @@ import pytest
 
 from bigbatch import cli
 from bigbatch.commands.report import runs as report_runs
+from bigbatch.errors import UserError
+from bigbatch.workdir.files import Workdir
 
 DIGITS = "configs/digits.py"
 CIFAR = "configs/cifar10.py"
@@ -317,13 +319,36 @@ def test_hardware_and_intervals_may_change(capsys, finished):
 
 @pytest.mark.parametrize("verb", ["train", "evaluate"])
 def test_a_foreign_workdir_is_refused(capsys, tmp_path, verb):
-    (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "plan.json").write_text("years of work")
     config = [f"--config={DIGITS}:increase"] if verb == "train" else []
     status, _, err = run(verb, *config, f"--workdir={tmp_path}", capsys=capsys)
     assert status == 2
     assert "workdir: given" in err
-    assert "thesis.tex" in err
-    assert snapshot(tmp_path) == {str(tmp_path / "thesis.tex"): b"years of work"}
+    assert "holds 'plan.json' and no config.json" in err
+    assert snapshot(tmp_path) == {str(tmp_path / "plan.json"): b"years of work"}
+
+
+def test_stray_files_are_no_reason_to_refuse_a_workdir(tmp_path):
+    files, names = Workdir(tmp_path), {".DS_Store", "train.log", "thesis.tex", "lost+found"}
+    (tmp_path / "lost+found").mkdir()
+    for name in names - {"lost+found"}:
+        (tmp_path / name).touch()
+    with files.released():
+        files.claim()
+    assert {path.name for path in tmp_path.iterdir()} == names
+    (tmp_path / "checkpoints").mkdir()
+    with files.released(), pytest.raises(UserError, match="holds 'checkpoints'"):
+        files.claim()
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "\udcff", "/gs/bucket"])
+def test_a_workdir_that_cannot_hold_checkpoints_is_refused_before_training(capsys, tmp_path, name):
+    workdir = f"--workdir={tmp_path / name}"
+    status, _, err = run("train", f"--config={DIGITS}:increase", workdir, *QUICK, capsys=capsys)
+    assert status == 2
+    assert "workdir: given" in err
+    assert "a path without a backslash" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "missing", "empty", "file/inside"])

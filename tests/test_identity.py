@@ -465,7 +465,8 @@ def test_other_examples_in_the_place_are_refused(tmp_path, places, place):
 
     def claim(data):
         identity = assemble.identity_of(config, data)
-        resume.open_run(files, identity, config.plan, record={})
+        with files.released():
+            resume.open_run(files, identity, config.plan, record={})
 
     data = assemble.load_data(config)
     with jax.enable_x64(True):

@@ -223,15 +223,15 @@ def test_index_of_data_that_cannot_be_written_to(imagenet, tmp_path, monkeypatch
         file.unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     there = tfds_metadata.find("imagenet2012", data_dir).directory
-    real = tfrecord_index.tempfile.NamedTemporaryFile
+    real = tfrecord_index.replacing
 
-    def refuse(dir, **options):
+    def refuse(path):
         # The superuser, who may run this, can write anywhere.
-        if dir == there:
-            raise PermissionError(dir)
-        return real(dir=dir, **options)
+        if path.parent == there:
+            raise PermissionError(path)
+        return real(path)
 
-    monkeypatch.setattr(tfrecord_index.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(tfrecord_index, "replacing", refuse)
     open_set(data_dir)
     kept = list((tmp_path / "cache").rglob("*.npz"))
     assert len(kept) == 2
@@ -241,7 +241,7 @@ def test_index_of_data_that_cannot_be_written_to(imagenet, tmp_path, monkeypatch
     open_set(data_dir)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK not an archive", None])
+@pytest.mark.parametrize("content", [b"", b"PK not an archive", "cut", None])
 def test_a_damaged_or_old_index_is_made_anew(imagenet, tmp_path, content):
     data_dir = tmp_path / "data"
     shutil.copytree(imagenet.directories["tfrecord"], data_dir)
@@ -252,6 +252,8 @@ def test_a_damaged_or_old_index_is_made_anew(imagenet, tmp_path, content):
             arrays = dict(file)
         arrays["sizes_bytes"] = arrays["sizes_bytes"] + 1
         np.savez(kept, **arrays)
+    elif content == "cut":
+        kept.write_bytes(kept.read_bytes()[:200])
     else:
         kept.write_bytes(content)
     made = open_set(data_dir).train.training(0, 0, N, flip=True)

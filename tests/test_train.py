@@ -80,6 +80,35 @@ def test_a_checkpoint_is_restored_on_other_devices(undisturbed):
     assert params_sha256(state.params) == expected["params_sha256"]
 
 
+@pytest.mark.parametrize("lost", ["moved", "removed", "its log removed"])
+def test_a_directory_that_goes_in_mid_run_is_noticed(run, undisturbed, tmp_path, lost):
+    """Moved, it gets the state, and the run goes on in it as if nothing had been."""
+    expected_directory, expected = undisturbed
+    directory, moved = tmp_path / "run", tmp_path / "moved"
+
+    def go(record):
+        if record["update"] == 6 and directory.exists():
+            if lost == "moved":
+                directory.rename(moved)
+            elif lost == "removed":
+                # A checkpoint may just be written in it.
+                shutil.rmtree(directory, ignore_errors=True)
+            else:
+                (directory / "metrics.jsonl").unlink()
+
+    words = f"nothing was saved after the newest checkpoint|continues with --workdir={moved}$"
+    with pytest.raises(RunError, match=words) as told:
+        trained.train(run, directory, on_record=go)
+    assert str(told.value).startswith(f"{directory} was removed or moved")
+    assert not (directory / "result.json").exists()
+    if lost == "moved":
+        with Checkpoints(Workdir(moved).checkpoints) as checkpoints:
+            assert checkpoints.saved()[0] == 8
+        result = trained.train(run, moved)
+        assert result["params_sha256"] == expected["params_sha256"]
+        assert records(moved) == records(expected_directory)
+
+
 def test_the_seed_changes_the_run(run, undisturbed, tmp_path):
     other = trained.prepared(trained.config(seed=1))
     assert trained.train(other, tmp_path)["params_sha256"] != undisturbed[1]["params_sha256"]

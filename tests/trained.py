@@ -83,11 +83,12 @@ def train(run: ConfigRun, directory: Path, **options: Any) -> dict[str, Any]:
 
 
 def claimed(files: Workdir, config: Config, data: Any = None, **options: Any) -> None:
-    """Claims a directory for the run of a config on its data, or on what they are said to be."""
+    """Claims a directory for the run of a config on its data, or what they are said to be."""
     record = {"experiment": config.experiment, **config.tree}
     options["adaptive"] = config.controller is not None
     identity = config.identity if data is None else assemble.identity_of(config, data)
-    resume.open_run(files, identity, config.plan, record=record, **options)
+    with files.released():
+        resume.open_run(files, identity, config.plan, record=record, **options)
 
 
 def config(**changes: Any) -> Config:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bigbatch.replacing import replacing
 from bigbatch.schedule.plan import Plan
 
 # Okabe and Ito (2008). The source is a broad grey line, so that both show where they coincide.
@@ -64,7 +65,8 @@ def draw_plan(path: Path | str, plan: Plan, source: Plan | None = None) -> None:
         counts += f" instead of {source.num_updates:,}"
         axes[0, 0].legend(frameon=False)
     figure.suptitle(f"{counts}, {plan.epochs:g} epochs of {plan.train_examples:,} examples")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:] or None, dpi=120)
 
 
 def _columns(plan: Plan) -> dict[str, NDArray[np.float64]]:

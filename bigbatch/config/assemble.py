@@ -136,28 +136,29 @@ def train(
         data = distributed.together(lambda: load_data(config, show_progress=show_progress))
     record = {"experiment": config.experiment, **_placed(config.tree)}
     identity = distributed.together(lambda: identity_of(config, data))
-    # Before anything is compiled: what is refused is refused at once.
-    plan = resume.open_run(
-        files,
-        identity,
-        config.plan,
-        record=record,
-        adaptive=config.controller is not None,
-        change_future=change_future,
-    )
-    if files.result.exists():
-        return read_json(files.result, _RESULT), True
-    kept, plans = files.microbatch, config.controller or plan
-    run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
-    options: dict[str, Any] = {
-        "keep_checkpoints": config.keep_checkpoints,
-        "change_future": change_future,
-        "record": record,
-        "sources": config.sources,
-        "show_progress": show_progress,
-        **config.intervals,
-    }
-    return loop.train(run, files.path, **options), False
+    with files.released():
+        # Before anything is compiled: what is refused is refused at once.
+        plan = resume.open_run(
+            files,
+            identity,
+            config.plan,
+            record=record,
+            adaptive=config.controller is not None,
+            change_future=change_future,
+        )
+        if files.result.exists():
+            return read_json(files.result, _RESULT), True
+        kept, plans = files.microbatch, config.controller or plan
+        run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
+        options: dict[str, Any] = {
+            "keep_checkpoints": config.keep_checkpoints,
+            "change_future": change_future,
+            "record": record,
+            "sources": config.sources,
+            "show_progress": show_progress,
+            **config.intervals,
+        }
+        return loop.train(run, files.path, **options), False
 
 
 def _placed(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from bigbatch.training.progress import Progress, span
-from bigbatch.training.restore import restore
+from bigbatch.training.restore import restore, saved_elsewhere
 from bigbatch.training.run import Run
 from bigbatch.training.updates import updates, waits_for
 from bigbatch.training.watch import STALL_S, Watchdog
@@ -89,9 +89,9 @@ def train(
 
     Raises:
       UserError: the directory cannot be used, or holds another run.
-      RunError: the loss, the parameters or the last test loss are not finite, or a checkpoint
-        cannot be written.
-      StoppedError: SIGTERM or the runtime asked for it; the state is saved.
+      RunError: the loss, the parameters or the last test loss are not finite, a checkpoint cannot
+        be written, or the directory has gone.
+      StoppedError: a signal or the runtime asked for it; the state is saved.
     """
     checks = Checks()
     # One to go back to where the newest is damaged.
@@ -101,81 +101,91 @@ def train(
     due, files = _intervals(intervals), Workdir(Path(directory))
     if record is None:
         record = {"experiment": files.path.name, **run.identity}
-    metric_names = list(run.task.shown_metrics(run.programs.sum_names))
-    plan = resume.open_run(
-        files,
-        run.identity,
-        run.plan,
-        record=record,
-        metrics=metric_names,
-        adaptive=run.controller is not None,
-        change_future=change_future,
-        sources=sources,
-    )
-    if files.result.exists():
-        result: dict[str, Any] = read_json(files.result)
-        return result
-    run = dataclasses.replace(run, plan=plan)
-    show_progress = show_progress and distributed.is_first()
-    stays = functools.partial(_stays, run, due.keep_every)
-    with Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints:
-        state, progress = restore(run, checkpoints)
-        course = Course(run.plan, run.controller, progress.controller)
-        run = _as_known(run, course, files)
-        distributed.on_first(lambda: _truncate(files, progress))
+    with files.released():
+        metric_names = list(run.task.shown_metrics(run.programs.sum_names))
+        plan = resume.open_run(
+            files,
+            run.identity,
+            run.plan,
+            record=record,
+            metrics=metric_names,
+            adaptive=run.controller is not None,
+            change_future=change_future,
+            sources=sources,
+        )
+        if files.result.exists():
+            result: dict[str, Any] = read_json(files.result)
+            return result
+        run = dataclasses.replace(run, plan=plan)
+        show_progress = show_progress and distributed.is_first()
+        stays = functools.partial(_stays, run, due.keep_every)
         with (
-            metrics.MetricsLog(
-                files.metrics if distributed.is_first() else None,
-                _events(run, files, progress, record, metric_names),
-            ) as log,
-            progress_lib.progress_bar(run, progress, show_progress) as bar,
+            StopRequest() as stop,
+            Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints,
         ):
-            say = functools.partial(bar.write, file=sys.stderr)
-            if show_progress:
-                say(progress_lib.memory_line(run))
-            with Watchdog(say, stall_s) as watchdog, StopRequest() as stop:
-                loop = _Loop(
-                    run=run,
-                    due=due,
-                    state=state,
-                    progress=progress,
-                    checkpoints=checkpoints,
-                    log=log,
-                    on_record=on_record,
-                    bar=bar,
-                    say=say if show_progress else None,
-                    watchdog=watchdog,
-                    stop=stop,
-                    course=course,
-                    files=files,
-                )
-                loop.run_updates()
-    progress = loop.progress
-    run = loop.run
-    test_loss = progress.test.get("test_loss", 0.0)
-    if not math.isfinite(test_loss):
-        last = run.plan.row(run.plan.num_updates - 1)
-        what = f"the test loss is {test_loss}"
-        raise RunError(divergence.diagnosis(run.plan, last, what, progress.train_loss))
-    if run.controller is not None and distributed.is_first():
-        storage.put(files.plan, course.to_json())
-    result = metrics.as_json(
-        {
-            "updates": run.plan.num_updates,
-            "examples": run.plan.num_examples,
-            **progress.test,
-            "train_loss": progress.train_loss,
-            "seconds": round(progress.seconds, 3),
-            "compilations": run.programs.compilations,
-            "params_sha256": packing.sha256(loop.state.params),
-        }
-    )
-    if run.data.num_bad_records is not None:
-        # Each process has read its own devices' part of them.
-        bad = distributed.gather(str(run.data.num_bad_records).encode())
-        result["bad_records"] = sum(map(int, bad))
-    distributed.on_first(lambda: write_json(files.result, result))
-    return result
+            state, progress = restore(run, checkpoints)
+            course = Course(run.plan, run.controller, progress.controller)
+            run = _as_known(run, course, files)
+            done, again = progress.updates, progress.evaluation_due
+            distributed.on_first(
+                lambda: metrics.truncate(files.metrics, last_update=done, without_test=again)
+            )
+            with (
+                metrics.MetricsLog(
+                    files.metrics if distributed.is_first() else None,
+                    _events(run, files, progress, record, metric_names),
+                ) as log,
+                progress_lib.progress_bar(run, progress, show_progress) as bar,
+            ):
+                say = functools.partial(bar.write, file=sys.stderr)
+                if show_progress:
+                    say(progress_lib.memory_line(run))
+                with Watchdog(say, stall_s) as watchdog:
+                    loop = _Loop(
+                        run=run,
+                        due=due,
+                        state=state,
+                        progress=progress,
+                        checkpoints=checkpoints,
+                        log=log,
+                        on_record=on_record,
+                        bar=bar,
+                        say=say if show_progress else None,
+                        watchdog=watchdog,
+                        stop=stop,
+                        course=course,
+                        files=files,
+                    )
+                    loop.run_updates()
+        progress = loop.progress
+        run = loop.run
+        test_loss = progress.test.get("test_loss", 0.0)
+        if not math.isfinite(test_loss):
+            last = run.plan.row(run.plan.num_updates - 1)
+            what = f"the test loss is {test_loss}"
+            raise RunError(divergence.diagnosis(run.plan, last, what, progress.train_loss))
+        if run.controller is not None and distributed.is_first():
+            storage.put(files.plan, course.to_json())
+        result = metrics.as_json(
+            {
+                "updates": run.plan.num_updates,
+                "examples": run.plan.num_examples,
+                **progress.test,
+                "train_loss": progress.train_loss,
+                "seconds": round(progress.seconds, 3),
+                "compilations": run.programs.compilations,
+                "params_sha256": packing.sha256(loop.state.params),
+            }
+        )
+        if run.data.num_bad_records is not None:
+            # Each process has read its own devices' part of them.
+            bad = distributed.gather(str(run.data.num_bad_records).encode())
+            result["bad_records"] = sum(map(int, bad))
+        distributed.on_first(lambda: write_json(files.result, result))
+        if stop.notice:
+            # It came after the last update, and must not be lost on what would follow.
+            raise StoppedError("told to stop: the run is at its end", stop.exit_status)
+        return result
 
 
 def _intervals(given: Mapping[str, float | None]) -> Intervals:
@@ -213,13 +223,6 @@ def _events(
             config=resume.plain(record),
             metrics=[*(f"test_{name}" for name in tested), "train_loss"],
         )
-
-
-def _truncate(files: Workdir, progress: Progress) -> None:
-    """Removes what the log says of the time after the checkpoint."""
-    metrics.truncate(
-        files.metrics, last_update=progress.updates, without_test=progress.evaluation_due
-    )
 
 
 def _stays(run: Run, every: Every | None, updates_done: int) -> bool:
@@ -287,7 +290,8 @@ class _Loop:
             self._save()
             raise StoppedError(
                 f"told to stop: saved after update {self.progress.updates:,} of "
-                f"{self.run.plan.num_updates:,}; the same command continues"
+                f"{self.run.plan.num_updates:,}; the same command continues",
+                self.stop.exit_status,
             ) from None
 
     def _use(self, smaller: Run, state: functions.State) -> None:
@@ -314,11 +318,11 @@ class _Loop:
         evaluation_due = is_last or due.evaluate_every.due(*at)
         checkpoint_due = is_last or due.checkpoint_every.due(*at)
         checkpoint_due = checkpoint_due or _stays(self.run, due.keep_every, row.update + 1)
-        if evaluation_due or checkpoint_due:
+        if evaluation_due or checkpoint_due or self.log.is_lost:
             self._read()
         if evaluation_due:
             self._evaluate(row)
-        if checkpoint_due:
+        if checkpoint_due or self.log.is_lost:
             self._save()
 
     def _await(self) -> None:
@@ -351,7 +355,8 @@ class _Loop:
             self.progress = progress_lib.record(
                 self.run, progress, row, on_host, done_s, self.due.log_every, self._write
             )
-        self.run = _as_known(self.run, self.course, self.files)
+        if not self.log.is_lost:
+            self.run = _as_known(self.run, self.course, self.files)
         self.bar.total = self.run.plan.num_examples
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -374,7 +379,7 @@ class _Loop:
     def _save(self) -> None:
         """Saves the state, unless this very update is saved."""
         updates_done = self.progress.updates
-        if updates_done == self._saved_updates:
+        if updates_done == self._saved_updates and not self.log.is_lost:
             return
         self._saved_updates = updates_done
         self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
@@ -387,6 +392,9 @@ class _Loop:
             "seed": self.run.seed,
         }
         self.log.sync()
+        if self.log.is_lost:
+            where = self.files, self.log.directory()
+            raise saved_elsewhere(self.run, *where, updates_done, self.state, record)
         with self.watchdog.phase("checkpoint"):
             state = self.run.programs.unite(self.state)
             self.checkpoints.save(updates_done, state, record)

@@ -1,11 +1,15 @@
-"""The state of a run from its checkpoints."""
+"""The state of a run from its checkpoints, and to where its directory was moved."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from bigbatch import distributed
 from bigbatch.engine.functions import State
-from bigbatch.errors import Problem, UserError
+from bigbatch.errors import Problem, RunError, UserError
 from bigbatch.training.progress import Progress
 from bigbatch.training.run import Run
 from bigbatch.workdir import resume
@@ -36,6 +40,40 @@ def newest(run: Run, directory: str | Path) -> tuple[State, int]:
         allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
         raise UserError(Problem("workdir", str(files.path), allowed))
     return state, progress.updates
+
+
+def saved_elsewhere(
+    run: Run,
+    files: Workdir,
+    now: Path | None,
+    updates: int,
+    state: State,
+    record: Mapping[str, Any],
+) -> RunError:
+    """Saves the state of a run whose directory has gone, where that can be.
+
+    Args:
+      run: with its programs.
+      files: where the directory was.
+      now: where it is, if anywhere.
+      updates: done.
+      state: after them.
+      record: see `Checkpoints.save`.
+
+    Returns:
+      What ends the run.
+    """
+    gone = f"{files.path} was removed or moved, or its log, while the run went on"
+    # The other processes of several have not noticed.
+    if now is None or jax.process_count() > 1:
+        return RunError(f"{gone}: nothing was saved after the newest checkpoint in it")
+    with Checkpoints(Workdir(now).checkpoints, keep=sys.maxsize) as checkpoints:
+        if updates not in checkpoints.saved():
+            checkpoints.save(updates, run.programs.unite(state), record)
+    return RunError(
+        f"{gone}: saved after update {updates:,} in {now}; the same command continues with "
+        f"--workdir={now}"
+    )
 
 
 def _warn(text: str) -> None:

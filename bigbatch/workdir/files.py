@@ -11,18 +11,25 @@
     checkpoints/    by update
     critical/       branches of `bigbatch critical`, and what they show
     programs/       compiled programs, where --compilation-cache names it
+    lock            who trains here now; not there where nobody does
 
 Every file is put whole (`storage`), so a kill at any moment leaves the old one or the new one.
 """
 
+import contextlib
 import dataclasses
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bigbatch.checks import parsed
 from bigbatch.errors import Problem, UserError
 from bigbatch.workdir import storage
+
+# What Orbax takes for a bucket, TensorStore for a slash, and neither as a character.
+_UNUSABLE = re.compile(r"/(gs|s3|az|hf)(/|$)|.*[\\\ud800-\udfff]", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +53,32 @@ class Workdir:
     checkpoints = property(lambda self: self.path / "checkpoints")
     critical = property(lambda self: self.path / "critical")
     programs = property(lambda self: self.path / "programs")
+    lock = property(lambda self: self.path / "lock")
 
     def claim(self) -> None:
-        """Makes the directory, or makes sure that it holds a run or nothing.
+        """Makes the directory, or makes sure that it holds a run or nothing like it, and holds it.
 
         Raises:
-          UserError: it is a file, cannot be made, or holds something else.
+          UserError: it is a file, cannot be made, holds something else, or somebody else trains
+            in it.
         """
+        if _UNUSABLE.match(str(self.path.absolute())):
+            allowed = (
+                "a path without a backslash, in UTF-8, and not below /gs, /s3, /az or /hf: the "
+                "checkpoints' library knows no others (a symbolic link of a plain name will do)"
+            )
+            raise UserError(Problem("workdir", str(self.path), allowed))
         storage.claim(self.path, "workdir")
+        storage.hold(self.lock, "workdir")
         self._refuse_foreign()
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """At the end of it others may claim the directory."""
+        try:
+            yield
+        finally:
+            storage.release(self.lock)
 
     def expect_run(self) -> None:
         """Makes sure that the directory holds a run.
@@ -66,16 +90,19 @@ class Workdir:
             raise UserError(Problem("workdir", str(self.path), "the directory of a run"))
         self._refuse_foreign()
         if not (self.config.exists() and self.plan.exists()):
-            allowed = "the directory of a run (this one is empty: `bigbatch train` fills it)"
+            allowed = "the directory of a run (this one holds none: `bigbatch train` fills it)"
             raise UserError(Problem("workdir", str(self.path), allowed))
 
     def _refuse_foreign(self) -> None:
-        # The cache of compiled programs may be there before the run is.
-        names = [name for name in storage.listed(self.path) if name != self.programs.name]
-        if names and not self.config.exists():
+        # What has other names, such as .DS_Store or a log of the user's, is in nobody's way. The
+        # cache of compiled programs and the lock may be there before the run is.
+        own = [name for name, kind in vars(Workdir).items() if isinstance(kind, property)]
+        names = {getattr(self, name).name for name in own if name not in ("programs", "lock")}
+        found = [name for name in storage.listed(self.path) if name in names]
+        if found and not self.config.exists():
             allowed = (
-                "a new or empty directory, or the directory of a run; this one holds "
-                f"{names[0]!r} and no config.json"
+                "a directory in which nothing has the name of a file of a run, or the directory of "
+                f"a run; this one holds {found[0]!r} and no config.json"
             )
             raise UserError(Problem("workdir", str(self.path), allowed))
 

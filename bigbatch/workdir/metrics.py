@@ -27,7 +27,13 @@ class MetricsLog:
     Args:
       path: the file; it is made if it does not exist. None: nothing is written.
       events: gets every record too, if given; it is closed with the log.
+
+    Attributes:
+      is_lost: whether a write has found that the file is no more in its place: it was removed, or
+        moved, mostly with its directory.
     """
+
+    is_lost = False
 
     def __init__(self, path: Path | None, events: EventFiles | None = None):
         self._events = events
@@ -47,6 +53,7 @@ class MetricsLog:
             self._file.flush()
             if self._events is not None:
                 self._events.write(record)
+        self._look()
 
     def sync(self) -> None:
         """Makes sure that what was written outlives a loss of power.
@@ -59,6 +66,21 @@ class MetricsLog:
                 os.fsync(self._file.fileno())
             if self._events is not None:
                 self._events.sync()
+        self._look()
+
+    def directory(self) -> Path | None:
+        """Where the file is now, if it is anywhere; only Linux tells."""
+        descriptor = self._file.fileno()
+        path = os.path.realpath(f"/proc/self/fd/{descriptor}")
+        is_there = os.path.exists(path) and os.path.samefile(path, descriptor)
+        return Path(path).parent if is_there else None
+
+    def _look(self) -> None:
+        try:
+            in_place = os.path.samefile(self._path, self._file.fileno())
+        except FileNotFoundError:
+            in_place = False
+        self.is_lost |= not in_place
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -13,6 +13,7 @@ import numpy as np
 
 from bigbatch.engine.task import PyTree
 from bigbatch.errors import Problem, UserError
+from bigbatch.replacing import replacing
 
 FIELD = "initial_params"
 # So many arrays that do not fit are told by their names.
@@ -39,7 +40,7 @@ def write(out: Path, network: Network) -> int:
     """
     arrays = {name: np.asarray(leaf) for name, leaf in named(network).items()}
     try:
-        with open(out, "wb") as file:
+        with replacing(out) as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
     except OSError as error:
         allowed = f"a file that can be written ({error.strerror})"

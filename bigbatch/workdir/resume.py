@@ -42,6 +42,8 @@ def open_run(
 ) -> Plan:
     """Claims a working directory for a run, new or begun. May be called again.
 
+    Process 0 holds it from then on, so that nobody else trains in it, until it is `released`.
+
     Args:
       files: the directory.
       identity: what decides the result, beside the plan.
@@ -91,7 +93,11 @@ def open_run(
             storage.put(files.source / source.name, storage.read(source))
         plans.append(chosen)
 
-    distributed.on_first(open_first)
+    try:
+        distributed.on_first(open_first)
+    except BaseException:
+        storage.release(files.lock)
+        raise
     chosen = distributed.together(lambda: plans[0] if plans else _of_first(files))
     distributed.agree({"plan": chosen.fingerprint}, "plan (a workdir that all processes see)")
     return chosen

@@ -1,18 +1,35 @@
-"""Where a run's files lie: four verbs, behind which a local directory stands.
+"""Where a run's files lie: five verbs, behind which a local directory stands.
 
-A file is *put* whole or not at all; a directory is *claimed* before anything is put into it; names
-are *listed*; a file is *read*. Logs that grow line by line, and Orbax's checkpoints, have ways of
-their own.
+A file is *put* whole or not at all; a directory is *claimed* before anything is put into it, and
+*held* by one process at a time; names are *listed*; a file is *read*. Logs that grow line by line,
+and Orbax's checkpoints, have ways of their own.
 """
 
 import contextlib
+import errno
+import fcntl
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from bigbatch.errors import Problem, RunError, UserError
+from bigbatch.replacing import BEING_WRITTEN, replacing
 
-_BEING_WRITTEN = ".being-written"
+# The locks of this process by their files' real paths: which thread has taken each.
+_locks: dict[str, tuple[int, TextIO]] = {}
+
+
+def _forget_locks() -> None:
+    while _locks:
+        _locks.popitem()[1][1].close()
+
+
+# A fork would share them, and may outlive its process.
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def claim(directory: Path, field: str) -> None:
@@ -35,24 +52,72 @@ def claim(directory: Path, field: str) -> None:
         raise UserError(Problem(field, str(directory), allowed))
 
 
+def hold(lock: Path, field: str) -> None:
+    """Keeps all others from a lock file's directory; a thread may hold what it holds already.
+
+    It falls with its process, however that ends. Other hosts are kept away too where the file
+    system knows locks; where it knows none, nobody is.
+
+    Args:
+      lock: the file; it says who holds it, and is there no longer than that.
+      field: the directory's name in the words of the user.
+
+    Raises:
+      UserError: another process or thread holds it.
+      RunError: it cannot be written.
+    """
+    place = os.path.realpath(lock)
+    if _locks.get(place, (0,))[0] == threading.get_ident():
+        return
+    taken = False
+    while not taken:
+        with writing(lock), contextlib.ExitStack() as undo:
+            file = undo.enter_context(open(place, "a+", encoding="utf-8"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno == errno.EWOULDBLOCK:
+                    file.seek(0)
+                    who = file.read() or "another process"
+                    allowed = (
+                        f"a directory that nobody else trains in; {who} does: wait for it, end it, "
+                        "or give another directory"
+                    )
+                    raise UserError(Problem(field, str(lock.parent), allowed)) from error
+            # Whoever held it before has removed the file in the meantime.
+            with contextlib.suppress(FileNotFoundError):
+                taken = os.path.samefile(file.fileno(), place)
+            if taken:
+                file.truncate(0)
+                since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+                file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since},")
+                file.flush()
+                _locks[place] = threading.get_ident(), file
+                undo.pop_all()
+
+
+def release(lock: Path) -> None:
+    """Lets others into a lock file's directory, if this thread holds it."""
+    place = os.path.realpath(lock)
+    if _locks.get(place, (0,))[0] == threading.get_ident():
+        with _locks.pop(place)[1] as file, contextlib.suppress(OSError):
+            if os.path.samefile(file.fileno(), place):
+                os.unlink(place)
+
+
 def put(path: Path, text: str) -> None:
     """Replaces a file atomically; after a power loss too it holds the old or the new text.
 
     Raises:
       RunError: it cannot be written; the old one is as it was.
     """
-    temporary = path.with_name(path.name + _BEING_WRITTEN)
-    with writing(path):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    with writing(path), replacing(path) as file:
+        file.write(text.encode())
 
 
 def listed(directory: Path) -> list[str]:
     """The names in a directory, sorted, but for those that are being written."""
-    return sorted(path.name for path in directory.iterdir() if path.suffix != _BEING_WRITTEN)
+    return sorted(path.name for path in directory.iterdir() if path.suffix != BEING_WRITTEN)
 
 
 def read(path: Path) -> str:

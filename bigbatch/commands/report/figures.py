@@ -15,6 +15,7 @@ import numpy as np
 
 from bigbatch.commands.report.runs import Columns
 from bigbatch.commands.report.summary import Curve, Experiment, Summary
+from bigbatch.replacing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -145,8 +146,11 @@ def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
             panel(axes, summary)
         handles = [Line2D([], [], **_line(style)) for _, style in _styled(summary)]
         figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=12)
-        figure.savefig(path, dpi=160, metadata={"Software": "bigbatch"})
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": "bigbatch"})
+        with replacing(path) as file:
+            figure.savefig(file, dpi=160, metadata={"Software": "bigbatch"})
+        with replacing(path.with_suffix(".svg")) as file:
+            written = {"Date": None, "Creator": "bigbatch"}
+            figure.savefig(file, format="svg", metadata=written)
 
 
 def _legend_text(experiment: Experiment) -> str:

@@ -9,6 +9,7 @@ from bigbatch.commands.report.page import page
 from bigbatch.commands.report.runs import LoggedRun, read_run
 from bigbatch.commands.report.summary import Summary, summarise
 from bigbatch.errors import Problem, UserError
+from bigbatch.replacing import replacing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,14 +86,14 @@ def _cannot_write(out: str | Path, error: OSError) -> Problem:
 
 
 def _write(summary: Summary, out: Path) -> Report:
+    texts = {"report.md": table.markdown(summary), "report.html": page(summary)}
     # The page last: where it is, everything is.
     for suffix in (".png", ".svg"):
         (out / f"curve_gap{suffix}").unlink(missing_ok=True)
     drawn = {out / f"{name}.png": panels for name, panels in figures.panels(summary).items()}
     for path, panels in drawn.items():
         figures.save(panels, summary, path)
-    markdown = out / "report.md"
-    markdown.write_text(table.markdown(summary), encoding="utf-8")
-    html = out / "report.html"
-    html.write_text(page(summary), encoding="utf-8")
-    return Report(html, markdown, tuple(drawn), summary)
+    for name, text in texts.items():
+        with replacing(out / name) as file:
+            file.write(text.encode())
+    return Report(out / "report.html", out / "report.md", tuple(drawn), summary)

@@ -8,7 +8,6 @@ the data, or in the user's cache directory where the data cannot be written to.
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from bigbatch.data.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
+from bigbatch.replacing import replacing
 
 # Finding a length is one small read, so the time goes into waiting: more threads than cores.
 _THREADS = 8
@@ -81,7 +81,7 @@ def _places(files: Sequence[Path]) -> list[Path]:
 def _load(place: Path, sizes: np.ndarray, shard_examples: Sequence[int]) -> Index | None:
     """The index in a file, or None: it is not there, damaged, or of other files."""
     try:
-        with np.load(place) as file:
+        with open(place, "rb") as kept, np.load(kept) as file:
             kept_sizes, counts, flat = file["sizes_bytes"], file["counts"], file["boundaries"]
         fits = np.array_equal(kept_sizes, sizes) and np.array_equal(counts, shard_examples)
         if not fits or flat.dtype != np.int64 or len(flat) != counts.sum() + len(counts):
@@ -99,21 +99,13 @@ def _load(place: Path, sizes: np.ndarray, shard_examples: Sequence[int]) -> Inde
 def _save(place: Path, index: Index) -> None:
     """Writes the index whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".npz", delete=False) as file:
-        try:
-            np.savez(
-                file,
-                sizes_bytes=index.sizes_bytes,
-                counts=np.array([len(part) - 1 for part in index.boundaries], np.int64),
-                boundaries=np.concatenate(index.boundaries),
-            )
-            file.flush()
-            # Temporary files are private; an index is for everyone who may read the data.
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, place)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(place) as file:
+        np.savez(
+            file,
+            sizes_bytes=index.sizes_bytes,
+            counts=np.array([len(part) - 1 for part in index.boundaries], np.int64),
+            boundaries=np.concatenate(index.boundaries),
+        )
 
 
 def _build(
