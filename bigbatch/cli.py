@@ -133,10 +133,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let the plan differ from the begun run's after its newest checkpoint",
     )
+    train.add_argument("--from-update", type=int, metavar="N", help="go back to that checkpoint")
     evaluate = verb("evaluate", _evaluate, "Evaluate the newest checkpoint of a run.")
     evaluate.add_argument("--config", **config)
     evaluate.add_argument("--workdir", **workdir)
     export = verb("export", _export, "Write the newest checkpoint's network as plain arrays.")
+    for each in (evaluate, export):
+        each.add_argument("--update", type=int, metavar="N", help="of that checkpoint")
     export.add_argument("--config", **config)
     export.add_argument("--workdir", **workdir)
     export.add_argument("--out", metavar="FILE.npz", required=True, help="for numpy.load")
@@ -292,9 +295,8 @@ def _train(options: argparse.Namespace) -> None:
         config, files = distributed.together(lambda: (_config(options), _workdir(options.workdir)))
         # Before the directory is claimed: a run without data leaves nothing behind.
         data = distributed.together(lambda: load_data(config, show_progress=sys.stderr.isatty()))
-        result, is_old = train(
-            config, files, data=data, change_future=options.change_future, show_progress=True
-        )
+        asked = {n: getattr(options, n) for n in ("change_future", "from_update")}
+        result, is_old = train(config, files, data=data, show_progress=True, **asked)
         if is_old:
             updates = result["updates"]
             distributed.say(f"This run is finished ({updates} updates); nothing was trained.")
@@ -315,7 +317,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     config = _own_config(options)
     from bigbatch.commands.saved import evaluate_run
 
-    print(json.dumps(evaluate_run(files, config)))
+    print(json.dumps(evaluate_run(files, config, options.update)))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -326,7 +328,8 @@ def _export(options: argparse.Namespace) -> None:
     config = _own_config(options)
     from bigbatch.commands.saved import export, run_of
 
-    print(json.dumps(export(run_of(files, config)(), files.path, options.out)))
+    run = run_of(files, config)()
+    print(json.dumps(export(run, files.path, options.out, options.update)))
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -122,11 +122,56 @@ def test_what_another_version_or_project_wrote_is_refused(original, tmp_path, ch
     shutil.copytree(original, directory)
     path = directory / "2" / "_CHECKPOINT_METADATA"
     content = json.loads(path.read_text())
-    content["custom_metadata"] |= change
+    record = content["custom_metadata"] | change
+    del record["digest"]
+    content["custom_metadata"] = record | {"digest": checkpoint._digest(record)}
     path.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         restored(directory)
     assert numbers_in(directory) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"custom_metadata": {"project": "another"}},
+        {"custom_metadata": {"format": "5"}},
+        {"custom_metadata": {"arrays": {}}},
+        {"custom_metadata": None},
+    ],
+)
+def test_a_record_that_was_changed_gives_the_checkpoint_before(original, tmp_path, change):
+    directory, warnings = tmp_path / "checkpoints", []
+    shutil.copytree(original, directory)
+    path = directory / "2" / "_CHECKPOINT_METADATA"
+    content = json.loads(path.read_text())
+    for name, value in change.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(content))
+    found = restored(directory, warnings)
+    assert found.updates == 1
+    np.testing.assert_array_equal(found.state.params["a"], state_of(1).params["a"])
+
+
+@pytest.mark.parametrize("change", [{"metrics": 7}, {"init_timestamp_nsecs": "yesterday"}])
+def test_a_record_that_orbax_cannot_read_is_said(original, tmp_path, change):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    path = directory / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="a directory of checkpoints that can be read"):
+        restored(directory)
+
+
+def test_going_back_moves_what_came_after(tmp_path):
+    directory = tmp_path / "checkpoints"
+    save(directory, 1, 2)
+    with Checkpoints(directory) as checkpoints:
+        with pytest.raises(UserError, match=r"from-update: given 3; allowed: .*: 2, 1; nearest: 2"):
+            checkpoints.go_back(3)
+        checkpoints.go_back(1)
+    assert restored(directory).updates == 1
+    assert [path.name for path in (tmp_path / "later-checkpoints").iterdir()] == ["2-0"]
 
 
 def test_a_half_written_checkpoint_is_none(original, tmp_path):

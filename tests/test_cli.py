@@ -1,6 +1,7 @@
 """The command as a user meets it: exit status, stdout and stderr, and what it leaves on disk."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -315,6 +316,24 @@ def test_hardware_and_intervals_may_change(capsys, finished):
         capsys=capsys,
     )
     assert (status, "finished" in out) == (0, True)
+
+
+def test_a_run_goes_back_to_a_checkpoint_and_ends_as_before(capsys, finished, tmp_path):
+    """And `evaluate` and `export` show that checkpoint, too."""
+    workdir = tmp_path / "again"
+    shutil.copytree(finished, workdir)
+    command = ["train", f"--config={DIGITS}:increase", f"--workdir={workdir}", *QUICK]
+    status, _, err = run(*command, "--from-update=5", capsys=capsys)
+    assert status == 2
+    assert (
+        "from-update: given 5; allowed: the updates done at a checkpoint that is kept: 6, 4" in err
+    )
+    for verb, out in (("evaluate", ()), ("export", (f"--out={tmp_path / 'network.npz'}",))):
+        status, shown, _ = run(verb, f"--workdir={workdir}", "--update=4", *out, capsys=capsys)
+        assert (status, json.loads(shown)["updates"]) == (0, 4)
+    assert run(*command, "--from-update=4", capsys=capsys)[0] == 0
+    before, after = (json.loads((each / "result.json").read_text()) for each in (finished, workdir))
+    assert before["params_sha256"] == after["params_sha256"]
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate"])

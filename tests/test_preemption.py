@@ -18,6 +18,14 @@ from tests.test_distributed import ended, start
 from tests.test_lost_processes import wait_for_updates
 
 
+@pytest.fixture(autouse=True)
+def _sigint_is_heeded():
+    """Also where the tests run in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def run():
     # Updates of one and of five microbatches.

@@ -38,12 +38,15 @@ def run_of(files: Workdir, config: Config | None) -> Callable[..., Run]:
     return functools.partial(prepared, config, plan=resume.read_plan(files), data=data)
 
 
-def evaluate_run(files: Workdir, config: Config | None = None) -> dict[str, Any]:
-    """Evaluates the newest checkpoint of a run.
+def evaluate_run(
+    files: Workdir, config: Config | None = None, update: int | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run.
 
     Args:
       files: the run's directory.
       config: see `run_of`.
+      update: of the checkpoint with so many updates done; None: of the newest.
 
     Returns:
       `updates` done at the checkpoint, and the test results by name.
@@ -52,18 +55,21 @@ def evaluate_run(files: Workdir, config: Config | None = None) -> dict[str, Any]
       UserError: there is no checkpoint yet, or a file is damaged.
     """
     run = run_of(files, config)()
-    state, updates = newest(run, files.path)
+    state, updates = newest(run, files.path, update)
     return {"updates": updates, **evaluate(run, state)}
 
 
-def export(run: Run, directory: str | Path, out: str | Path) -> dict[str, Any]:
-    """Writes the newest checkpoint's network as plain arrays that NumPy alone can read.
+def export(
+    run: Run, directory: str | Path, out: str | Path, update: int | None = None
+) -> dict[str, Any]:
+    """Writes a checkpoint's network as plain arrays that NumPy alone can read.
 
     Args:
       run: from `prepare`.
       directory: the run's.
       out: an npz file; `params/...` are the parameters, or those that the optimizer evaluates with,
         `running_statistics/...` those of batch norm, each by its place in the network.
+      update: of the checkpoint with so many updates done; None: of the newest.
 
     Returns:
       `updates` done at the checkpoint, how many `arrays`, and the `params_sha256` of those written.
@@ -71,7 +77,7 @@ def export(run: Run, directory: str | Path, out: str | Path) -> dict[str, Any]:
     Raises:
       UserError: there is no checkpoint yet, a file is damaged, or `out` cannot be written.
     """
-    state, updates = newest(run, directory)
+    state, updates = newest(run, directory, update)
     params = jax.device_get(run.optimizer.evaluation_params(state.optimizer, state.params))
     network = network_file.Network(params, jax.device_get(state.running_statistics))
     arrays = network_file.write(Path(out), network)

@@ -114,6 +114,7 @@ def train(
     *,
     data: TrainingData | None = None,
     change_future: bool = False,
+    from_update: int | None = None,
     show_progress: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a config's run in a working directory; all of several processes call.
@@ -123,6 +124,7 @@ def train(
       files: the directory, new, or of the same run.
       data: of the config; None to load it.
       change_future: see `open_run`.
+      from_update: likewise.
       show_progress: see `loop.train`.
 
     Returns:
@@ -145,6 +147,7 @@ def train(
             record=record,
             adaptive=config.controller is not None,
             change_future=change_future,
+            from_update=from_update,
         )
         if files.result.exists():
             return read_json(files.result, _RESULT), True

@@ -125,7 +125,7 @@ def _facts(
     if not problems and shape != test_shape:
         allowed = f"images of the training part's shape {shape}"
         problems.append(Problem("test_images", test_shape, allowed))
-    if not problems:
+    if np.ndim(train[0]):
         problems += check_count("train_examples", train_examples, len(train[0]))
     if problems:
         raise UserError(problems)

@@ -17,25 +17,35 @@ from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir
 
 
-def restore(run: Run, checkpoints: Checkpoints) -> tuple[State, Progress]:
-    """The state and progress of the newest checkpoint that is whole, or of the start."""
+def restore(run: Run, checkpoints: Checkpoints, at: int | None = None) -> tuple[State, Progress]:
+    """The state and progress of the newest checkpoint that is whole, or of the start.
+
+    `at` takes the one with so many updates done.
+    """
     like = run.programs.checkpoint_shapes
-    restored = checkpoints.restore(like, resume.whose(run.identity), _warn)
+    restored = checkpoints.restore(like, resume.whose(run.identity), _warn, at)
     if restored is None:
         return run.first_state(), Progress()
     return run.on_devices(restored.state), Progress.read(restored.record["progress"])
 
 
-def newest(run: Run, directory: str | Path) -> tuple[State, int]:
+def newest(run: Run, directory: str | Path, at: int | None = None) -> tuple[State, int]:
     """The newest state in a working directory that is whole, and the updates done at it.
 
+    Args:
+      run: which it is of.
+      directory: the run's.
+      at: takes the state with so many updates done in its place.
+
     Raises:
-      UserError: there is none yet, or it is another run's.
+      UserError: there is none, or it is another run's.
     """
     files = Workdir(Path(directory))
     resume.check_same(files, run.identity)
     with Checkpoints(files.checkpoints) as checkpoints:
-        state, progress = restore(run, checkpoints)
+        if at is not None:
+            checkpoints.expect("update", at)
+        state, progress = restore(run, checkpoints, at)
     if progress.updates == 0:
         allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
         raise UserError(Problem("workdir", str(files.path), allowed))

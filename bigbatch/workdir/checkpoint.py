@@ -38,7 +38,7 @@ FORMAT = 4
 # The state is written in pieces of so many bytes, some at a time.
 _PIECE_BYTES = 2**25
 _PACKAGES = ("bigbatch", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-_DAMAGED = "damaged-checkpoints"
+_DAMAGED, _LATER = "damaged-checkpoints", "later-checkpoints"
 # What reading a damaged file raises; Orbax has no one error for it.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 
@@ -96,8 +96,8 @@ class Checkpoints:
                 preservation_policy=policy,
                 cleanup_tmp_directories=keep is not None,
             )
-        except OSError as error:
-            allowed = f"a directory that can be read and written ({error})"
+        except _UNREADABLE as error:
+            allowed = f"a directory of checkpoints that can be read and written ({error})"
             raise UserError(Problem("workdir", str(directory), allowed)) from error
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
@@ -113,6 +113,27 @@ class Checkpoints:
     def saved(self) -> list[int]:
         """The numbers of updates done at the checkpoints that are there, newest first."""
         return [updates for updates, record in self._records() if record is not None]
+
+    def expect(self, field: str, updates: int) -> None:
+        """Makes sure that there is a checkpoint with so many updates done.
+
+        Raises:
+          UserError: there is none; with those that there are.
+        """
+        there = self.saved()
+        if updates not in there:
+            allowed = "the updates done at a checkpoint that is kept: " + ", ".join(map(str, there))
+            nearest = min(there, key=lambda other: abs(other - updates), default=None)
+            raise UserError(Problem(field, updates, allowed, nearest))
+
+    def go_back(self, updates: int) -> None:
+        """Moves the checkpoints after one to a directory beside; on process 0 alone.
+
+        Raises:
+          UserError: that one is not there.
+        """
+        self.expect("from-update", updates)
+        self._move([other for other in self.saved() if other > updates], _LATER)
 
     def restore(
         self,
@@ -156,8 +177,9 @@ class Checkpoints:
         if damaged:
             names = ", ".join(map(str, damaged))
             raise RunError(
-                f"all checkpoints in {self.directory} are damaged (updates {names}); nothing was "
-                "changed. Put back a copy of one, or begin again in a new workdir"
+                f"all checkpoints in {self.directory} are damaged (updates {names}), or of "
+                "something else; nothing was changed. Put back a copy of one, or begin again in a "
+                "new workdir"
             )
         return None
 
@@ -225,6 +247,9 @@ class Checkpoints:
                 yield checkpoint.step, None
                 continue
             path = str(self.directory / str(checkpoint.step))
+            if record.pop("digest", None) != _digest(record):
+                yield checkpoint.step, None
+                continue
             if record.get("project") != "bigbatch":
                 allowed = "checkpoints that bigbatch has written; this one is of something else"
                 raise UserError(Problem("workdir", path, allowed))
@@ -234,7 +259,7 @@ class Checkpoints:
                     f"bigbatch {record['versions']['bigbatch']}: use that version"
                 )
                 raise UserError(Problem("workdir", path, allowed))
-            yield checkpoint.step, record if record.pop("digest") == _digest(record) else None
+            yield checkpoint.step, record
 
     def _load(self, updates: int, record: Mapping[str, Any], like: State) -> State | None:
         """The state of a checkpoint; None where it cannot be read, has changed, or is another."""
@@ -259,15 +284,15 @@ class Checkpoints:
         if not self._writes:
             return
 
-        def move() -> None:
-            beside = self.directory.with_name(_DAMAGED)
-            beside.mkdir(exist_ok=True)
-            for updates in damaged:
-                name = f"{updates}-{len(list(beside.iterdir()))}"
-                (self.directory / str(updates)).rename(beside / name)
-
-        distributed.on_first(move)
+        distributed.on_first(lambda: self._move(damaged, _DAMAGED))
         self._checkpointer.reload()
+
+    def _move(self, checkpoints: Sequence[int], name: str) -> None:
+        beside = self.directory.with_name(name)
+        beside.mkdir(exist_ok=True)
+        for updates in checkpoints:
+            own = f"{updates}-{len(list(beside.iterdir()))}"
+            (self.directory / str(updates)).rename(beside / own)
 
     def _not_written(self, error: Exception) -> RunError:
         """What to say where a checkpoint cannot be written."""

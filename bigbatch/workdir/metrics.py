@@ -7,6 +7,7 @@ the next update has been sent, so reading them never makes the device wait.
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -102,14 +103,20 @@ def truncate(path: Path, *, last_update: int, without_test: bool = False) -> Non
     """
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    kept, damaged = [], []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            update = record["update"]
+            later = record["update"] > last_update
         except (ValueError, KeyError, TypeError):
+            damaged.append(number)
             continue
-        again = without_test and update == last_update and "test_loss" in record
-        if update <= last_update and not again:
-            kept.append(line + "\n")
-    storage.put(path, "".join(kept))
+        again = without_test and record["update"] == last_update and "test_loss" in record
+        if not (later or again):
+            kept.append(line + b"\n")
+    # A kill may leave a last line without its end.
+    damaged = [number for number in damaged if number < len(lines)]
+    if damaged:
+        print(f"bigbatch: warning: {path}: left out damaged lines: {damaged}", file=sys.stderr)
+    storage.put(path, b"".join(kept))

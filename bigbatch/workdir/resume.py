@@ -38,6 +38,7 @@ def open_run(
     metrics: Sequence[str] | None = None,
     adaptive: bool = False,
     change_future: bool = False,
+    from_update: int | None = None,
     sources: Sequence[Path] = (),
 ) -> Plan:
     """Claims a working directory for a run, new or begun. May be called again.
@@ -52,6 +53,7 @@ def open_run(
       metrics: names of the task's metrics, the main one first; None where they are not known yet.
       adaptive: whether the plan is made while the run goes on; then the directory's own counts.
       change_future: whether the plan may differ from the directory's after what has been trained.
+      from_update: goes back to the checkpoint with so many updates done.
       sources: files of the user's that are copied for the record.
 
     With many processes all call it; process 0 writes, and the others read what it has written.
@@ -72,8 +74,14 @@ def open_run(
     def open_first() -> None:
         files.claim()
         chosen = plan
+        if from_update is not None:
+            files.expect_run()
         if files.config.exists():
             check_same(files, identity)
+            if from_update is not None:
+                with Checkpoints(files.checkpoints) as checkpoints:
+                    checkpoints.go_back(from_update)
+                files.result.unlink(missing_ok=True)
             if files.plan.exists():
                 begun = read_plan(files)
                 # What an adaptive run has decided, its checkpoint knows.

@@ -105,14 +105,14 @@ def release(lock: Path) -> None:
                 os.unlink(place)
 
 
-def put(path: Path, text: str) -> None:
+def put(path: Path, text: str | bytes) -> None:
     """Replaces a file atomically; after a power loss too it holds the old or the new text.
 
     Raises:
       RunError: it cannot be written; the old one is as it was.
     """
     with writing(path), replacing(path) as file:
-        file.write(text.encode())
+        file.write(text if isinstance(text, bytes) else text.encode())
 
 
 def listed(directory: Path) -> list[str]:
