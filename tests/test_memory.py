@@ -81,7 +81,7 @@ def test_the_kept_microbatch_is_taken_for_the_same_wish_and_devices_only(tmp_pat
 
 def test_out_of_memory_halves_the_microbatch_once_and_changes_no_number():
     with jax.enable_x64(True):
-        optimizer = OPTIMIZERS["nesterov"]()
+        optimizer = OPTIMIZERS["nesterov"](clip_norm=0.5)
         make = lambda most: prepared(  # noqa: E731
             optimizer, "nesterov", shard_optimizer=False, devices=2, microbatch=most
         )
@@ -104,7 +104,7 @@ def test_out_of_memory_halves_the_microbatch_once_and_changes_no_number():
 
 def test_out_of_memory_again_and_again_halves_down_to_one_unit():
     with jax.enable_x64(True):
-        optimizer, used = OPTIMIZERS["sgd"](), []
+        optimizer, used = OPTIMIZERS["sgd"](clip_norm=0.5), []
         options = {"shard_optimizer": False, "devices": 2}
         run = prepared(optimizer, "sgd", microbatch=12, **options)
         use = lambda smaller, state: used.append(smaller)  # noqa: E731

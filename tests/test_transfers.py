@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import types
 
 import jax
 import numpy as np
@@ -57,17 +56,18 @@ def test_the_sums_of_an_update_are_asked_for_before_the_first_is_waited_for(tmp_
         happened.append("asked")
         ask(array)
 
-    def read(value):
-        # The last of each update is the seconds waited, no array.
-        happened.append("read" if isinstance(value, jax.Array) else "end")
-        return np.asarray(value)
+    def read(sums):
+        arrays = [leaf for leaf in jax.tree.leaves(sums) if isinstance(leaf, jax.Array)]
+        happened.extend(["read"] * len(arrays) + ["end"])
+        return on_host(sums)
 
+    on_host = train.accumulator.on_host
     monkeypatch.setattr(of_arrays, "copy_to_host_async", asked)
-    monkeypatch.setattr(train, "np", types.SimpleNamespace(asarray=read))
+    monkeypatch.setattr(train.accumulator, "on_host", read)
     trained.train(run, tmp_path)
-    # Loss, correct, count, examples, whether the gradient is finite. A checkpoint may have asked
-    # before.
-    groups = re.findall("(?:asked )+(?:(?:read ){5}end )+", " ".join([*happened, ""]))
+    # Loss, correct, count, examples and what a float does not hold of each; whether gradient and
+    # parameters are finite. A checkpoint may have asked before.
+    groups = re.findall("(?:asked )+(?:(?:read ){10}end )+", " ".join([*happened, ""]))
     assert sum(group.count("end") for group in groups) == run.plan.num_updates
     assert sum(group.count("read") for group in groups) == happened.count("read")
     assert all(group.count("asked") >= group.count("read") for group in groups)
