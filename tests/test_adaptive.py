@@ -128,17 +128,16 @@ def test_the_plan_is_written_as_it_is_decided(run, tmp_path, monkeypatch):
 
 def test_a_begun_adaptive_run_goes_on_only_with_its_own_policy(run, tmp_path):
     files = Workdir(tmp_path)
-    trained.claimed(files, config())
+    trained.claimed(files, config(), run.data)
     trained.train(run, tmp_path)
     written = files.plan.read_bytes()
-    trained.claimed(files, config(log_every_updates=1))
+    trained.claimed(files, config(log_every_updates=1), run.data)
     assert files.plan.read_bytes() == written
     with pytest.raises(UserError, match=r"policy\.multiple: given 2\.0; allowed: 4\.0"):
-        trained.claimed(files, config(ADAPTIVE | {"multiple": 2.0}))
-    fixed = {n: v for n, v in ADAPTIVE.items() if n in ("learning_rate", "batch_size", "momentum")}
+        trained.claimed(files, config(ADAPTIVE | {"multiple": 2.0}), run.data)
     fixed = {n: v for n, v in ADAPTIVE.items() if n in ("learning_rate", "batch_size", "momentum")}
     with pytest.raises(UserError, match=r"policy\.name: given 'nothing'; allowed: 'adaptive'"):
-        trained.claimed(files, config({"name": "constant", **fixed}))
+        trained.claimed(files, config({"name": "constant", **fixed}), run.data)
 
 
 def test_bad_fields():
