@@ -133,7 +133,7 @@ def test_a_process_that_is_killed_ends_as_an_undisturbed_one(name, tmp_path):
             if killed == kills:
                 assert process.wait(600) == 0
                 break
-            wanted = 12 * (killed + 1)
+            wanted = 8 * (killed + 1)
             while process.poll() is None and lines(directory) < wanted:
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
@@ -152,7 +152,7 @@ def main(name, directory, tokens):
     global TOKENS
     TOKENS = Path(tokens)
     prepare, _ = CASES[name]
-    bb.train(prepare(), directory, on_record=lambda record: time.sleep(0.05), **SETTINGS)
+    bb.train(prepare(), directory, on_record=lambda record: time.sleep(0.2), **SETTINGS)
 
 
 if __name__ == "__main__":
