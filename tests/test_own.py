@@ -34,7 +34,7 @@ TOKENS = Path("tokens.bin")
 
 
 def mapped(**options):
-    return mapped_tokens.prepare(TOKENS, **options)
+    return mapped_tokens.prepare(TOKENS, epochs=4.0, **options)
 
 
 # Name -> what prepares it, and the metric that its page shows.
