@@ -220,18 +220,19 @@ def test_a_state_in_any_number_of_pieces_comes_back(tmp_path, monkeypatch, piece
 
 
 def test_many_checkpoints_keep_no_descriptor_and_no_thread(tmp_path):
-    def counts() -> tuple[int, int]:
-        return len(os.listdir("/dev/fd")), threading.active_count()
+    """One of each a save would be 20; what else lives in this process comes and goes."""
+
+    def counts() -> np.ndarray:
+        return np.array([len(os.listdir("/dev/fd")), threading.active_count()])
 
     save(tmp_path / "first", 1)
     before = counts()
     with Checkpoints(tmp_path / "c", 2) as checkpoints:
-        for updates in range(1, 11):
+        for updates in range(1, 21):
             checkpoints.save(updates, state_of(updates), {"run": "this"})
-            if updates == 2:
-                early = counts()
-        assert counts() <= early
-    assert counts() <= before
+        during = counts()
+    assert np.all(during - before < 15)
+    assert np.all(counts() - before < 10)
 
 
 @pytest.mark.parametrize("name", ["lr=[0.1]", "[ab]*?", "a\nb #%é", "~", "-x", "x" * 250])
