@@ -220,7 +220,7 @@ def test_a_state_in_any_number_of_pieces_comes_back(tmp_path, monkeypatch, piece
 
 
 def test_many_checkpoints_keep_no_descriptor_and_no_thread(tmp_path):
-    """One of each a save would be 20; what else lives in this process comes and goes."""
+    """One of each a save would be 40; the save that is under way has a dozen."""
 
     def counts() -> np.ndarray:
         return np.array([len(os.listdir("/dev/fd")), threading.active_count()])
@@ -228,10 +228,10 @@ def test_many_checkpoints_keep_no_descriptor_and_no_thread(tmp_path):
     save(tmp_path / "first", 1)
     before = counts()
     with Checkpoints(tmp_path / "c", 2) as checkpoints:
-        for updates in range(1, 21):
+        for updates in range(1, 41):
             checkpoints.save(updates, state_of(updates), {"run": "this"})
         during = counts()
-    assert np.all(during - before < 15)
+    assert np.all(during - before < 30)
     assert np.all(counts() - before < 10)
 
 
