@@ -6,7 +6,7 @@ change elsewhere in a file is not seen. The words say which, and are compared as
 
 import hashlib
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,15 @@ def of_examples(
     >>> of_examples(3, lambda numbers: {"x": numbers}, whole=True)
     'sha256 fc30e835f5e7ac9a of all 3 examples'
     """
-    numbers, probed = np.arange(num_examples), f"all {num_examples:,} examples"
+    # An array of all their numbers could be the largest there is.
+    numbers: Sequence[int] = range(num_examples)
+    probed = f"all {num_examples:,} examples"
     if not whole and num_examples > _PROBED_EXAMPLES:
-        numbers = np.linspace(0, num_examples - 1, _PROBED_EXAMPLES).astype(np.int64)
+        numbers = np.linspace(0, num_examples - 1, _PROBED_EXAMPLES).astype(np.int64).tolist()
         probed = f"{_PROBED_EXAMPLES} of {num_examples:,} examples"
-    first = read(numbers[:1])
+    first = read(np.arange(1))
     example_bytes = sum(array.nbytes for array in first.values())
-    step = max(1, _PIECE_BYTES // max(1, example_bytes))
+    step = max(1, _PIECE_BYTES // max(np.int64().nbytes, example_bytes))
     found = [_sha256(read, numbers, step) for _ in range(1 if whole else 2)]
     if found[0] != found[-1]:
         return f"no hash of {probed}, which are others at every reading"
@@ -45,11 +47,11 @@ def of_examples(
 
 
 def _sha256(
-    read: Callable[[np.ndarray], Mapping[str, np.ndarray]], numbers: np.ndarray, step: int
+    read: Callable[[np.ndarray], Mapping[str, np.ndarray]], numbers: Sequence[int], step: int
 ) -> str:
     digests: dict[str, Any] = {}
     for begin in range(0, len(numbers), step):
-        for name, array in read(numbers[begin : begin + step]).items():
+        for name, array in read(np.asarray(numbers[begin : begin + step])).items():
             kind = f"{name} {array.dtype.newbyteorder('<')} {array.shape[1:]}"
             little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
             digests.setdefault(kind, hashlib.sha256()).update(little.reshape(-1).view(np.uint8))

@@ -27,9 +27,9 @@ Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 _RESERVED = ("key", "ghost_mask")
 # More cannot be numbered by a permutation of 32-bit words.
 _MOST_EXAMPLES = 2**32 - 1
-# Of a file that is mapped into memory so much is resident at a time. The system maps up to 64 KiB
-# around a byte that is read, at both ends of an example. To map them anew costs about 5 us a row.
-_RESIDENT_BYTES, _MAPPED_AROUND_BYTES = 2**25, 2**17
+# Of a file that is mapped into memory so much is resident at a time. The system may map a page of
+# 2 MiB around a byte that is read. To map one anew costs about 5 us a row.
+_RESIDENT_BYTES, _MAPPED_AROUND_BYTES = 2**25, 2**21
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
