@@ -23,5 +23,5 @@ def imagenet(tmp_path_factory) -> imagenet_files.Prepared:
     return imagenet_files.prepare(tmp_path_factory.mktemp("imagenet"))
 
 
-# It needs PyTorch, which the project does not.
-collect_ignore = ["benchmarks/growing_torch.py"]
+# They need PyTorch, which the project does not.
+collect_ignore = ["benchmarks/growing_torch.py", "accelerator/torch_wrn.py"]
