@@ -6,23 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-
-class Block(nn.Module):
-    """A pre-activation block of a Wide ResNet."""
-
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(before), nn.BatchNorm2d(after)
-        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
-        changes = before != after or stride != 1
-        self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False) if changes else None
-
-    def forward(self, x):
-        y = functional.relu(self.norm1(x))
-        if self.shortcut is not None:
-            x = self.shortcut(y)
-        return x + self.conv2(functional.relu(self.norm2(self.conv1(y))))
+from tests.benchmarks.growing_torch import Block
 
 
 def network(depth: int, width: int) -> nn.Module:
