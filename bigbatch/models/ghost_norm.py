@@ -23,8 +23,8 @@ class GhostNorm(nn.Module):
 
     In training the mean and the (biased) variance of each ghost batch are left in the collection
     `ghost_statistics` as float32[ghost batches, channels]; the running statistics are neither read
-    nor written. They advance once per update, in `functions.apply_update`. In evaluation the running
-    statistics of the collection `running_statistics` are used.
+    nor written. They advance once per update, in `functions.apply_update`. In evaluation the
+    running statistics of the collection `running_statistics` are used.
 
     Inside `jax.shard_map` a device may see only a part of a ghost batch: then the neighbouring
     devices of the mesh axis `axis_name` that hold the rest exchange moments, and each leaves the
