@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigbatch
-from bigbatch.commands import interrupts
+from bigbatch.commands import interrupts, plan_verb
 from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # What a shell reports of a program that SIGPIPE has ended.
 _BROKEN_PIPE = 141
-_MOST_DEVICES = 2**20
 _OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
 
@@ -109,17 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
     config = {"metavar": "FILE.py[:EXPERIMENT]", "help": "the config file"}
     workdir = {"metavar": "DIR", "help": "where the run is kept", "required": True}
-    plan = verb("plan", _plan, "Show every stage of a run before it is made.")
+    plan = verb("plan", plan_verb.run, "Show every stage of a run before it is made.")
     plan.add_argument("--config", required=True, **config)
-    plan.add_argument("--devices", type=int, default=1, help="plan for so many (default 1)")
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-    plan.add_argument("--plot", metavar="FILE", help="draw the plan, before and after (.png, .svg)")
-    timing = plan.add_argument_group("time and cost on devices that are not there")
-    timing.add_argument("--bench", metavar="FILE", help="measured speeds, from `bigbatch bench`")
-    timing.add_argument("--examples-per-s", type=float, help="of one device")
-    timing.add_argument("--allreduce-gbps", type=float, help="1e9 bits a second, of one device")
-    timing.add_argument("--update-s", type=float, help="fixed seconds of one update (default 0)")
-    timing.add_argument("--cost-per-device-hour", type=float, help="in your money")
+    plan_verb.add_arguments(plan)
     bench = verb("bench", _bench, "Measure the speeds of one device here, for `plan --bench`.")
     bench.add_argument("--config", required=True, **config)
     bench.add_argument("--out", metavar="FILE", default="bench.json", help="(default bench.json)")
@@ -227,37 +218,6 @@ def _no_overrides(options: argparse.Namespace, instead: str) -> None:
         raise UserError(fields)
 
 
-def _plan(options: argparse.Namespace) -> None:
-    from bigbatch.commands import plan as plan_table
-    from bigbatch.commands import plan_adaptive as ladder_table
-    from bigbatch.layout import time_model
-
-    config = _config(options)
-    nearest = min(max(options.devices, 1), _MOST_DEVICES)
-    if options.devices != nearest:
-        allowed = f"a whole number from 1 to {_MOST_DEVICES:,}"
-        raise UserError(Problem("devices", options.devices, allowed, nearest))
-    names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
-    typed = {name: v for name in names if (v := getattr(options, name)) is not None}
-    speeds = time_model.asked(options.bench, typed, options.devices)
-    summary = config.plan.summary() if options.json else {}
-    if config.controller is None:
-        text = plan_table.text
-    else:
-        text = ladder_table.text
-        summary["adaptive"] = ladder_table.summary(config.controller)
-    lines = [] if options.json else [text(config, devices=options.devices)]
-    if speeds is not None:
-        from bigbatch.commands import plan_time as time_table
-
-        times = time_table.times(config, options.devices, speeds)
-        summary["time"] = time_table.summary(times, speeds)
-        lines += ["", time_table.text(times, speeds)]
-    print(json.dumps(summary) if options.json else "\n".join(lines))
-    if options.plot:
-        _plot(config, options.plot)
-
-
 def _bench(options: argparse.Namespace) -> None:
     from bigbatch.commands.bench import bench, table
 
@@ -270,16 +230,6 @@ def _bench(options: argparse.Namespace) -> None:
     write_json(Path(options.out), result)
     print(table(result))
     print(options.out)
-
-
-def _plot(config: Any, path: str) -> None:
-    from bigbatch.commands.plan_figure import draw_plan
-
-    try:
-        draw_plan(path, config.plan, config.source_plan)
-    except (OSError, ValueError) as error:
-        allowed = f"a picture's file that can be written, .png, .svg or .pdf ({error})"
-        raise UserError(Problem("plot", path, allowed)) from error
 
 
 def _train(options: argparse.Namespace) -> None:
