@@ -1,14 +1,18 @@
 """Sums over many microbatches and devices: as good as float64's, whole numbers exact."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import bigbatch as bb
 from bigbatch.engine import accumulator, functions
 from bigbatch.engine.accumulator import Accumulator, on_host
 from bigbatch.training.updates import updates
+from bigbatch.workdir.packing import sha256
 
 WHOLE = 2**13 + 1
 
@@ -98,3 +102,60 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert run.programs.empty_accumulator().gradients.dtype == jnp.float32
     state, _, _ = one_update(regression(jnp.bfloat16), arrays, 1, 2)
     np.testing.assert_array_equal(np.float32(state.params), -0.5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("addends", [2**16, 2**20])
+def test_a_whole_reproducible_update_of_many_addends(addends):
+    """Each example an addend: the same bits on 1 and 2 devices, small elements within the bound."""
+    arrays = made(addends)
+    arrays["x"] *= np.float32([1, 1e-3, 1e-5])
+    found = [many_addends(arrays, devices) for devices in (1, 2)]
+    assert sha256(found[0]) == sha256(found[1])
+    params, sums = found[0]
+    x, y = (arrays[name].astype(np.float64) for name in ("x", "y"))
+    each = 2 * y[:, None] * x
+    allowed = 2**-22 * abs(each).sum(0) + addends * 2**-32 * abs(each).max()
+    # The parameters begin at 0 and become the mean gradient.
+    error = abs(params.astype(np.float64) * addends - each.sum(0))
+    assert (error <= allowed).all(), error / allowed
+    np.testing.assert_allclose(sums["loss"], y @ y, rtol=2**-21)
+
+
+def many_addends(arrays, devices):
+    """The parameters after one update of an example a microbatch and device, and its sums.
+
+    The microbatches are a loop on the device: a million calls take hours.
+    """
+    size, task = len(arrays["y"]), regression()
+    mesh = functions.data_mesh(jax.devices()[:devices])
+    run = bb.prepare(
+        task,
+        arrays,
+        bb.make_plan(bb.constant(1.0, size), train_examples=size, epochs=1),
+        bb.Sgd(),
+        mesh=mesh,
+        microbatch_examples_per_device=1,
+        ghost_batch_examples=1,
+        reproducible=True,
+    )
+    accumulate = functools.partial(functions.accumulate, task=task, mesh=mesh, unit_examples=1)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def all_of(state, total, microbatches):
+        return jax.lax.scan(lambda t, m: (accumulate(state, t, m), None), total, microbatches)[0]
+
+    ones = np.ones(size, np.float32)
+    examples = arrays | {"weight": ones, "ghost_mask": ones}
+    where = NamedSharding(mesh, PartitionSpec(None, functions.DATA_AXIS))
+    microbatches = {
+        name: jax.device_put(array.reshape(-1, devices, *array.shape[1:]), where)
+        for name, array in examples.items()
+    }
+    state, sums = run.first_state(), {functions.IS_EXACT: False}
+    while not sums[functions.IS_EXACT]:
+        total = all_of(state, run.programs.empty_accumulator(), microbatches)
+        hyper = {"learning_rate": np.float32(1)}
+        state, _, sums = run.programs.apply_update(state, total, hyper)
+        sums = on_host(sums)
+    return jax.device_get(state.params), sums
