@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from bigbatch.errors import UserError
 from bigbatch.schedule.adaptive.controller import DELAY_UPDATES, Controller, Decisions
 from bigbatch.schedule.adaptive.course import Course
-from bigbatch.schedule.adaptive.gradient_noise import Measurement
+from bigbatch.schedule.adaptive.gradient_noise import Measurement, Smoothed
 from bigbatch.schedule.plan import Plan
 
 
@@ -127,6 +127,12 @@ def test_a_decision_is_for_the_update_after_the_next():
     assert state.growths == (before.updates + DELAY_UPDATES,)
     # Updates on the lower level that were on their way already count for nothing.
     assert c.observe(state, measured(32, 1e-9, 1.0)).smoothed == state.smoothed
+    # The next growth needs as many measurements of its own.
+    assert state.smoothed == Smoothed()
+    first = before.updates + 1
+    while len(state.growths) == 1:
+        state = c.observe(state, measured(64, 1e-6, 1.0))
+    assert state.updates - state.growths[0] - DELAY_UPDATES >= first - DELAY_UPDATES
 
 
 @settings(max_examples=50, deadline=None)
@@ -173,6 +179,17 @@ def test_the_cooldown_holds_the_noise_just_above_a_line_to_zero(noise_scale, lev
     assert (noise[~before] >= line * (1 - 1e-12)).all()
     assert (noise[~before] <= 2 * line * late * (1 + 1e-12)).all()
     assert noise[-1] <= 2.0 ** -(level + 3) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("past", "grown"), [(2_000, False), (3_000, True)])
+def test_a_growth_at_the_cooldowns_start_is_one_of_the_cooldowns_own(past, grown):
+    """At half of it one level is due, at three quarters the second."""
+    c = controller(cooldown_epochs=4)
+    growth = 16_000 // 32
+    updates = growth + math.ceil(past / 64) - DELAY_UPDATES
+    decisions = Decisions(updates, (growth,))
+    found = c.observe(decisions, measured(64, 1.0, 1e-6))
+    assert (len(found.growths) == 2) == grown
 
 
 def test_the_cooldown_is_a_fifth_of_the_run_unless_told():

@@ -87,6 +87,20 @@ def test_a_picture_that_no_window_fits_shows_its_middle():
     assert crops.training_window(words, 1, 1) == (0, 0, 1, 1)
 
 
+def test_the_tenth_attempt_counts():
+    large, fits = (2**32 - 1, 2**31), (0, 2**31)
+    place = (5, 7)
+    tenth = crops.training_window([large] * 9 + [fits, place], 100, 1000)
+    assert tenth == crops.training_window([fits] * 10 + [place], 100, 1000)
+    assert (tenth.top, tenth.left) == (5, 7)
+
+
+def test_the_side_of_an_evaluation_window_is_rounded_halves_up():
+    sides = [crops.evaluation_window(side, 1000).height for side in (3, 4, 5, 6, 12)]
+    # Seven eighths: 2.625, 3.5, 4.375, 5.25, 10.5.
+    assert sides == [3, 4, 4, 5, 11]
+
+
 def test_words_are_the_generator_under_the_examples_bits():
     bits = (np.array([5, 2**32 - 1], np.uint32), np.array([7, 0], np.uint32))
     words = crops.words(bits)

@@ -9,7 +9,7 @@ from bigbatch.layout.layout import idle_share, make_layout
 from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
 from bigbatch.schedule.diagnostics import diagnose, linear_scaling, momentum_lags_epochs
 from bigbatch.schedule.plan import make_plan
-from bigbatch.schedule.policy import constant, cosine, step_decay, warmup
+from bigbatch.schedule.policy import constant, cosine, stages, step_decay, warmup
 from bigbatch.schedule.transform import grow_batch, raise_momentum, scale, with_rule
 
 PAPER = step_decay(0.1, 128, 0.9, boundaries_epochs=[60, 120, 160], factor=0.2)
@@ -57,7 +57,7 @@ def test_momentum_lag_where_every_update_has_its_own_size():
         ]
         examples = ends[near].max() - starts[near].min()
         shares.append(stage.batch_size / 0.1 / examples)
-    assert lag.value == pytest.approx(max(shares), rel=1e-2)
+    assert lag.value == pytest.approx(max(shares))
 
 
 def test_noise_error_and_batch_share():
@@ -79,6 +79,12 @@ def test_effective_learning_rate():
     assert "warmup" in diagnostic.warning
     assert found(warmup(raised, warmup_epochs=5))["effective_learning_rate"].warning is None
     assert found(scale(PAPER, 5))["effective_learning_rate"].warning is None
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.6, True), (0.4, False)])
+def test_a_plan_that_rises_from_half_its_peak_is_no_warm_up(share, warns):
+    rising = stages(f"0:{share:g} 5_epochs:1.0", "0:128", 0.9)
+    assert bool(found(rising)["effective_learning_rate"].warning) == warns
 
 
 def test_masked_share():

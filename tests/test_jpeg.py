@@ -222,6 +222,8 @@ def noise(content: bytes) -> bytes:
         (ENCODED[: len(ENCODED) // 2], "damaged"),
         (ENCODED[:-2], "damaged"),
         (noise(ENCODED), "damaged"),
+        # A harmless remark beside it does not hide it.
+        (noise(ENCODED)[:-2] + bytes(5000) + ENCODED[-2:], "damaged"),
         (encode(PHOTO, "PNG")[:30], "PNG"),
         (encode(PHOTO, "PNG")[:5000], "PNG"),
     ],

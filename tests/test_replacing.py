@@ -56,6 +56,22 @@ def test_a_kill_keeps_the_old_file(tmp_path):
     assert out.read_bytes() == b"old"
 
 
+def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    out, done = tmp_path / "out", []
+    out.write_bytes(b"old")
+
+    def fsync(descriptor):
+        done.append(("fsync", os.fstat(descriptor).st_size))
+
+    def replace_name(source, target):
+        done.append(("replace", Path(target) == out))
+
+    monkeypatch.setattr(replacing_lib.os, "fsync", fsync)
+    monkeypatch.setattr(replacing_lib.os, "replace", replace_name)
+    replace(out, b"newer")
+    assert done == [("fsync", 5), ("replace", True)]
+
+
 def test_permissions_and_links_stay_and_devices_are_written_as_they_are(tmp_path):
     out, link, long = tmp_path / "out", tmp_path / "link", tmp_path / ("x" * 250)
     out.touch(0o640)

@@ -10,6 +10,7 @@ from bigbatch.engine import functions as step
 from bigbatch.engine.optimizer import OPTIMIZERS, arguments
 from bigbatch.engine.sharded_optimizer import Parts
 from bigbatch.engine.task import Task
+from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, SMALL_SQUARES
 from bigbatch.training.loop import updates
 from bigbatch.training.prepare import prepare
 from tests import optimizers
@@ -59,6 +60,8 @@ def prepared(optimizer, name, *, shard_optimizer, devices=DEVICES, microbatch=2)
         arrays,
         plan(name),
         optimizer,
+        ghost_batch_examples=2,
+        noise_small_batch_examples=2,
         microbatch_examples_per_device=microbatch,
         shard_optimizer=shard_optimizer,
         mesh=step.data_mesh(jax.devices()[:devices]),
@@ -66,9 +69,10 @@ def prepared(optimizer, name, *, shard_optimizer, devices=DEVICES, microbatch=2)
 
 
 def trained(run):
-    """Parameters and optimizer state at the end, in their own shapes."""
-    *_, (_, state, _) = updates(run, run.init_state(), 0)
-    return jax.tree.map(np.asarray, run.programs.unite(state))
+    """Parameters and optimizer state at the end, in their own shapes, and what was measured."""
+    names, done = (SMALL_SQUARES, BIG_SQUARE, "loss"), list(updates(run, run.init_state(), 0))
+    history = [[float(sums[name]) for name in names] for _, _, sums in done]
+    return jax.tree.map(np.asarray, run.programs.unite(done[-1][1])), history
 
 
 def held_bytes_per_device(tree):
@@ -89,10 +93,11 @@ def test_the_divided_optimizer_gives_the_numbers_of_the_undivided_one(name):
         optimizer = OPTIMIZERS[name](
             weight_decay=0.01, decayed="kernels", clip_norm=0.5, average_examples=100.0
         )
-        expected, found = (
+        (expected, measured), (found, history) = (
             trained(prepared(optimizer, name, shard_optimizer=divided)) for divided in (False, True)
         )
         start = prepared(optimizer, name, shard_optimizer=False).init_state()
+    np.testing.assert_allclose(history, measured, rtol=1e-10)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
         other = dict(jax.tree_util.tree_leaves_with_path(found))[path]
@@ -167,7 +172,7 @@ def test_a_state_goes_to_another_number_of_devices():
         eight, four = (
             prepared(optimizer, "lamb", shard_optimizer=True, devices=devices) for devices in (8, 4)
         )
-        expected = trained(eight)
+        expected, _ = trained(eight)
         remaining = updates(eight, eight.init_state(), 0)
         state = next(state for row, state, _ in remaining if row.update == 6)
         saved = jax.tree.map(np.asarray, eight.programs.unite(state))
