@@ -14,7 +14,7 @@ from bigbatch.data import sets
 from bigbatch.data.tfds import files as tfds_files
 from bigbatch.data.tfds import idx_files, prepare
 from bigbatch.data.tfds import metadata as tfds_metadata
-from bigbatch.errors import UserError
+from bigbatch.errors import RunError, UserError
 
 
 def problems(call, *args, **kwargs):
@@ -164,6 +164,20 @@ def test_preparing_needs_no_tensorflow_where_arrays_are_written(tmp_path, idx_di
     command = [sys.executable, "-c", code, *arguments, f"--from={idx_directory}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_reading_needs_no_tensorflow_datasets_and_preparing_says_so(
+    tmp_path, idx_directory, monkeypatch
+):
+    root = tmp_path / "tfds"
+    prepare.prepare("fashion_mnist", data_dir=root, source=idx_directory)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    images, labels = tfds_files.read(find("fashion_mnist", root), "test")
+    expected = idx_files.read_parts(idx_directory)["test"]
+    np.testing.assert_array_equal(images, expected[0])
+    np.testing.assert_array_equal(labels, expected[1])
+    with pytest.raises(RunError, match=r"needs tensorflow_datasets .* 'bigbatch\[records\]'"):
+        prepare.prepare("fashion_mnist", data_dir=root)
 
 
 def test_damaged_and_missing_idx_files_are_told_together(tmp_path, idx_directory):

@@ -120,10 +120,11 @@ def parse(record: bytes) -> Example:
       BadRecordError: it is none.
     """
     from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
+
+    from bigbatch.data import tf_example
 
     try:
-        features = tf_example_pb2.Example.FromString(record).features.feature
+        features = tf_example.Example.FromString(record).features.feature
     except DecodeError as error:
         raise BadRecordError(f"it is no tf.train.Example: {error}") from error
     image = features["image"].bytes_list.value

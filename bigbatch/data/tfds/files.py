@@ -109,9 +109,9 @@ def _records(file: Path, file_format: str) -> list[bytes]:
 
 def _example(record: bytes, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
     """The image, uint8[H, W, C], and the label of a record."""
-    from tensorflow_datasets.proto import tf_example_pb2
+    from bigbatch.data import tf_example
 
-    features = tf_example_pb2.Example.FromString(record).features.feature
+    features = tf_example.Example.FromString(record).features.feature
     image = images.opened(features["image"].bytes_list.value[0])
     label = features["label"].int64_list.value[0]
     if image.size[::-1] != shape[:2]:

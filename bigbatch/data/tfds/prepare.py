@@ -62,6 +62,7 @@ def prepare(
 
 def _builder(name: str, data_dir: str | Path | None) -> Any:
     """The data set's builder of tensorflow-datasets."""
+    _expect("tensorflow_datasets", name, "pip install 'bigbatch[records]'")
     # TensorFlow, if it is there, logs its own start at length.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # A slow import, which most commands do not need.
@@ -75,13 +76,15 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
         raise UserError(Problem("name", name, allowed, nearest)) from error
 
 
+def _expect(package: str, name: str, command: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        words = f"preparing {name} needs {package} (training on it does not): {command}"
+        raise RunError(words)
+
+
 def _by_tfds(name: str, builder: Any, source: str | Path | None, show_progress: bool) -> None:
     """Downloads, or takes the archives in `source`, by the builder's own code."""
-    if importlib.util.find_spec("tensorflow") is None:
-        raise RunError(
-            f"preparing {name} needs TensorFlow (training on it does not): "
-            "pip install tensorflow, or tensorflow-cpu"
-        )
+    _expect("tensorflow", name, "pip install 'bigbatch[prepare]'")
     import tensorflow_datasets as tfds
 
     if not show_progress:

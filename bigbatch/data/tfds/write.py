@@ -61,7 +61,8 @@ def _write_split(file: Path, images: np.ndarray, labels: np.ndarray, bar: tqdm) 
     """Writes one split's records and returns their bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from PIL import Image
-    from tensorflow_datasets.proto import tf_example_pb2
+
+    from bigbatch.data import tf_example
 
     # One record a group, as tensorflow-datasets has it: each can be read alone.
     writer = ArrayRecordWriter(str(file), "group_size:1")
@@ -69,7 +70,7 @@ def _write_split(file: Path, images: np.ndarray, labels: np.ndarray, bar: tqdm) 
     for image, label in zip(images, labels.tolist(), strict=True):
         png = io.BytesIO()
         Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(png, "PNG")
-        example = tf_example_pb2.Example()
+        example = tf_example.Example()
         example.features.feature["image"].bytes_list.value.append(png.getvalue())
         example.features.feature["label"].int64_list.value.append(label)
         record = example.SerializeToString()
