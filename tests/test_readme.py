@@ -10,6 +10,7 @@ import pytest
 
 from bigbatch import cli
 from bigbatch.commands import data as data_verbs
+from bigbatch.commands import plan_verb
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,7 +70,8 @@ def test_commands_parse(command, monkeypatch):
     """Every verb is called with the arguments that are printed, but does nothing."""
     monkeypatch.chdir(ROOT)
     called = []
-    for verb in ("_plan", "_train", "_evaluate", "_compare", "_report", "_bench"):
+    monkeypatch.setattr(plan_verb, "run", called.append)
+    for verb in ("_train", "_evaluate", "_compare", "_report", "_bench"):
         monkeypatch.setattr(cli, verb, called.append)
     for verb in ("_prepare", "_info", "_bench"):
         monkeypatch.setattr(data_verbs, verb, called.append)
