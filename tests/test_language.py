@@ -296,7 +296,7 @@ def test_an_update_is_the_mean_over_all_tokens(devices, share):
         )
         task, _ = specialised(language_model(SMALL), bb.Data(data), 1)
         params = run.init_state().params
-        shown = [row for row in bb.Data(data).training(0, 0, batch)["tokens"]]
+        shown = bb.Data(data).training(0, 0, batch)["tokens"]
         texts = []
         for row in shown:
             (number,) = np.flatnonzero((data.tokens == row).all(axis=1))

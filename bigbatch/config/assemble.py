@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch import distributed
-from bigbatch.config.config import Config
+from bigbatch.config.config import Config, facts_of
 from bigbatch.data.sets import Named
 from bigbatch.data.source import TrainingData
 from bigbatch.engine.functions import DATA_AXIS
@@ -65,7 +65,7 @@ def task_of(config: Config, data: Any) -> Task:
 
 def network_shapes(config: Config) -> Network:
     """Shapes and dtypes of the config's network; of a bundled data set no file is read."""
-    data = config.data.info if isinstance(config.data, Named) else config.data
+    data = facts_of(config.data)
     _, shapes = specialised(task_of(config, data), data, config.ghost_batch_examples)
     return Network(shapes.params, shapes.running_statistics)
 

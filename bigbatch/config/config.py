@@ -159,7 +159,7 @@ def read_config(
     task = reader.group("task", tree, {})
     optimizer = reader.group("optimizer", tree, OPTIMIZERS)
     context = {
-        "train_examples": train_examples(data) if data is not None else None,
+        "train_examples": facts_of(data).train_examples if data is not None else None,
         "epochs": fields.epochs if fields else None,
         "batch_multiple_examples": fields.ghost_batch_examples if fields else None,
         "small_batch_examples": fields
@@ -174,7 +174,7 @@ def read_config(
         # Plans are compared in its place; an adaptive run has none beforehand.
         reader.groups.pop("policy", None)
     if model is not None and data is not None:
-        found = model.problems(data.info if isinstance(data, sets.Named) else data)
+        found = model.problems(facts_of(data))
         problems += [problem.under("model") for problem in found]
     smooths = isinstance(model, models.ModelConfig | None) and "task" not in tree
     if fields is not None and fields.label_smoothing and not smooths:
@@ -212,10 +212,9 @@ def read_config(
     )
 
 
-def train_examples(data: Any) -> int:
-    """Of a config's data."""
-    count: int = (data.info if isinstance(data, sets.Named) else data).train_examples
-    return count
+def facts_of(data: Any) -> Any:
+    """What is known of a config's data: of those by name without their files."""
+    return data.info if isinstance(data, sets.Named) else data
 
 
 class _Reader:

@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import lzma
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -30,7 +29,7 @@ from bigbatch.errors import Problem, UserError
 FACTS_FILE = "tokens.json"
 BIBLE = "bible_kjv"
 NAMES = (BIBLE, "tokens")
-DType = Literal["uint8", "uint16", "uint32"]
+_DTYPES = ("uint8", "uint16", "uint32")
 # Of so many chapters of the bible one is to test on, and which of them.
 _TEST_EVERY, _TEST_CHAPTER = 20, 10
 # Documents are looked for in so many tokens at a time.
@@ -48,13 +47,13 @@ class Facts:
       separator: ends each document; None: nothing does.
     """
 
-    dtype: DType
+    dtype: str
     vocabulary: int | None
     tokens: Mapping[str, int]
     separator: int | None = None
 
 
-_BIBLE_FACTS = Facts("uint8", 256, {"train": 4_033_785, "test": 199_872}, 0)
+BIBLE_FACTS = Facts("uint8", 256, {"train": 4_033_785, "test": 199_872}, 0)
 _UNKNOWN = Facts("uint32", None, {})
 
 
@@ -76,7 +75,7 @@ class TokenInfo:
     vocabulary: int | None
     sequence_tokens: int
     documents: str
-    dtype: DType
+    dtype: str
     train_examples: int
     test_examples: int
 
@@ -152,7 +151,7 @@ class TokenOptions:
     @functools.cached_property
     def parts(self) -> dict[str, "Sequences"]:
         """Training and test part, their files not yet opened; none where only a plan is made."""
-        facts = _BIBLE_FACTS if self.name == BIBLE else _UNKNOWN
+        facts = BIBLE_FACTS if self.name == BIBLE else _UNKNOWN
         if self.directory is not None:
             facts = read_facts(Path(self.directory))
         return {part: Sequences(self, facts, part) for part in facts.tokens}
@@ -305,9 +304,9 @@ def read_facts(directory: Path) -> Facts:
         told = parsed(text_of(path), {"dtype": str, "vocabulary": int, "tokens": {"train": int}})
         names = {field.name for field in dataclasses.fields(Facts)}
         facts = Facts(**{name: value for name, value in told.items() if name in names})
-        parts, kinds = facts.tokens.keys() <= {"train", "test"}, typing.get_args(DType)
-        if not (parts and facts.dtype in kinds and isinstance(facts.separator, int | None)):
-            raise ValueError(f"it needs parts train and test, and a dtype of {', '.join(kinds)}")
+        fits = facts.tokens.keys() <= {"train", "test"} and facts.dtype in _DTYPES
+        if not (fits and isinstance(facts.separator, int | None)):
+            raise ValueError(f"it needs parts train and test, and a dtype of {', '.join(_DTYPES)}")
     except (OSError, ValueError) as error:
         allowed = f"a directory of tokens, from {prepare_command(directory)} ({path}: {error})"
         raise UserError(Problem("directory", str(directory), allowed)) from error

@@ -70,7 +70,7 @@ def cross_entropy(
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def of_chunk(rows: jax.Array, first: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """Of its tokens: log of the sum of the logits' exponentials, and the target's logit or 0."""
+        """The log of the sum of its logits' exponentials, and the target's logit or 0."""
         logits = jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=dtype)
         tokens = first + jnp.arange(size)
         logits = jnp.where(tokens < vocabulary, logits, -jnp.inf)

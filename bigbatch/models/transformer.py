@@ -127,7 +127,7 @@ def _rotation(length: int, config: TransformerConfig) -> tuple[jax.Array, jax.Ar
 
 
 def _rotated(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Heads [..., sequence, heads, size] turned by their positions, the halves being a plane's axes."""
+    """[..., sequence, heads, size] turned by position, in planes of one axis of each half."""
     cos, sin = rotation
     first, second = jnp.split(x, 2, axis=-1)
     turned = first * cos - second * sin, first * sin + second * cos
