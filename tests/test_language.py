@@ -34,17 +34,19 @@ def examples_of(config, count=2, length=LENGTH, seed=0):
 
 
 def made(config, examples):
-    """The task for some examples, and random parameters, norms' scales too."""
+    """The task for some examples, and parameters of which none is special."""
     shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in examples.items()}
     task = language_model(config).for_examples(shapes)
-    params, statistics = jax.jit(task.init)(jax.random.key(0))
+    params, statistics = jax.eval_shape(task.init, jax.eval_shape(jax.random.key, 0))
     assert statistics == {}
     rng = np.random.default_rng(1)
-    flat = flatten_dict(params)
-    for path, leaf in flat.items():
+
+    def drawn(leaf):
         if leaf.ndim == 1:
-            flat[path] = jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
-    return task, unflatten_dict(flat)
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+        return (rng.normal(size=leaf.shape) / math.sqrt(config.width)).astype(leaf.dtype)
+
+    return task, jax.tree.map(drawn, params)
 
 
 def loss_of(task, params, examples):
@@ -126,8 +128,7 @@ def test_loss_and_gradients_equal_a_numpy_implementation(name):
         loss, gradients = jax.value_and_grad(lambda p: loss_of(task, p, examples))(params)
         host = jax.tree.map(np.asarray, params)
     tokens = examples["tokens"]
-    # JAX's attention takes its softmax in float32 whatever it is given.
-    np.testing.assert_allclose(loss, numpy_loss(config, host, tokens), rtol=1e-8)
+    np.testing.assert_allclose(loss, numpy_loss(config, host, tokens), rtol=1e-12)
     flat = flatten_dict(host)
     assert sum(leaf.size for leaf in flat.values()) == config.num_parameters()
     rng = np.random.default_rng(2)
@@ -137,8 +138,9 @@ def test_loss_and_gradients_equal_a_numpy_implementation(name):
         for step in [*steps, rng.normal(size=leaf.shape)]:
             moved = unflatten_dict(flat | {path: leaf + 1e-30j * step})
             expected = numpy_loss(config, moved, tokens).imag / 1e-30
-            given = np.sum(np.asarray(flatten_dict(gradients)[path]) * step)
-            np.testing.assert_allclose(given, expected, rtol=1e-6, atol=1e-9, err_msg=str(path))
+            found = flatten_dict(gradients)[path]
+            largest = np.abs(found).max()
+            assert abs(np.sum(found * step) - expected) < 1e-10 * largest, path
 
 
 def test_later_tokens_change_nothing_earlier():
@@ -156,9 +158,8 @@ def test_later_tokens_change_nothing_earlier():
         assert (found[position:] != whole[position:]).any(axis=1).all()
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_rematerialised_blocks_give_the_same_in_less_memory(name):
-    config = dataclasses.replace(KINDS[name], layers=4)
+def test_rematerialised_blocks_give_the_same_in_less_memory():
+    config = dataclasses.replace(SMALL, layers=3)
     examples = examples_of(config, count=8, length=64)
     found, temporaries = [], []
     with jax.enable_x64(True):
@@ -169,20 +170,23 @@ def test_rematerialised_blocks_give_the_same_in_less_memory(name):
             temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
             found.append(jax.device_get(compiled(params)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *found)
-    assert temporaries[1] < 0.6 * temporaries[0]
+    assert temporaries[1] < 0.75 * temporaries[0]
 
 
-def test_bfloat16_differs_by_its_rounding():
+def test_other_types_differ_by_their_rounding():
     examples = examples_of(SMALL, count=8, length=32)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        task, params = made(dataclasses.replace(SMALL, dtype=dtype), examples)
-        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        config = dataclasses.replace(SMALL, dtype=dtype)
+        task, params = made(config, examples)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
         hidden = jax.eval_shape(lambda p, t=task: t.apply(p, {}, examples, True)[0][0], params)
         assert hidden.dtype == dtype
         losses[dtype] = jax.jit(loss_of, static_argnums=0)(task, params, examples)
         assert losses[dtype].dtype == jnp.float32
-    assert 0 < abs(losses["bfloat16"] / losses["float32"] - 1) < 0.02
+        exact = numpy_loss(config, jax.tree.map(np.float64, params), examples["tokens"])
+        error = abs(losses[dtype] / exact - 1)
+        assert error < 2e-6 if dtype == "float32" else 1e-6 < error < 0.02
 
 
 def test_the_beginning_does_not_grow_with_the_depth():
@@ -282,19 +286,18 @@ class Uneven:
         return {"tokens": self.tokens[numbers], "mask": mask}
 
 
-@pytest.mark.parametrize(
-    ("devices", "share"), [(1, 1), (1, 8), (1, 24), (2, 4), (4, 1), (4, 6), (8, 3)]
-)
+@pytest.mark.parametrize(("devices", "share"), [(1, 1), (1, 24), (2, 4), (4, 6), (8, 3)])
 def test_an_update_is_the_mean_over_all_tokens(devices, share):
+    config = dataclasses.replace(SMALL, layers=1)
     data, batch, rate = Uneven(40), 24, 0.1
     with jax.enable_x64(True):
         plan = bb.make_plan(bb.constant(rate, batch, 0.0), train_examples=40, epochs=batch / 40)
         run = bb.prepare(
-            *(language_model(SMALL), bb.Data(data), plan, bb.Sgd()),
+            *(language_model(config), bb.Data(data), plan, bb.Sgd()),
             microbatch_examples_per_device=share,
             mesh=data_mesh(jax.devices()[:devices]),
         )
-        task, _ = specialised(language_model(SMALL), bb.Data(data), 1)
+        task, _ = specialised(language_model(config), bb.Data(data), 1)
         params = run.init_state().params
         shown = bb.Data(data).training(0, 0, batch)["tokens"]
         texts = []

@@ -175,7 +175,9 @@ def test_what_is_wrong_with_files_is_said(tmp_path):
     assert "vocabulary: 'many' is no int" in refused("tokens", 2, directory)
     assert "bigbatch data prepare tokens --from=FILES" in refused("tokens", 2, tmp_path / "none")
     assert "bigbatch data prepare tokens" in refused("tokens", 2)
-    assert "to train on" in refused("tokens", 2, train_examples=10)
+    assert "given None; allowed: a directory of" in refused("tokens", 2, train_examples=10)
+    nowhere = refused("tokens", 2, tmp_path / "none", train_examples=10)
+    assert f"given '{tmp_path}/none'; allowed: a directory of tokens, from" in nowhere
     assert "bible_kjv comes with the package" in refused("bible_kjv", 2, directory)
     assert "a whole number from 1 to 2" in refused(
         "tokens", 2, written(tmp_path / "u", [1] * 5), train_examples=3
@@ -224,8 +226,9 @@ def test_what_does_not_fit_together_in_a_config(changes, problem):
 
 def test_a_plan_needs_no_tokens():
     data = {"name": "tokens", "sequence_tokens": 4096, "train_examples": 3_662_109_375}
-    config = read_config(trained.tree(**LANGUAGE | {"data": data}, epochs=1e-8))
-    assert config.plan.train_examples * config.data.info.tokens_per_example == 15 * 10**12
+    for place in ({}, {"directory": "nowhere"}):
+        config = read_config(trained.tree(**LANGUAGE | {"data": {**data, **place}}, epochs=1e-8))
+        assert config.plan.train_examples * config.data.info.tokens_per_example == 15 * 10**12
 
 
 TEXTS = ["In the beginning\nwas the Word", "a", "", "β and δ", "x" * 50, "1\n2\n3\n"]

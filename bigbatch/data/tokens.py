@@ -112,7 +112,8 @@ class TokenOptions:
     Attributes:
       name: `bible_kjv`, the bytes of a text that comes with the package, or `tokens`.
       sequence_tokens: how many an example shows, at least 1.
-      directory: of `tokens.json`, for `tokens`. Without it, `train_examples` is enough for a plan.
+      directory: of `tokens.json`, for `tokens`. A plan needs no files where `train_examples` is
+        given.
       documents: `packed`: they run on, one after the other, and are cut wherever a sequence ends.
         `masked`: likewise, but the first token of a document is no target. `padded`: each begins a
         sequence of its own, and what fills up its last one is no target.
@@ -152,8 +153,9 @@ class TokenOptions:
     def parts(self) -> dict[str, "Sequences"]:
         """Training and test part, their files not yet opened; none where only a plan is made."""
         facts = BIBLE_FACTS if self.name == BIBLE else _UNKNOWN
-        if self.directory is not None:
-            facts = read_facts(Path(self.directory))
+        path = self.directory and Path(self.directory)
+        if path and (self.train_examples is None or (path / FACTS_FILE).exists()):
+            facts = read_facts(path)
         return {part: Sequences(self, facts, part) for part in facts.tokens}
 
     @functools.cached_property
@@ -178,8 +180,8 @@ class TokenOptions:
           UserError: a file is missing, cut, or holds a token that is none of the vocabulary.
         """
         if not self.parts:
-            allowed = f"a directory of tokens to train on, from {prepare_command()}"
-            raise UserError(Problem("directory", None, allowed))
+            given, allowed = self.directory, f"a directory of tokens, from {prepare_command()}"
+            raise UserError(Problem("directory", given and str(given), allowed))
         return TokenData(self.info, self.parts["train"], self.parts.get("test"))
 
 

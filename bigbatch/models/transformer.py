@@ -9,7 +9,7 @@ Norms, the attention's softmax and the angles are computed in float32 at least.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,16 +97,24 @@ class Block(nnx.Module):
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = _rotated(query, rotation), _rotated(key, rotation)
-        # cuDNN's takes 16 bits only.
-        fast = jax.default_backend() == "gpu" and config.dtype == "bfloat16"
-        seen = jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation="cudnn" if fast else "xla"
-        )
-        x = x + self.attended(seen.reshape(x.shape))
+        x = x + self.attended(_attention(query, key, value).reshape(x.shape))
         normed = self.inner_norm(x)
         if config.activation == "swiglu":
             return x + self.down(nnx.silu(self.gate(normed)) * self.up(normed))
         return x + self.down(nnx.gelu(self.up(normed)))
+
+
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """What each position takes of the values up to its own, [examples, sequence, heads, size]."""
+    if query.dtype == jnp.float64:
+        # JAX's own takes the softmax in float32, whatever it is given.
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
+        scores = jnp.where(jnp.tri(query.shape[1], dtype=bool), scores, -jnp.inf)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value)
+    # cuDNN's takes 16 bits only.
+    fast = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
+    name: Literal["cudnn", "xla"] = "cudnn" if fast else "xla"
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=name)
 
 
 def _param_dtype(config: TransformerConfig) -> Any:
