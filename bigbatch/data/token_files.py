@@ -248,8 +248,11 @@ def _pieces(path: Path, start: int, field: str) -> Iterator[Piece]:
 
 def _of_parquet(raw: Any, path: Path, start: int, field: str) -> Iterator[Piece]:
     """The texts of a Parquet file from a row on."""
-    from pyarrow import ArrowException, parquet
-
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        words = "Parquet needs a library that is not installed: pip install pyarrow"
+        raise RunError(words) from error
     try:
         file, row = parquet.ParquetFile(raw), 0
         for group in range(file.num_row_groups):
