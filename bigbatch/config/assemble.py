@@ -55,6 +55,7 @@ def task_of(config: Config, data: Any) -> Task:
     if config.task is not None:
         task: Task = config.task
         return task
+    assert config.model is not None
     return config.model.task(
         data,
         ghost_batch_examples=config.ghost_batch_examples,

@@ -102,7 +102,8 @@ def prepare(
     done = _state(place / FACTS_FILE, asked)
     if done is not None:
         return Facts(dtype.name, encoder.vocabulary, done["tokens"], encoder.separator), False
-    state = _state(place / _PARTIAL_FILE, asked) or {"number": 0, "position": 0, "tokens": counts}
+    state: dict[str, Any] = {"number": 0, "position": 0, "tokens": counts}
+    state = _state(place / _PARTIAL_FILE, asked) or state
     work = [(part, file) for part in counts for file in files[part]]
     total = sum(file.stat().st_size for _, file in work)
     try:

@@ -153,8 +153,8 @@ class TokenOptions:
     def parts(self) -> dict[str, "Sequences"]:
         """Training and test part, their files not yet opened; none where only a plan is made."""
         facts = BIBLE_FACTS if self.name == BIBLE else _UNKNOWN
-        path = self.directory and Path(self.directory)
-        if path and (self.train_examples is None or (path / FACTS_FILE).exists()):
+        path = None if self.directory is None else Path(self.directory)
+        if path is not None and (self.train_examples is None or (path / FACTS_FILE).exists()):
             facts = read_facts(path)
         return {part: Sequences(self, facts, part) for part in facts.tokens}
 

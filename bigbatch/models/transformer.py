@@ -9,6 +9,7 @@ Norms, the attention's softmax and the angles are computed in float32 at least.
 """
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -32,10 +33,11 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.config = config
+        begin = nnx.initializers.normal(config.width**-0.5)
         shape, dtype = (config.vocabulary, config.width), _param_dtype(config)
-        for name in ("embedding", *["output"] * (not config.tied)):
-            matrix = jax.random.normal(rngs.params(), shape, dtype) / np.sqrt(config.width)
-            setattr(self, name, nnx.Param(matrix.astype(dtype)))
+        self.embedding = nnx.Param(begin(rngs.params(), shape, dtype))
+        if not config.tied:
+            self.output = nnx.Param(begin(rngs.params(), shape, dtype))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = _norm(config.width, config, rngs)
 
@@ -51,13 +53,12 @@ class Transformer(nnx.Module):
         """
         config = self.config
         embedding = self.embedding[...].astype(config.dtype)
-        x = embedding[tokens[:, :-1].astype(jnp.int32)] * np.sqrt(config.width).astype(config.dtype)
+        x = embedding[tokens[:, :-1].astype(jnp.int32)] * math.sqrt(config.width)
         rotation = _rotation(x.shape[1], config)
-        block: Any = Block.__call__
-        if config.remat:
-            block = nnx.remat(block)
-        for each in self.blocks:
-            x = block(each, x, rotation)
+        # The module is split, as `nnx.remat` would write to its variables.
+        call = jax.checkpoint(_called, static_argnums=0) if config.remat else _called
+        for block in self.blocks:
+            x = call(*nnx.split(block), x, rotation)
         output = embedding if config.tied else self.output[...].astype(config.dtype)
         return self.norm(x), output
 
@@ -102,6 +103,12 @@ class Block(nnx.Module):
         if config.activation == "swiglu":
             return x + self.down(nnx.silu(self.gate(normed)) * self.up(normed))
         return x + self.down(nnx.gelu(self.up(normed)))
+
+
+def _called(graphdef: Any, state: Any, x: jax.Array, rotation: Any) -> jax.Array:
+    """What a block makes of its input."""
+    result: jax.Array = nnx.merge(graphdef, state)(x, rotation)
+    return result
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
