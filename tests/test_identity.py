@@ -22,6 +22,7 @@ from bigbatch.config.fields import Fields
 from bigbatch.data import dataset
 from bigbatch.data.sets import Options
 from bigbatch.data.tfds import write
+from bigbatch.data.tokens import TokenOptions
 from bigbatch.engine.functions import DATA_AXIS
 from bigbatch.engine.optimizer import OPTIMIZERS
 from bigbatch.errors import UserError
@@ -52,6 +53,9 @@ ADAPTIVE = {
     "transformations": [],
 }
 FROM_FILE = {"initial_params": "begun.npz"}
+TRANSFORMER = {"name": "transformer", "layers": 2, "width": 16, "heads": 2, "vocabulary": 256}
+BIBLE = {"name": "bible_kjv", "sequence_tokens": 16, "train_examples": 1000}
+LANGUAGE = {**PLAIN, "data": BIBLE, "model": TRANSFORMER}
 
 # Group of the config ("" is its top), what it is, what stands beside it, and other values.
 TOP = {
@@ -86,6 +90,18 @@ CASES = [
         {"image_size": 64, "decoding": "smooth", "on_bad_record": "replace"},
     ),
     (
+        "data",
+        TokenOptions,
+        LANGUAGE,
+        {
+            "name": "tokens",
+            "sequence_tokens": 32,
+            "documents": "masked",
+            "train_examples": 500,
+            "test_examples": 100,
+        },
+    ),
+    (
         "model",
         models.WideResNetConfig,
         {},
@@ -99,6 +115,21 @@ CASES = [
     ),
     ("model", models.ResNetConfig, {}, {"depth": 18, "dtype": "bfloat16"}),
     ("model", models.InceptionResNetV2Config, {}, {"dropout_rate": 0.5, "dtype": "bfloat16"}),
+    (
+        "model",
+        models.TransformerConfig,
+        LANGUAGE,
+        {
+            "layers": 1,
+            "width": 32,
+            "heads": 4,
+            "vocabulary": 300,
+            "activation": "gelu",
+            "tied": False,
+            "qk_norm": False,
+            "dtype": "bfloat16",
+        },
+    ),
     *[("optimizer", OPTIMIZERS[name], PLAIN, OPTIMIZER) for name in ("momentum", "nesterov")],
     ("optimizer", OPTIMIZERS["sgd"], WITHOUT_MOMENTUM, OPTIMIZER),
     ("optimizer", OPTIMIZERS["lars"], PLAIN, {**OPTIMIZER, "trust_coefficient": 0.01}),
@@ -127,6 +158,7 @@ NAMES = {
     models.WideResNetConfig: {"name": "wide_resnet", "depth": 10, "width": 1},
     models.ResNetConfig: {"name": "resnet", "depth": 50},
     models.InceptionResNetV2Config: {"name": "inception_resnet_v2"},
+    models.TransformerConfig: TRANSFORMER,
     **{kind: {"name": name} for name, kind in OPTIMIZERS.items()},
 }
 # Of the run's other parts; compared as its plan; told by another field.
@@ -181,7 +213,7 @@ def test_every_statistical_field_has_another_value_here(kind):
 
 def test_every_kind_of_model_and_optimizer_is_here():
     kinds = {*models.MODELS.values(), *OPTIMIZERS.values()}
-    assert set(KINDS) == kinds | {Fields, Options, Controller}
+    assert set(KINDS) == kinds | {Fields, Options, TokenOptions, Controller}
 
 
 @pytest.mark.parametrize(("group", "kind", "beside", "values"), [each(case) for case in CASES])
@@ -380,8 +412,10 @@ SLOW = {"device_memory_bytes", "initial_params", "data.workers"}
 def test_every_hardware_field_has_another_value_here():
     data = {f"data.{name}" for name in fields_of(Options, hardware=True)}
     assert HARDWARE_VALUES.keys() == fields_of(Fields, hardware=True).keys() | data
-    others = [*models.MODELS.values(), *OPTIMIZERS.values(), Controller]
-    assert not any(fields_of(kind, hardware=True) for kind in others)
+    others = [*models.MODELS.values(), *OPTIMIZERS.values(), Controller, TokenOptions]
+    found = {name for kind in others for name in fields_of(kind, hardware=True)}
+    # The directory as of images; remat in test_language.
+    assert found == {"directory", "remat"}
 
 
 def placed(value, place):

@@ -256,7 +256,7 @@ def test_initial_kernels_have_he_variance_by_the_fan_out():
         )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.keys() - {"transformer"})
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32(name):
     fields = {"wide_resnet": {"depth": 10, "width": 1}, "resnet": {"depth": 18}}.get(name, {})
     config = MODELS[name](dtype="bfloat16", **fields)

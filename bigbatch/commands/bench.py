@@ -15,9 +15,10 @@ import jax
 import numpy as np
 
 from bigbatch.config.assemble import prepared, task_of
-from bigbatch.config.config import Config
+from bigbatch.config.config import Config, facts_of
 from bigbatch.data.dataset import Info
 from bigbatch.data.source import Data
+from bigbatch.data.tokens import TokenInfo
 from bigbatch.engine import functions
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.layout import Microbatch
@@ -113,13 +114,14 @@ def one_device(config: Config) -> Run:
     unit = config.unit_examples
     half = max(unit, limit // 2 // unit * unit)
     noise = {}
-    if config.model is not None:
-        info = config.data.info
+    info = facts_of(config.data)
+    if isinstance(info, Info):
         # Of some sets only the images could tell.
         channels = info.image_shape[2]
         mean, std = info.mean or (127.0,) * channels, info.std or (1.0,) * channels
-        task = task_of(config, dataclasses.replace(info, mean=mean, std=std))
-        noise = {"data": Data(_Noise(info, limit)), "task": task}
+        info = dataclasses.replace(info, mean=mean, std=std)
+    if config.model is not None and isinstance(info, Info | TokenInfo):
+        noise = {"data": Data(_Noise(info, limit)), "task": task_of(config, info)}
     return prepared(
         config,
         config.plan,
@@ -130,21 +132,24 @@ def one_device(config: Config) -> Run:
 
 
 class _Noise:
-    """Images of noise, as many as a real data set has, in the memory of a few."""
+    """Examples of noise, as many as a real data set has, in the memory of a few."""
 
-    def __init__(self, info: Info, examples: int):
+    def __init__(self, info: Info | TokenInfo, examples: int):
         rng = np.random.default_rng(0)
-        self._length = info.train_examples
-        self._images = rng.integers(0, 256, (examples, *info.image_shape), np.uint8)
-        self._labels = rng.integers(0, info.num_classes, examples).astype(np.int32)
+        self._length, self._examples = info.train_examples, examples
+        ends = {"image": 256, "label": getattr(info, "num_classes", 0)}
+        ends |= {"tokens": getattr(info, "vocabulary", 0), "mask": 2}
+        self._held = {
+            name: rng.integers(0, ends[name], (examples, *shape)).astype(dtype)
+            for name, (shape, dtype) in info.example_shapes.items()
+        }
 
     def __len__(self) -> int:
         return self._length
 
     def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         """The examples of some numbers."""
-        kept = indices % len(self._images)
-        return {"image": self._images[kept], "label": self._labels[kept]}
+        return {name: array[indices % self._examples] for name, array in self._held.items()}
 
 
 def update_seconds(

@@ -17,15 +17,26 @@ def add_data(verbs: Any) -> None:
     text = "Put a data set on disk: download it, or make it from files that are there."
     prepare = parts.add_parser("prepare", help=text, description=text)
     prepare.set_defaults(verb=_prepare)
-    prepare.add_argument("name", metavar="NAME", help="as tensorflow-datasets calls it")
+    prepare.add_argument(
+        "name", metavar="NAME", help="as tensorflow-datasets calls it; or tokens, of files of text"
+    )
     prepare.add_argument(
         "--from",
         dest="source",
         metavar="DIR",
+        nargs="+",
         help="files to make it from (imagenet2012: the two tars; fashion_mnist: the four idx gz "
-        "files, by default those of Debian's package dataset-fashion-mnist)",
+        "files, by default those of Debian's package dataset-fashion-mnist; tokens: files or "
+        "patterns of them, Parquet, JSON lines or plain text)",
     )
     _add_directory(prepare)
+    for name, many, text in (
+        ("test-from", "+", "files to evaluate on"),
+        ("tokenizer", None, "a file of the library tokenizers (default: bytes are tokens)"),
+        ("separator", None, "its token for the end of a document (default: a usual one)"),
+        ("field", None, "with the text, in Parquet and JSON (default text)"),
+    ):
+        prepare.add_argument(f"--{name}", nargs=many, help=f"of tokens: {text}")
     text = "Say what is known of a data set, where its files are and what is missing."
     info = parts.add_parser("info", help=text, description=text)
     info.set_defaults(verb=_info)
@@ -49,6 +60,17 @@ def _add_directory(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    names = ("test_from", "tokenizer", "separator", "field")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.name == "tokens":
+        _prepare_tokens(options, given)
+        return
+    checks = Checks()
+    for name, value in given.items():
+        checks.require(False, name.replace("_", "-"), value, "nothing, but for tokens")
+    many = len(options.source or ()) > 1
+    checks.require(not many, "from", options.source, "one directory")
+    checks.done()
     from bigbatch.data.tfds.prepare import prepare
 
     # What TensorFlow and tensorflow-datasets say of themselves would hide what is said here.
@@ -57,10 +79,27 @@ def _prepare(options: argparse.Namespace) -> None:
     path, is_new = prepare(
         options.name,
         data_dir=options.directory,
-        source=options.source,
+        source=options.source and options.source[0],
         show_progress=sys.stderr.isatty(),
     )
     print(f"{options.name} is {'now' if is_new else 'already'} prepared in {path}")
+
+
+def _prepare_tokens(options: argparse.Namespace, given: dict[str, Any]) -> None:
+    checks = Checks()
+    for name, value in (("from", options.source), ("directory", options.directory)):
+        checks.require(bool(value), name, value, "needed for tokens: bigbatch data prepare --help")
+    checks.done()
+    from bigbatch.data.token_files import prepare
+
+    tests = given.pop("test_from", ())
+    show = sys.stderr.isatty()
+    facts, is_new = prepare(options.directory, options.source, tests, **given, show_progress=show)
+    counts = ", ".join(f"{count:,} in {part}" for part, count in facts.tokens.items())
+    print(
+        f"tokens are {'now' if is_new else 'already'} prepared in {options.directory}: {counts}; "
+        f"vocabulary {facts.vocabulary:,}, separator {facts.separator}, {facts.dtype}"
+    )
 
 
 def _info(options: argparse.Namespace) -> None:

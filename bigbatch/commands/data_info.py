@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bigbatch.data import own_arrays, sets
+from bigbatch.data import own_arrays, sets, tokens
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import UserError
 
@@ -18,6 +18,8 @@ def describe(name: str, data_dir: str | Path | None = None, path: str | Path | N
     Raises:
       UserError: there is no such data set.
     """
+    if name in tokens.NAMES:
+        return _of_tokens(name, data_dir)
     prepared = None
     if name not in ("digits", own_arrays.NAME):
         prepared = tfds_metadata.find(name, data_dir)
@@ -51,6 +53,18 @@ def describe(name: str, data_dir: str | Path | None = None, path: str | Path | N
     else:
         lines += _files(prepared)
     return "\n".join(lines)
+
+
+def _of_tokens(name: str, directory: str | Path | None) -> str:
+    """Token data in a few lines."""
+    if name == tokens.BIBLE:
+        facts, where = tokens.BIBLE_FACTS, "comes with bigbatch; bytes are tokens"
+    else:
+        facts, where = tokens.read_facts(Path(directory or "")), f"in {directory}"
+    lines = [f"  {count:,} tokens in the {part} part" for part, count in facts.tokens.items()]
+    end = "unknown" if facts.separator is None else f"{facts.separator}, at a document's end"
+    lines.append(f"  {facts.dtype}, vocabulary {facts.vocabulary:,}, separator {end}")
+    return "\n".join([name, *lines, f"  {where}"])
 
 
 def _files(prepared: tfds_metadata.Prepared) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bigbatch.commands.plan import abridged, aligned
-from bigbatch.config.config import Config
+from bigbatch.config.config import Config, facts_of
 from bigbatch.layout import time_model
 from bigbatch.layout.time_model import Scaling, Speeds, StageTime
 
@@ -77,10 +77,8 @@ def times(config: Config, devices: int, speeds: Speeds) -> Times:
 def _gradient_bytes(config: Config) -> int:
     """What an all-reduce sums; for a bundled network known without JAX."""
     if config.model is not None:
-        data = config.data.info
-        parameters = config.model.num_parameters(
-            image_channels=data.image_shape[2], num_classes=data.num_classes
-        )
+        sizes = getattr(facts_of(config.data), "network_sizes", {})
+        parameters = config.model.num_parameters(**sizes)
         return parameters * (8 if config.model.dtype == "float64" else 4)
     import jax
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch import distributed
-from bigbatch.config.config import Config
-from bigbatch.data.sets import Info, Options
+from bigbatch.config.config import Config, facts_of
+from bigbatch.data.sets import Named
 from bigbatch.data.source import TrainingData
 from bigbatch.engine.functions import DATA_AXIS
 from bigbatch.engine.task import Task
 from bigbatch.errors import Problem, UserError
-from bigbatch.models.classification import image_classification
 from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import loop
@@ -42,7 +41,7 @@ def load_data(config: Config, *, show_progress: bool = False) -> TrainingData:
     Raises:
       UserError: it is missing or does not fit, in the config's names.
     """
-    if not isinstance(config.data, Options):
+    if not isinstance(config.data, Named):
         data: TrainingData = config.data
         return data
     try:
@@ -51,32 +50,23 @@ def load_data(config: Config, *, show_progress: bool = False) -> TrainingData:
         raise UserError(problem.under("data") for problem in error.problems) from error
 
 
-def task_of(config: Config, data: TrainingData | Info) -> Task:
+def task_of(config: Config, data: Any) -> Task:
     """What a config trains on a data set, of which nothing but the facts are read."""
     if config.task is not None:
         task: Task = config.task
         return task
-    if config.model is None or not isinstance(data, Info):
-        allowed = "a bundled or prepared data set of images, as data.name; or a task"
-        raise UserError(Problem("model", config.tree.get("model"), allowed))
-    module = config.model.module(
-        num_classes=data.num_classes,
+    assert config.model is not None
+    return config.model.task(
+        data,
         ghost_batch_examples=config.ghost_batch_examples,
         axis_name=DATA_AXIS,
-    )
-    return image_classification(
-        module, data.image_shape, data.mean, data.std, config.label_smoothing
+        label_smoothing=config.label_smoothing,
     )
 
 
 def network_shapes(config: Config) -> Network:
     """Shapes and dtypes of the config's network; of a bundled data set no file is read."""
-    data = config.data
-    if isinstance(data, Options):
-        import jax
-
-        key = jax.eval_shape(jax.random.key, 0)
-        return Network(*jax.eval_shape(task_of(config, data.info).init, key))
+    data = facts_of(config.data)
     _, shapes = specialised(task_of(config, data), data, config.ghost_batch_examples)
     return Network(shapes.params, shapes.running_statistics)
 
@@ -180,7 +170,7 @@ def _placed(tree: Mapping[str, Any]) -> dict[str, Any]:
 def identity_of(config: Config, data: TrainingData) -> dict[str, Any]:
     """What decides the result of a config's run on its data, beside its plan."""
     identity, told = config.identity, data.description
-    if isinstance(config.data, Options):
+    if isinstance(config.data, Named):
         identity["data"] = {**identity["data"], "fingerprint": told["fingerprint"]}
     else:
         # Where they lie is for the user's callable alone.

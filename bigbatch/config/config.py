@@ -14,7 +14,7 @@ from bigbatch import models
 from bigbatch.checks import Checks, statistical
 from bigbatch.config.binding import bind
 from bigbatch.config.fields import Fields
-from bigbatch.data.sets import Options
+from bigbatch.data import sets
 from bigbatch.engine.optimizer import OPTIMIZERS
 from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.layout.layout import Layout
@@ -34,7 +34,7 @@ class Config(Fields):
     Attributes:
       experiment: name of the experiment in its file.
       data: a bundled or prepared data set; or a `bigbatch.Data` of the user's.
-      model: of the bundled task, image classification; None with a `task`.
+      model: of a bundled task, image classification or a language model; None with a `task`.
       task: a `bigbatch.Task` of the user's; None with a `model`.
       optimizer: one of `bigbatch.engine.optimizer`, or the user's.
       plan: every update's batch size and hyperparameters; of an adaptive run, those that it would
@@ -49,7 +49,7 @@ class Config(Fields):
 
     experiment: str
     data: Any
-    model: models.ModelConfig | None
+    model: models.ModelConfig | models.TransformerConfig | None
     task: Any
     optimizer: Any
     policy: Policy
@@ -154,12 +154,12 @@ def read_config(
         problems.append(Problem("model", tree["model"], "none with a task, which has its own"))
     fields = _bind_top(_with_measurement(tree), problems)
     reader = _Reader(named, problems)
-    data = reader.group("data", tree, {}, otherwise=Options)
+    data = reader.group("data", tree, {}, otherwise=sets.options_of(tree.get("data")))
     model = reader.group("model", tree, models.MODELS)
     task = reader.group("task", tree, {})
     optimizer = reader.group("optimizer", tree, OPTIMIZERS)
     context = {
-        "train_examples": train_examples(data) if data is not None else None,
+        "train_examples": facts_of(data).train_examples if data is not None else None,
         "epochs": fields.epochs if fields else None,
         "batch_multiple_examples": fields.ghost_batch_examples if fields else None,
         "small_batch_examples": fields
@@ -173,8 +173,12 @@ def read_config(
     else:
         # Plans are compared in its place; an adaptive run has none beforehand.
         reader.groups.pop("policy", None)
-    if fields is not None and fields.label_smoothing and "task" in tree:
-        allowed = "0 with a task, whose loss is its own"
+    if model is not None and data is not None:
+        found = model.problems(facts_of(data))
+        problems += [problem.under("model") for problem in found]
+    smooths = isinstance(model, models.ModelConfig | None) and "task" not in tree
+    if fields is not None and fields.label_smoothing and not smooths:
+        allowed = "0 but for images: the loss of a task or a language model is its own"
         problems.append(Problem("label_smoothing", fields.label_smoothing, allowed, 0.0))
     policy = source
     for group in _transformations(tree, problems):
@@ -208,10 +212,9 @@ def read_config(
     )
 
 
-def train_examples(data: Any) -> int:
-    """Of a config's data."""
-    count: int = (data.info if isinstance(data, Options) else data).train_examples
-    return count
+def facts_of(data: Any) -> Any:
+    """What is known of a config's data: of those by name without their files."""
+    return data.info if isinstance(data, sets.Named) else data
 
 
 class _Reader:

@@ -45,6 +45,11 @@ class Info:
         return {"image": (self.image_shape, np.dtype(np.uint8)), "label": ((), np.dtype(np.int32))}
 
     @property
+    def network_sizes(self) -> dict[str, int]:
+        """What the number of a network's parameters depends on, beside its config."""
+        return {"image_channels": self.image_shape[2], "num_classes": self.num_classes}
+
+    @property
     def facts(self) -> dict[str, Any]:
         """The attributes above, as plain values."""
         facts = {field.name: getattr(self, field.name) for field in dataclasses.fields(Info)}

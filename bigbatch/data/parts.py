@@ -135,11 +135,16 @@ class ArraysByName:
 
     def read(self, numbers: np.ndarray) -> Example:
         """The rows of all arrays."""
-        return {name: _rows(array, numbers) for name, array in self.arrays.items()}
+        return {name: rows_of(array, numbers) for name, array in self.arrays.items()}
 
 
-def _rows(array: Any, numbers: np.ndarray) -> np.ndarray:
-    """Rows of an array; of a file that is mapped into memory, few pages stay resident."""
+def rows_of(array: Any, numbers: np.ndarray) -> np.ndarray:
+    """Rows of an array; of a file that is mapped into memory, few pages stay resident.
+
+    Args:
+      array: [n, ...].
+      numbers: of the rows; of more than one axis where neighbours along the others lie together.
+    """
     mapped: Any = array
     while not (mapped is None or isinstance(mapped, np.memmap)):
         mapped = getattr(mapped, "base", None)
@@ -149,7 +154,7 @@ def _rows(array: Any, numbers: np.ndarray) -> np.ndarray:
         return np.asarray(array[numbers])
     row_bytes = array.itemsize * int(np.prod(array.shape[1:]))
     step = max(1, _RESIDENT_BYTES // (row_bytes + _MAPPED_AROUND_BYTES))
-    pieces = [np.asarray(array[:0])]
+    pieces = [np.asarray(array[numbers[:0]])]
     for first in range(0, len(numbers), step):
         pieces.append(np.asarray(array[numbers[first : first + step]]))
         pages.madvise(mmap.MADV_DONTNEED)

@@ -1,15 +1,15 @@
-"""Data sets of images by name: what is known of them without their files, and how to get them."""
+"""Data sets by name: what is known of them without their files, and how to get them."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from bigbatch.checks import HARDWARE, Checks
-from bigbatch.data import own_arrays
+from bigbatch.data import own_arrays, tokens
 from bigbatch.data.augment import Augment
 from bigbatch.data.dataset import DataSet, Info, arrays, check_count, data_set, pixel_statistics
 from bigbatch.data.own_arrays import from_arrays
@@ -17,6 +17,7 @@ from bigbatch.data.records import record_set
 from bigbatch.data.records.record_set import RecordSet
 from bigbatch.data.stream import Arrays
 from bigbatch.data.tfds import metadata as tfds_metadata
+from bigbatch.data.tokens import TokenOptions
 from bigbatch.errors import Problem, UserError, nearest_name
 
 __all__ = [
@@ -90,7 +91,7 @@ _ONLY_FOR_RECORDS = ("image_size", "decoding", "on_bad_record", "workers")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A data set by its name, how much of it, and what is changed in its training images.
+    """A data set of images by its name, how much of it, and what is changed in those to train on.
 
     Attributes:
       name: one of `NAMES`, any image-classification set that tensorflow-datasets has prepared, or
@@ -248,7 +249,7 @@ class Options:
 
         prepared = self._prepared
         if prepared is None:
-            known = [*_INFOS, own_arrays.NAME]
+            known = [*_INFOS, own_arrays.NAME, *tokens.NAMES]
             allowed = "one of " + ", ".join(known) + ", or a data set for image classification "
             allowed += f"prepared in {tfds_metadata.data_directory(self.directory)} by: "
             allowed += tfds_files.prepare_command(self.name, self.directory)
@@ -304,8 +305,18 @@ class Options:
                 yield Problem("directory", given, allowed)
 
 
+Named = Options | TokenOptions
+"""What a data set's name and options are read into."""
+
+
+def options_of(group: Any) -> type[Named]:
+    """What reads the options of a data set, by their field `name`."""
+    name = group.get("name") if isinstance(group, Mapping) else None
+    return TokenOptions if name in tokens.NAMES else Options
+
+
 def info(name: str, **options: Any) -> Info:
-    """What is known of a data set. Those of `NAMES` need not be on disk.
+    """What is known of a data set of images. Those of `NAMES` need not be on disk.
 
     Args:
       name: of the data set.
@@ -318,7 +329,7 @@ def info(name: str, **options: Any) -> Info:
 
 
 def load(name: str, *, show_progress: bool = False, **options: Any) -> DataSet | RecordSet:
-    """A data set by its name. Arguments as for `Options` and `Options.load`.
+    """A data set of images by its name. Arguments as for `Options` and `Options.load`.
 
     >>> load("digits", train_examples=100).train.images.shape
     (100, 8, 8, 1)

@@ -5,17 +5,20 @@ import dataclasses
 import typing
 from typing import Any
 
-from bigbatch.checks import Checks
+from bigbatch.checks import HARDWARE, Checks
+from bigbatch.errors import Problem
 
 if typing.TYPE_CHECKING:
     from flax import linen as nn
+
+    from bigbatch.engine.task import Task
 
 DType = typing.Literal["float32", "bfloat16", "float64"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(abc.ABC):
-    """What all networks share.
+    """What all networks for images share.
 
     Attributes:
       dtype: of the activations. Parameters and statistics are float32, or float64 if this is.
@@ -50,6 +53,27 @@ class ModelConfig(abc.ABC):
             ghost_batch_examples=ghost_batch_examples,
             axis_name=axis_name,
         )
+
+    def task(
+        self, data: Any, *, ghost_batch_examples: int, axis_name: str, label_smoothing: float
+    ) -> "Task":
+        """What is trained on a data set: the classification of its images."""
+        from bigbatch.models.classification import image_classification
+
+        module = self.module(
+            num_classes=data.num_classes,
+            ghost_batch_examples=ghost_batch_examples,
+            axis_name=axis_name,
+        )
+        facts = data.image_shape, data.mean, data.std
+        return image_classification(module, *facts, label_smoothing)
+
+    def problems(self, data: Any) -> list[Problem]:
+        """What keeps it from being trained on some data."""
+        if hasattr(data, "image_shape"):
+            return []
+        allowed = "a bundled or prepared data set of images, as data.name; or a task"
+        return [Problem("", type(self).__name__, allowed)]
 
     @abc.abstractmethod
     def num_parameters(self, *, image_channels: int, num_classes: int) -> int:
@@ -155,12 +179,79 @@ class InceptionResNetV2Config(ModelConfig):
         return InceptionResNetV2
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """A decoder-only transformer: see `bigbatch.models.transformer`.
+
+    Attributes:
+      layers: blocks of attention and perceptron.
+      width: of the hidden states.
+      heads: of the attention; the width is an even multiple of them.
+      vocabulary: tokens are 0 .. vocabulary - 1.
+      activation: of the perceptron. That of `gelu` is 4 widths wide, that of `swiglu`, with a third
+        matrix, two thirds of that, up to the next multiple of 8.
+      tied: whether the embeddings are the output matrix too.
+      qk_norm: whether queries and keys are normalised.
+      remat: compute the blocks' insides again for the gradient, in place of keeping them.
+      dtype: of the hidden states. Parameters are float32, or float64 if this is.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    activation: typing.Literal["swiglu", "gelu"] = "swiglu"
+    tied: bool = True
+    qk_norm: bool = True
+    remat: bool = dataclasses.field(default=False, metadata=HARDWARE)
+    dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        checks = Checks()
+        for name in ("layers", "width", "heads", "vocabulary"):
+            checks.whole(name, getattr(self, name), "a whole number, at least 1")
+        checks.done()
+        unit, allowed = 2 * self.heads, "an even multiple of heads: each has planes to turn in"
+        nearest = unit * max(1, round(self.width / unit))
+        checks.require(self.width == nearest, "width", self.width, allowed, nearest)
+        checks.done()
+
+    @property
+    def inner_width(self) -> int:
+        """Of the perceptron."""
+        return 4 * self.width if self.activation == "gelu" else -(-self.width // 3) * 8
+
+    def task(self, data: Any, **_: Any) -> "Task":
+        """What is trained on token data."""
+        from bigbatch.models.language import language_model
+
+        return language_model(self)
+
+    def problems(self, data: Any) -> list[Problem]:
+        """See `ModelConfig.problems`."""
+        given, allowed = f"{type(self).__name__}", "data of tokens, [sequence + 1] an example"
+        if len(data.example_shapes.get("tokens", [[]])[0]) != 1:
+            return [Problem("", given, allowed)]
+        held = getattr(data, "vocabulary", None) or 0
+        allowed = f"at least {held:,}, the vocabulary of the data: these are another tokenizer's"
+        fits = self.vocabulary >= held
+        return [] if fits else [Problem("vocabulary", self.vocabulary, allowed, held)]
+
+    def num_parameters(self, **_: Any) -> int:
+        """See `ModelConfig.num_parameters`."""
+        matrices = 4 * self.width + (2 if self.activation == "gelu" else 3) * self.inner_width
+        norms = 2 * self.width + 2 * (self.width // self.heads) * self.qk_norm
+        ends = (1 + (not self.tied)) * self.vocabulary * self.width + self.width
+        return self.layers * (matrices * self.width + norms) + ends
+
+
 def _check_dropout_rate(checks: Checks, rate: float) -> None:
     checks.number("dropout_rate", rate, "a number from 0 to below 1", at_least=0, below=1)
 
 
-MODELS: dict[str, type[ModelConfig]] = {
+MODELS: dict[str, Any] = {
     "wide_resnet": WideResNetConfig,
     "resnet": ResNetConfig,
     "inception_resnet_v2": InceptionResNetV2Config,
+    "transformer": TransformerConfig,
 }

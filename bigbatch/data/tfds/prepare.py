@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.data.tfds import idx_files
+from bigbatch.data.tokens import BIBLE
 from bigbatch.errors import Problem, RunError, UserError, nearest_name
 
 _IDX_SETS = ("mnist", "fashion_mnist")
@@ -43,7 +44,7 @@ def prepare(
     """
     if source is not None and not Path(source).is_dir():
         raise UserError(Problem("from", str(source), "a directory that is there"))
-    if name == "digits":
+    if name in ("digits", BIBLE):
         raise UserError(Problem("name", name, "a data set that does not come with bigbatch"))
     builder = _builder(name, data_dir)
     if builder.is_prepared():

@@ -1,0 +1,149 @@
+"""A decoder-only transformer of today's kind, in Flax NNX.
+
+Blocks that normalise what they read and add to what they were given (pre-norm; RMSNorm: Zhang and
+Sennrich 2019), rotary positions (Su et al. 2021), queries and keys normalised in each head (Henry
+et al. 2020; Dehghani et al. 2023), SwiGLU (Shazeer 2020) or GELU, no biases. Matrices are 2-D, as
+Muon takes them.
+
+Norms, the attention's softmax and the angles are computed in float32 at least.
+"""
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bigbatch.models import TransformerConfig
+
+_ROTARY_BASE = 10_000.0
+_EPSILON = 1e-6
+
+
+class Transformer(nnx.Module):
+    """Tokens -> hidden states, and the matrix that makes logits of them.
+
+    Kernels begin with variance 1 / inputs; those that end a branch with that over 2 layers, so that
+    the sum of all branches does not grow with the depth (Radford et al. 2019). Embeddings begin
+    with variance 1 / width and are read times sqrt(width): hidden states and logits are of order 1.
+    """
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        begin = nnx.initializers.normal(config.width**-0.5)
+        shape, dtype = (config.vocabulary, config.width), _param_dtype(config)
+        self.embedding = nnx.Param(begin(rngs.params(), shape, dtype))
+        if not config.tied:
+            self.output = nnx.Param(begin(rngs.params(), shape, dtype))
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+        self.norm = _norm(config.width, config, rngs)
+
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What is to be known of the next tokens.
+
+        Args:
+          tokens: whole numbers [examples, sequence + 1], the last of which are targets only.
+
+        Returns:
+          Hidden states, [examples, sequence, width], and the output matrix, [vocabulary, width],
+          both of the config's dtype.
+        """
+        config = self.config
+        embedding = self.embedding[...].astype(config.dtype)
+        x = embedding[tokens[:, :-1].astype(jnp.int32)] * math.sqrt(config.width)
+        rotation = _rotation(x.shape[1], config)
+        # The module is split, as `nnx.remat` would write to its variables.
+        call = jax.checkpoint(_called, static_argnums=0) if config.remat else _called
+        for block in self.blocks:
+            x = call(*nnx.split(block), x, rotation)
+        output = embedding if config.tied else self.output[...].astype(config.dtype)
+        return self.norm(x), output
+
+
+class Block(nnx.Module):
+    """Attention to what came before, then a perceptron; each adds to its input."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, inner = config.width, config.inner_width
+        ends = nnx.initializers.variance_scaling(0.5 / config.layers, "fan_in", "normal")
+        norm = functools.partial(_norm, config=config, rngs=rngs)
+        matrix = functools.partial(
+            nnx.Linear,
+            use_bias=False,
+            dtype=config.dtype,
+            param_dtype=_param_dtype(config),
+            kernel_init=nnx.initializers.variance_scaling(1.0, "fan_in", "normal"),
+            rngs=rngs,
+        )
+        self.attention_norm, self.inner_norm = norm(width), norm(width)
+        self.query, self.key, self.value = (matrix(width, width) for _ in range(3))
+        self.attended = matrix(width, width, kernel_init=ends)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = (norm(width // config.heads) for _ in range(2))
+        self.up = matrix(width, inner)
+        if config.activation == "swiglu":
+            self.gate = matrix(width, inner)
+        self.down = matrix(inner, width, kernel_init=ends)
+
+    def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """Hidden states [examples, sequence, width] after the block."""
+        config = self.config
+        normed = self.attention_norm(x)
+        heads = (*x.shape[:2], config.heads, -1)
+        query, key, value = (f(normed).reshape(heads) for f in (self.query, self.key, self.value))
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = _rotated(query, rotation), _rotated(key, rotation)
+        x = x + self.attended(_attention(query, key, value).reshape(x.shape))
+        normed = self.inner_norm(x)
+        if config.activation == "swiglu":
+            return x + self.down(nnx.silu(self.gate(normed)) * self.up(normed))
+        return x + self.down(nnx.gelu(self.up(normed)))
+
+
+def _called(graphdef: Any, state: Any, x: jax.Array, rotation: Any) -> jax.Array:
+    """What a block makes of its input."""
+    result: jax.Array = nnx.merge(graphdef, state)(x, rotation)
+    return result
+
+
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """What each position takes of the values up to its own, [examples, sequence, heads, size]."""
+    if query.dtype == jnp.float64:
+        # JAX's own takes the softmax in float32, whatever it is given.
+        scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
+        scores = jnp.where(jnp.tri(query.shape[1], dtype=bool), scores, -jnp.inf)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value)
+    # cuDNN's takes 16 bits only.
+    fast = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
+    name: Literal["cudnn", "xla"] = "cudnn" if fast else "xla"
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=name)
+
+
+def _param_dtype(config: TransformerConfig) -> Any:
+    return jnp.promote_types(config.dtype, jnp.float32)
+
+
+def _norm(features: int, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    kinds = {"dtype": config.dtype, "param_dtype": _param_dtype(config)}
+    return nnx.RMSNorm(features, epsilon=_EPSILON, **kinds, rngs=rngs)
+
+
+def _rotation(length: int, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the angles, [sequence, 1, half of a head], in float32 at least."""
+    half = config.width // config.heads // 2
+    angles = np.arange(length)[:, None] * _ROTARY_BASE ** (-np.arange(half) / half)
+    dtype = _param_dtype(config)
+    return jnp.asarray(np.cos(angles)[:, None], dtype), jnp.asarray(np.sin(angles)[:, None], dtype)
+
+
+def _rotated(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """[..., sequence, heads, size] turned by position, in planes of one axis of each half."""
+    cos, sin = rotation
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = first * cos - second * sin, first * sin + second * cos
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
