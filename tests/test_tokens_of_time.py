@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from bigbatch import errors
 from bigbatch.checks import Checks
 from bigbatch.commands import plan as plan_table
+from bigbatch.commands.report.write import write_report
 from bigbatch.config.config import read_config
 from bigbatch.data.source import Data
 from bigbatch.schedule.durations import Every, Intervals, size_in_examples
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import batch_ramp, batch_stages, constant, cosine, stages, step_decay
 from bigbatch.schedule.transform import grow_batch
+from bigbatch.training import loop, progress
+from tests import report_runs
+from tests.own import regression
 
 # Sequences of an epoch, tokens of a sequence, and a time in tokens: up to 15 trillion in all.
 SIZES = st.integers(1, 2**31)
@@ -266,3 +270,41 @@ def test_batch_stages_follow_the_rule_or_leave_the_rate():
         settings_there = policy.at([0, 1])
         assert settings_there.batch_size.tolist() == [8, 16]
         assert settings_there.hyper["learning_rate"].tolist() == expected
+
+
+def test_what_a_run_says_of_tokens(tmp_path):
+    """Each record has those of its examples; TensorBoard has an axis of them."""
+    run = regression.prepare()
+    run.data.tokens_per_example = 7
+    every = {"log_every_tokens": 700, "evaluate_every_tokens": 2240, "checkpoint_every_epochs": 3}
+    runs = [tmp_path / name for name in ("decay", "again")]
+    result = loop.train(run, runs[0], **every)
+    lines = (runs[0] / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {record["tokens"] / record["examples"] for record in records} == {7}
+    trained = [record for record in records if "train_loss" in record]
+    assert [record["tokens"] // 700 for record in trained[:-1]] == [*range(1, len(trained))]
+    assert all("tokens_per_s" in record for record in trained)
+    assert len([record for record in records if "test_loss" in record]) == 3
+    assert result["tokens"] == 7 * result["examples"]
+    assert f"{result['tokens'] / 1000:.4g}k tokens" in progress.result_line(result)
+    assert list((runs[0] / "tensorboard" / "tokens").glob("events.*"))
+    bar = progress.progress_bar(run, progress.Progress(), False)
+    assert (bar.total, bar.unit) == (result["tokens"], " tokens")
+    row = run.plan.row(0)
+    assert f", {16 * 7} tokens, update 1 of" in progress.evaluation_line(
+        run, row, progress.Progress(), {}
+    )
+
+
+@pytest.mark.parametrize(("per_example", "known"), [(512, True), (None, False), ("many", False)])
+def test_the_report_speaks_of_tokens(tmp_path, per_example, known):
+    path = report_runs.write_run(tmp_path, "decay", 0, report_runs.DECAY, lambda epoch: 1.0)
+    plan = json.loads((path / "plan.json").read_text())
+    (path / "plan.json").write_text(json.dumps({**plan, "tokens_per_example": per_example}))
+    found = write_report([path], tmp_path / "out")
+    table, page = found.table.read_text(), found.page.read_text()
+    assert ("tokens/s" in table, "examples/s" in table) == (known, not known)
+    assert ("| 256,000 |" in table) == known
+    assert ("1,000 training examples of 512 tokens." in page) == known
+    assert ('value="tokens" checked' in page) == known

@@ -174,9 +174,9 @@ MUON = dataclasses.replace(
     SEESAW,
     name="muon",
     evidence="lr ~ sqrt(B), and growth as in Seesaw, momentum held: believed. Practice scales "
-    "Muon's lr so between runs of fixed batch size (marin #1565); nothing is published for a batch "
-    "that grows. Its critical batch size is larger than AdamW's; in its own geometry (arXiv "
-    "2602.03001) the noise scale is another than the one measured here",
+    "Muon's lr (Jordan et al. 2024) so between runs of fixed batch size (marin #1565); nothing is "
+    "published for a batch that grows. Its critical batch size is larger than AdamW's; in its own "
+    "geometry (arXiv 2602.03001) the noise scale is another than the one measured here",
 )
 """For spectral steps, whose size the gradient's does not change."""
 
