@@ -290,7 +290,7 @@ def test_what_a_run_says_of_tokens(tmp_path):
     assert f"{result['tokens'] / 1000:.4g}k tokens" in progress.result_line(result)
     assert list((runs[0] / "tensorboard" / "tokens").glob("events.*"))
     bar = progress.progress_bar(run, progress.Progress(), False)
-    assert (bar.total, bar.unit) == (result["tokens"], " tokens")
+    assert bar.total == result["tokens"]
     row = run.plan.row(0)
     assert f", {16 * 7} tokens, update 1 of" in progress.evaluation_line(
         run, row, progress.Progress(), {}
@@ -308,3 +308,14 @@ def test_the_report_speaks_of_tokens(tmp_path, per_example, known):
     assert ("| 256,000 |" in table) == known
     assert ("1,000 training examples of 512 tokens." in page) == known
     assert ('value="tokens" checked' in page) == known
+
+
+def test_an_adaptive_run_knows_its_tokens():
+    policy = {"name": "adaptive", "learning_rate": 0.1, "momentum": 0.0}
+    policy |= {"batch_size": "2Ki_tokens", "max_batch_size": "16Ki_tokens"}
+    optimizer = {"name": "sgd"}
+    config = config_of(policy=policy, transformations=[], optimizer=optimizer)
+    ladder = [level.batch_size for level in config.controller.ladder]
+    assert (ladder[0], ladder[-1]) == (8, 64)
+    assert config.controller.plan().tokens_per_example == 256
+    assert "tokens_per_example" not in config.groups["policy"]

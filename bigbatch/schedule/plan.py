@@ -30,7 +30,7 @@ from bigbatch.schedule import positions
 from bigbatch.schedule.durations import first_example_from, in_any_unit
 from bigbatch.schedule.noise_scale import RULES, Array, make_rule
 from bigbatch.schedule.policy import Policy
-from bigbatch.schedule.run_lengths import column_of, run_starts, runs_of
+from bigbatch.schedule.run_lengths import column_of, joined, run_starts, runs_of
 
 # Positions up to here can be told from times in any unit: see `durations`.
 _MOST_EXAMPLES = 2**48
@@ -340,13 +340,6 @@ class Plan:
         return None if self.num_updates == other.num_updates else common
 
 
-def _joined(columns: list[Array]) -> Array:
-    """Columns one after the other; of one value that takes no memory."""
-    if all(column.strides == (0,) and column[0] == columns[0][0] for column in columns):
-        return np.broadcast_to(columns[0][0], sum(map(len, columns)))
-    return np.concatenate(columns)
-
-
 @in_any_unit("epochs", updates=False)
 def make_plan(
     policy: Policy,
@@ -396,9 +389,9 @@ def make_plan(
         positions.rows_of(policy, int(train_examples), float(epochs), int(batch_multiple_examples))
     )
     # One column after the other, so that no second copy of the whole plan is alive.
-    batch_sizes = _joined([part.batch_size for part in parts]).astype(np.int64)
+    batch_sizes = joined([part.batch_size for part in parts]).astype(np.int64)
     names = list(parts[0].hyper)
-    hypers = {name: _joined([part.hyper.pop(name) for part in parts]) for name in names}
+    hypers = {name: joined([part.hyper.pop(name) for part in parts]) for name in names}
     for name, column in hypers.items():
         large = column[~(np.abs(column) <= _LARGEST_HYPER)][:1].tolist()
         checks.require(not large, name, large and large[0], "a number that float32 can hold")

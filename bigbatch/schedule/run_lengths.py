@@ -35,3 +35,10 @@ def column_of(name: str, runs: Any) -> Array:
     if not (np.isfinite(table).all() and (counts >= 1).all() and counts.sum() <= MOST_UPDATES):
         raise ValueError(f"{name} is not of 1 to {MOST_UPDATES:,} updates")
     return np.repeat(table[:, 0].astype(np.float64), counts.astype(np.int64))
+
+
+def joined(columns: list[Array]) -> Array:
+    """Columns one after the other; of one value that takes no memory."""
+    if all(column.strides == (0,) and column[0] == columns[0][0] for column in columns):
+        return np.broadcast_to(columns[0][0], sum(map(len, columns)))
+    return np.concatenate(columns)
