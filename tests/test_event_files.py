@@ -50,8 +50,10 @@ def test_both_axes_hold_the_log_after_kills_and_resumes(tmp_path):
         truncate(log_path, last_update=last_update)
         files = EventFiles(
             events,
-            last_update=last_update,
-            last_example=record(last_update or 1)["examples"] if last_update else 0,
+            last={
+                "update": last_update,
+                "examples": record(last_update or 1)["examples"] if last_update else 0,
+            },
             config={},
             metrics=(),
         )
@@ -93,7 +95,7 @@ def test_records_reach_the_files_in_groups_or_after_a_while(tmp_path, monkeypatc
 
     now_s = 1_000.0
     monkeypatch.setattr(event_files.time, "monotonic", lambda: now_s)
-    files = EventFiles(tmp_path, last_update=0, last_example=0, config={}, metrics=())
+    files = EventFiles(tmp_path, last={"update": 0, "examples": 0}, config={}, metrics=())
     for update in range(1, 128):
         files.write(record(update))
     assert shown() == []

@@ -434,14 +434,6 @@ MISTAKES = {
         ),
         [("max_batch_size", 99)],
     ),
-    "Adam's b1": (
-        lambda: make_plan(
-            grow_batch(with_rule(adam(cosine(0.1, 64, epochs=4)), "square_root"), 1024),
-            train_examples=1000,
-            epochs=4,
-        ),
-        [("max_batch_size", 640)],
-    ),
     "no JSON": (lambda: Plan.from_json("[]"), [("plan", None)]),
 }
 

@@ -274,7 +274,7 @@ MISTAKES = {
         lambda: stages("0:1 3_epochs:2 2_epochs:1", "0:8"),
         [("learning_rate", None)],
     ),
-    "half an example": (lambda: stages(0.1, "0:8 1_epochs:8.5"), [("batch_size", None)]),
+    "half an example": (lambda: stages(0.1, "0:8 1_epochs:8.5"), [("batch_size", 8)]),
     "N missing": (lambda: stages(0.1, "0:8 9_updates:16"), [("train_examples", None)]),
     "ramp": (
         lambda: batch_ramp(

@@ -93,7 +93,8 @@ def test_seesaw_keeps_lr_over_the_root_of_the_batch_size(recipe):
 def test_square_root_rule_keeps_its_four(source, limit, factor):
     """lr/sqrt(B), (1-b1)/B, (1-b2)/B and eps sqrt(B); b1 = 0.9 allows ten times the batch size."""
     base = source.stated_peak_batch_size
-    ready = with_rule(adam(source, 0.9, 0.99, 1e-6), "square_root")
+    exact = {"b1_floor": 0.0, "b2_floor": 0.0}
+    ready = with_rule(adam(source, 0.9, 0.99, 1e-6), "square_root", **exact)
     grown = scale(grow_batch(ready, math.floor(base * limit)), factor)
     grown = dataclasses.replace(grown, stated_batch_sizes=())
     plan = make_plan(grown, train_examples=30 * int(base), epochs=EPOCHS) if factor == 1 else None

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from bigbatch.config.assemble import prepared, task_of
-from bigbatch.config.config import Config, facts_of
+from bigbatch.config.config import Config
+from bigbatch.config.lengths import facts_of
 from bigbatch.data.dataset import Info
 from bigbatch.data.source import Data
 from bigbatch.data.tokens import TokenInfo

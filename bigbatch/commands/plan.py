@@ -2,11 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from bigbatch.config.config import Config
 from bigbatch.layout.layout import Layout, idle_share
-from bigbatch.schedule.diagnostics import diagnose
-from bigbatch.schedule.plan import Stage
+from bigbatch.schedule.diagnostics import diagnose, floors
+from bigbatch.schedule.durations import short
+from bigbatch.schedule.plan import Plan, Stage
 
 _HEADER = (
     "first update",
@@ -19,6 +23,7 @@ _HEADER = (
     "noise scale",
     "microbatches",
 )
+_TOKENS = ("tokens", "batch tokens")
 # A plan whose every update differs has thousands of stages.
 _MAX_ROWS = 40
 
@@ -36,15 +41,21 @@ def text(config: Config, *, devices: int) -> str:
     plan = config.plan
     layout = config.layout(plan, devices)
     shares = (f"{layout.devices * shape // devices}" for shape in layout.shapes)
-    rows = [_row(stage, layout) for stage in plan.stages]
-    source = config.source_plan
+    source, rule = config.source_plan, config.policy.rule
+    # What moves beside the learning rate, as Adam's do.
+    moving = [n for n, c in plan.hypers.items() if n not in Stage._fields and np.ptp(c)]
+    header = (*_HEADER, *(_TOKENS if plan.tokens_per_example else ()), *moving)
+    rows = [
+        (*_row(stage, layout), *_more(stage, plan, moving)) if isinstance(stage, Stage) else stage
+        for stage in abridged(plan.stages, len(header))
+    ]
     lines = [
         f"{config.experiment or 'plan'}: {plan.train_examples:,} training examples, "
         f"{plan.epochs:g} epochs",
         "",
-        *aligned([_HEADER, *abridged(rows, len(_HEADER))]),
+        *aligned([header, *rows]),
         "",
-        f"{plan.num_updates:,} updates, {plan.num_examples:,} examples; "
+        f"{plan.num_updates:,} updates, {plan.num_examples:,} examples{tokens(plan)}; "
         f"{source.num_updates / plan.num_updates:.2f} times fewer updates than the "
         f"{source.num_updates:,} of the policy without transformations",
         f"planned for {devices} device{'s' * (devices > 1)} (--devices; none was looked for): "
@@ -53,7 +64,10 @@ def text(config: Config, *, devices: int) -> str:
         f"fingerprint {plan.fingerprint}",
         "",
     ]
-    diagnostics = [*diagnose(plan, source), idle_share(plan, layout)]
+    if rule.learning_rate_power != 1 or "b1" in plan.hypers:
+        lines.append(f"rule {rule.name}: {rule.evidence}")
+    held = floors(plan, config.policy)
+    diagnostics = [*held, *diagnose(plan, source), idle_share(plan, layout)]
     lines += [diagnostic.text for diagnostic in diagnostics]
     lines += [f"warning: {found.warning}" for found in diagnostics if found.warning]
     return "\n".join(lines)
@@ -78,7 +92,24 @@ def _row(stage: Stage, layout: Layout) -> tuple[str, ...]:
     )
 
 
-def abridged(rows: Sequence[Sequence[str]], columns: int) -> list[Sequence[str]]:
+def _more(stage: Stage, plan: Plan, moving: Sequence[str]) -> tuple[str, ...]:
+    """The cells that are there for tokens, and for what moves."""
+    cells = [f"{plan.hypers[name][stage.first_update]:.4g}" for name in moving]
+    if per_example := plan.tokens_per_example:
+        counts = stage.first_example, stage.batch_size
+        cells = [*(short(count * per_example) for count in counts), *cells]
+    return tuple(cells)
+
+
+def tokens(plan: Plan) -> str:
+    """The tokens of a plan, exactly, where its examples have them."""
+    if not plan.tokens_per_example:
+        return ""
+    count = plan.num_examples * plan.tokens_per_example
+    return f", {count:,} tokens ({plan.tokens_per_example:,} an example)"
+
+
+def abridged(rows: Sequence[Sequence[Any]], columns: int) -> list[Sequence[Any]]:
     """The first and the last rows of a long table, with a line that says how many are left out."""
     if len(rows) <= _MAX_ROWS:
         return list(rows)

@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from bigbatch.commands.plan import aligned
+from bigbatch.commands.plan import aligned, tokens
 from bigbatch.config.config import Config
 from bigbatch.schedule.adaptive.controller import Controller
 
@@ -54,7 +54,7 @@ def text(config: Config, *, devices: int) -> str:
     return "\n".join(
         [
             f"{config.experiment or 'plan'}: {config.plan.train_examples:,} training examples, "
-            f"{config.plan.epochs:g} epochs, adaptive",
+            f"{config.plan.epochs:g} epochs{tokens(config.plan)}, adaptive",
             "",
             *aligned([_HEADER, *rows]),
             "",

@@ -18,8 +18,8 @@ _SMALLEST_SHOWN = 1e-4
 def draw_plan(path: Path | str, plan: Plan, source: Plan | None = None) -> None:
     """Draws learning rate, batch size, momentum and noise scale, before and after.
 
-    Rows are the quantities, columns epochs and updates. Where the noise scale's two lines coincide
-    in the left column, the transformation kept it.
+    Rows are the quantities, columns epochs (tokens, if examples have any) and updates. Where the
+    noise scale's two lines coincide in the left column, the transformation kept it.
 
     Args:
       path: the picture to write; its suffix (.png, .svg, .pdf) is its format.
@@ -51,7 +51,8 @@ def draw_plan(path: Path | str, plan: Plan, source: Plan | None = None) -> None:
         bottom, top = row[0].get_ylim()
         row[0].set_ylim(max(bottom, top * _SMALLEST_SHOWN), top)
     axes[1, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    for axis, name in zip(axes[-1], ("epochs", "updates"), strict=True):
+    clock = "tokens" if plan.tokens_per_example else "epochs"
+    for axis, name in zip(axes[-1], (clock, "updates"), strict=True):
         axis.set_xlabel(name)
     axes[1, 0].yaxis.set_major_formatter("{x:,.0f}")
     axes[1, 0].yaxis.set_minor_formatter(NullFormatter())
@@ -82,9 +83,11 @@ def _columns(plan: Plan) -> dict[str, NDArray[np.float64]]:
 
 
 def _clocks(plan: Plan) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """When each update starts, and the last one ends, in epochs and in updates."""
+    """When each update starts, and the last one ends, in epochs or tokens, and in updates."""
     starts = np.r_[plan.first_examples, plan.num_examples]
-    return starts / plan.train_examples, np.arange(plan.num_updates + 1)
+    tokens = plan.tokens_per_example
+    time = starts * float(tokens) if tokens else starts / plan.train_examples
+    return time, np.arange(plan.num_updates + 1)
 
 
 def _shown(values: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from bigbatch.commands.plan import abridged, aligned
-from bigbatch.config.config import Config, facts_of
+from bigbatch.config.config import Config
+from bigbatch.config.lengths import facts_of
 from bigbatch.layout import time_model
 from bigbatch.layout.time_model import Scaling, Speeds, StageTime
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch import distributed
-from bigbatch.config.config import Config, facts_of
+from bigbatch.config.config import Config
+from bigbatch.config.lengths import facts_of
 from bigbatch.data.sets import Named
 from bigbatch.data.source import TrainingData
 from bigbatch.engine.functions import DATA_AXIS

@@ -14,6 +14,7 @@ from bigbatch import models
 from bigbatch.checks import Checks, statistical
 from bigbatch.config.binding import bind
 from bigbatch.config.fields import Fields
+from bigbatch.config.lengths import facts_of, in_examples, tokens_per_example
 from bigbatch.data import sets
 from bigbatch.engine.optimizer import OPTIMIZERS
 from bigbatch.errors import Problem, UserError, nearest_name
@@ -133,7 +134,8 @@ def read_config(
         `models.MODELS`, `optimizer.OPTIMIZERS` and `policy.POLICIES`, and hold its arguments beside
         the name; `transformations` is a list of such groups for `transform.TRANSFORMATIONS`,
         applied in the order written. `task` (in place of `model`), `data`, `optimizer` and `policy`
-        may also name "package.module:callable".
+        may also name "package.module:callable". `tokens` in place of `epochs` is the length of the
+        run in tokens, and a batch size may be a text such as "4Mi_tokens".
       experiment: its name, for the records.
       named: gives the callable of such a name, or raises a UserError.
 
@@ -152,14 +154,17 @@ def read_config(
     ]
     if "task" in tree and "model" in tree:
         problems.append(Problem("model", tree["model"], "none with a task, which has its own"))
-    fields = _bind_top(_with_measurement(tree), problems)
     reader = _Reader(named, problems)
     data = reader.group("data", tree, {}, otherwise=sets.options_of(tree.get("data")))
+    given_tree, tree = tree, in_examples(tree, data, problems)
+    fields = _bind_top(_with_measurement(tree), problems)
     model = reader.group("model", tree, models.MODELS)
     task = reader.group("task", tree, {})
     optimizer = reader.group("optimizer", tree, OPTIMIZERS)
     context = {
         "train_examples": facts_of(data).train_examples if data is not None else None,
+        # 0: the data does not say, or is not known.
+        "tokens_per_example": tokens_per_example(data) or 0,
         "epochs": fields.epochs if fields else None,
         "batch_multiple_examples": fields.ghost_batch_examples if fields else None,
         "small_batch_examples": fields
@@ -187,11 +192,15 @@ def read_config(
     plan: Any = None
     source_plan: Any = None
     if policy is not None and fields is not None and data is not None:
-        plan = _plan(policy, fields, context["train_examples"], tree, problems)
+        plan = _plan(policy, fields, context, tree, problems)
+        try:
+            Intervals.of(vars(fields), tokens_per_example=context["tokens_per_example"])
+        except UserError as error:
+            problems += error.problems
     if not problems:
         source_plan = plan
         if policy is not source:
-            source_plan = _plan(source, fields, context["train_examples"], tree, problems)
+            source_plan = _plan(source, fields, context, tree, problems)
     if not problems and hasattr(optimizer, "plan_problems"):
         problems += optimizer.plan_problems(plan.hypers)
     if problems:
@@ -206,15 +215,10 @@ def read_config(
         policy=policy,
         plan=plan,
         source_plan=source_plan,
-        tree=tree,
+        tree=given_tree,
         groups=reader.groups,
         controller=controller,
     )
-
-
-def facts_of(data: Any) -> Any:
-    """What is known of a config's data: of those by name without their files."""
-    return data.info if isinstance(data, sets.Named) else data
 
 
 class _Reader:
@@ -322,7 +326,7 @@ def _adaptive_problems(tree: Mapping[str, Any]) -> list[Problem]:
 def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:
     """Binds the plain fields; groups count among the names that a misspelt one is compared with."""
     fields = [field.name for field in dataclasses.fields(Fields)]
-    names = [*fields, *_GROUPS, "transformations"]
+    names = [*fields, *_GROUPS, "transformations", "tokens"]
     for name in [name for name in tree if name not in names]:
         allowed = "a field of the config: " + ", ".join(names)
         problems.append(Problem(name, tree[name], allowed, nearest_name(name, names)))
@@ -342,7 +346,7 @@ def _transformations(tree: Mapping[str, Any], problems: list[Problem]) -> list[M
 def _plan(
     policy: Policy,
     fields: Fields,
-    train_examples: int,
+    context: Mapping[str, Any],
     tree: Mapping[str, Any],
     problems: list[Problem],
 ) -> Any:
@@ -350,7 +354,8 @@ def _plan(
     try:
         return make_plan(
             policy,
-            train_examples=train_examples,
+            train_examples=context["train_examples"],
+            tokens_per_example=context["tokens_per_example"] or None,
             epochs=fields.epochs,
             batch_multiple_examples=fields.ghost_batch_examples,
         )

@@ -40,7 +40,7 @@ class Fields:
       reproducible: sums exactly, so that devices and processes change no bit of the result. Each
         then computes one ghost batch (or small batch) in a call, however many would fit.
       keep_checkpoints: how many of the newest are kept.
-      log_every_epochs: interval of the training records, in one of three units; so are the others.
+      log_every_epochs: interval of the training records, in one of four units; so are the others.
       evaluate_every_epochs: of the evaluations.
       checkpoint_every_epochs: of the checkpoints.
       keep_every_epochs: of the checkpoints that are kept for good; None for none.
@@ -63,15 +63,19 @@ class Fields:
     log_every_epochs: float | None = _hardware(None)
     log_every_examples: int | None = _hardware(None)
     log_every_updates: int | None = _hardware(None)
+    log_every_tokens: float | None = _hardware(None)
     evaluate_every_epochs: float | None = _hardware(None)
     evaluate_every_examples: int | None = _hardware(None)
     evaluate_every_updates: int | None = _hardware(None)
+    evaluate_every_tokens: float | None = _hardware(None)
     checkpoint_every_epochs: float | None = _hardware(None)
     checkpoint_every_examples: int | None = _hardware(None)
     checkpoint_every_updates: int | None = _hardware(None)
+    checkpoint_every_tokens: float | None = _hardware(None)
     keep_every_epochs: float | None = _hardware(None)
     keep_every_examples: int | None = _hardware(None)
     keep_every_updates: int | None = _hardware(None)
+    keep_every_tokens: float | None = _hardware(None)
 
     def __post_init__(self) -> None:
         checks = Checks()
@@ -98,7 +102,8 @@ class Fields:
         allowed = "a whole number of checkpoints, at least 2"
         checks.whole("keep_checkpoints", self.keep_checkpoints, allowed, at_least=2)
         try:
-            Intervals.of(vars(self))
+            # How many tokens an example has only the data tells: see `config.read_config`.
+            Intervals.of(vars(self), tokens_per_example=1)
         except UserError as error:
             checks.problems += error.problems
         checks.done()

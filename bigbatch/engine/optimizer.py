@@ -123,8 +123,9 @@ class Optimizer:
         hypers = arguments(self.links)
         problems = plan_problems("optimizer.name", self.name, hypers, plan_hypers)
         for column in hypers:
-            if column in plan_hypers and getattr(self, column, None) is not None:
-                allowed = "None, as the policy sets it"
+            unset = getattr(type(self), column, None)
+            if column in plan_hypers and getattr(self, column, None) != unset:
+                allowed = f"{unset}, as the policy sets it"
                 problems.append(Problem(f"optimizer.{column}", getattr(self, column), allowed))
         return problems
 
@@ -243,14 +244,22 @@ class AdamW(Adam):
     """Adam with the decay beside it (Loshchilov and Hutter 2019).
 
     w <- w - lr (m^ / (sqrt(v^) + eps) + weight_decay w), in the form of Optax and PyTorch, in which
-    the learning rate multiplies the decay too.
+    the learning rate multiplies the decay too. The policy may set `weight_decay` in place of the
+    field (transformation `adam`).
     """
 
-    def links(self, learning_rate: Any, b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8) -> "Links":
+    def links(
+        self,
+        learning_rate: Any,
+        b1: Any = 0.9,
+        b2: Any = 0.999,
+        eps: Any = 1e-8,
+        weight_decay: Any = 0.0,
+    ) -> "Links":
         """Optax's own."""
         import optax
 
-        decay = {"weight_decay": self.weight_decay, "mask": self.decays}
+        decay = {"weight_decay": weight_decay, "mask": self.decays}
         return (optax.adamw(learning_rate, b1, b2, eps, **decay),)
 
 

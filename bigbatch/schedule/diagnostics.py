@@ -18,6 +18,7 @@ import numpy as np
 
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
+from bigbatch.schedule.policy import Policy
 
 # The paper's runs above this share lost a point of accuracy or more, its runs below did not.
 MAX_LAG_SHARE = 0.03
@@ -135,15 +136,22 @@ def batch_share(plan: Plan) -> Diagnostic:
 
 def effective_learning_rate(plan: Plan, source: Plan) -> Diagnostic:
     """The largest lr/(1-m) against the source's; a plan that warms up is not warned of."""
-    ours, theirs = (p.hypers["learning_rate"] / (1 - p.hypers["momentum"]) for p in (plan, source))
-    peak, ratio = float(ours.max()), float(ours.max() / theirs.max())
-    warms_up = ours[0] < peak / 2
+
+    def effective(plan: Plan) -> tuple[float, float]:
+        # In parts, as copies of a whole column are large.
+        columns = (plan.hypers["learning_rate"], plan.hypers["momentum"])
+        parts = (np.array_split(column, 1 + plan.num_updates // 2**16) for column in columns)
+        peak = max(float((rate / (1 - m)).max()) for rate, m in zip(*parts, strict=True))
+        return float(columns[0][0] / (1 - columns[1][0])), peak
+
+    (first, peak), (_, source_peak) = effective(plan), effective(source)
+    ratio, warms_up = peak / source_peak, first < peak / 2
     return diagnostic(
         "effective_learning_rate",
         ratio,
         np.inf if warms_up else MAX_LEARNING_RATE_RATIO,
         f"effective learning rate lr/(1-m): at most {peak:.3g}, {ratio:.3g} times the source's",
-        f"the effective learning rate lr/(1-m) starts at {ours[0]:.3g} and reaches {peak:.3g}, "
+        f"the effective learning rate lr/(1-m) starts at {first:.3g} and reaches {peak:.3g}, "
         f"{ratio:.3g} times that of the source: training may diverge early; add the "
         "transformation warmup, or scale (lr, B) or raise the momentum by less",
     )
@@ -170,6 +178,36 @@ def linear_scaling(plan: Plan, gradient_noise_scale: float) -> Diagnostic:
         f"best by lr_max / (1 + B_noise/B), with B_noise = {gradient_noise_scale:,.0f} examples as "
         "measured: set max_batch_size to about that, or scale the learning rate by less",
     )
+
+
+def floors(plan: Plan, policy: Policy) -> list[Diagnostic]:
+    """For each of Adam's b1 and b2 that the policy's rule moves, how far it is held at its floor.
+
+    Args:
+      plan: the plan.
+      policy: what it was made from. It says what the rule asks for.
+    """
+    found = []
+    epochs = np.array([stage.epoch for stage in plan.stages])
+    firsts = [stage.first_update for stage in plan.stages]
+    for name, floor in policy.rule.floors.items():
+        asked = policy.at(epochs).hyper[name]
+        # But for rounding, which a b that starts at its floor may be on either side of.
+        held = (plan.hypers[name][firsts] <= floor) & (1 - asked > (1 - floor) * (1 + 1e-9))
+        stage, lowest = plan.stages[int(np.argmax(held))], float(asked.min())
+        where = f"from update {stage.first_update:,} on (batch size {stage.batch_size:,})"
+        found.append(
+            diagnostic(
+                f"{name}_floor",
+                float(held.any()),
+                0.0,
+                f"{name}: {'held at' if held.any() else 'never below'} its floor of {floor:g}",
+                f"{where} {name} is held at its floor of {floor:g}, where the rule {plan.rule} "
+                f"asks for down to {lowest:.3g}: past here the equivalence is believed, not shown; "
+                "a smaller max_batch_size stays below",
+            )
+        )
+    return found
 
 
 def diagnostic(name: str, value: float, limit: float, text: str, warning: str) -> Diagnostic:

@@ -1,17 +1,22 @@
-"""Times given in epochs, examples or updates.
+"""Times given in epochs, examples, updates or tokens.
 
 A constructor is written in epochs alone. `in_any_unit` lets its caller give the same time in
-another unit, by the suffix of the argument: `boundaries_epochs`, `boundaries_examples` or
-`boundaries_updates`; `from_epoch` or `from_example`. Updates are those of the recipe as it was
-written, with its own constant batch size: the argument `batch_size`, or that of `policy`.
+another unit, by the suffix of the argument: `boundaries_epochs`, `boundaries_examples`,
+`boundaries_updates` or `boundaries_tokens`; `from_epoch` or `from_example`. Updates are those of
+the recipe as it was written, with its own constant batch size: the argument `batch_size`, or that
+of `policy`. Tokens are those of whole examples, of which each has `tokens_per_example`: T tokens
+are T / tokens_per_example examples, and mean nothing where the data does not say how many it has.
 
 >>> @in_any_unit("warmup_epochs")
 ... def show(batch_size: int, *, warmup_epochs: float) -> None:
 ...     print(warmup_epochs)
 >>> show(batch_size=100, warmup_updates=25, train_examples=1000)
 2.5
+>>> show(batch_size=100, warmup_tokens=10e6, train_examples=1000, tokens_per_example=4000)
+2.5
 
-`Every` is an interval in one of these units.
+`Every` is an interval in one of these units. `size_in_examples` reads a batch size as people write
+it.
 
 *A position against a time.* Let u = 2^-53. A time t in epochs stands for a fraction, 0.07 for 7/100
 and 3 * 0.1 for 3/10, to a few u. A position p has reached it where p >= t (1 - 8u) N, computed
@@ -24,7 +29,8 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -37,7 +43,14 @@ from bigbatch.checks import Checks, is_number
 # Of a plan: far more than anyone trains. So many take half a gigabyte, and as much again while they
 # are made.
 MOST_UPDATES = 2**24
-TIME_UNITS = ("epochs", "examples", "updates")
+TIME_UNITS = ("epochs", "examples", "updates", "tokens")
+# A number as people write it: 4M is four million, 4Mi is 2^22, as "4M tokens" a batch often are.
+QUANTITY = r"(\d*\.?\d+(?:e[-+]?\d\d?)?)(Ki|Mi|[kMGBT]?)"
+_MULTIPLES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+_MULTIPLES |= {"Ki": 2**10, "Mi": 2**20}
+_SIZE = re.compile(rf"{QUANTITY}(?:_(examples|sequences|tokens))?")
+_LONGEST_SIZE = 32
+NO_TOKENS = "another unit: how many tokens an example has (tokens_per_example) is not known"
 
 # 1 - 8u, see above.
 _EARLIER = Fraction(2**50 - 1, 2**50)
@@ -49,10 +62,10 @@ class Every:
 
     Attributes:
       value: how many of the unit.
-      unit: "epochs", "examples" or "updates".
+      unit: "epochs", "examples" or "updates"; tokens are given as the examples that have them.
     """
 
-    value: float
+    value: float | Fraction
     unit: str
 
     def due(self, first_example: int, batch_size: int, update: int, train_examples: int) -> bool:
@@ -88,16 +101,21 @@ class Intervals(NamedTuple):
 
     @classmethod
     def of(
-        cls, given: Mapping[str, float | None], otherwise: Mapping[str, Every] | None = None
+        cls,
+        given: Mapping[str, float | None],
+        otherwise: Mapping[str, Every] | None = None,
+        tokens_per_example: int | None = None,
     ) -> "Intervals":
         """The intervals of fields such as `log_every_epochs`, each in one of its units.
 
         Args:
           given: values by the fields' names; None counts as not given, other names are left alone.
           otherwise: where nothing is given, by the attributes' names.
+          tokens_per_example: which intervals in tokens need.
 
         Raises:
-          UserError: with each interval that is given not at all, twice, or not above 0.
+          UserError: with each interval that is given not at all, twice, or not above 0; or in
+            tokens, where nobody knows how many an example has.
         """
         checks, found = Checks(), dict(otherwise or {})
         for stem in cls._fields:
@@ -107,15 +125,61 @@ class Intervals(NamedTuple):
             allowed = "exactly one of " + ", ".join(names)
             checks.require(fits, stem, values or "nothing", allowed)
             for name, value in values.items():
-                checks.number(name, value, "a number above 0", above=0)
-                found[stem] = Every(value, names[name])  # type: ignore[arg-type]
+                good = checks.number(name, value, "a number above 0", above=0)
+                if names[name] != "tokens":
+                    found[stem] = Every(value, names[name])  # type: ignore[arg-type]
+                elif good and checks.require(bool(tokens_per_example), name, value, NO_TOKENS):
+                    found[stem] = Every(Fraction(float(value)) / tokens_per_example, "examples")  # type: ignore
         checks.done()
         return cls(**found)
 
 
-def _earliest(time: float, examples: int) -> Fraction:
+def short(count: float) -> str:
+    """A number of tokens as people write it, to four digits.
+
+    >>> short(14_800_000_000_000), short(4_194_304), short(12)
+    ('14.8T', '4.194M', '12')
+    """
+    letters = [(letter, _MULTIPLES[letter]) for letter in "TBMk" if count >= _MULTIPLES[letter]]
+    letter, multiple = letters[0] if letters else ("", 1)
+    return f"{count / multiple:.4g}{letter}"
+
+
+def quantity(number: str, multiple: str) -> Fraction:
+    """The number that the two parts of `QUANTITY` stand for, exactly."""
+    return Fraction(number) * _MULTIPLES[multiple]
+
+
+def size_in_examples(
+    checks: Checks, field: str, text: str, tokens_per_example: int | None
+) -> int | None:
+    """A batch size as people write it: "768", "768_sequences", "0.5M_tokens" or "4Mi_tokens".
+
+    Returns:
+      Its examples; None, and a problem noted, where the text cannot be read, its tokens are no
+      whole number of examples, or nobody knows how many an example has.
+    """
+    match = _SIZE.fullmatch(text) if len(text) < _LONGEST_SIZE else None
+    allowed = "a whole number of examples, at least 1, such as 768, 768_sequences or 4Mi_tokens"
+    if match is None:
+        checks.require(False, field, text, allowed)
+        return None
+    number, multiple, unit = match.groups()
+    per_example = 1
+    if unit == "tokens":
+        if not checks.require(bool(tokens_per_example), field, text, NO_TOKENS):
+            return None
+        per_example = tokens_per_example or 1
+        allowed = f"tokens of whole examples, {per_example} each (M is 10^6, Mi is 2^20)"
+    size = quantity(number, multiple) / per_example
+    whole = max(1, round(size))
+    nearest = f"{whole * per_example}_tokens" if unit == "tokens" else whole
+    return whole if checks.require(size == whole, field, text, allowed, nearest) else None
+
+
+def _earliest(time: float | Fraction, examples: int) -> Fraction:
     """From where on a time is reached, in a unit of which the time's own has so many."""
-    return Fraction(float(time)) * examples * _EARLIER
+    return Fraction(time if isinstance(time, Fraction) else float(time)) * examples * _EARLIER
 
 
 def first_example_from(epoch: float, train_examples: int) -> int:
@@ -135,17 +199,17 @@ def num_reached(times_epochs: ArrayLike, epochs: ArrayLike) -> NDArray[np.int64]
 
 
 def in_any_unit(*names: str, updates: bool = True) -> Callable[[Callable[..., Any]], Any]:
-    """Lets each of a function's times also be given in examples or in updates.
+    """Lets each of a function's times also be given in examples, updates or tokens.
 
     The function gains, for each name, keyword parameters in the other units, and `train_examples`
-    (which only they need). Its signature and annotations say so. A problem with a time is reported
-    for the argument that was given, in its unit.
+    and `tokens_per_example` (which only they need). Its signature and annotations say so. A problem
+    with a time is reported for the argument that was given, in its unit.
 
     Args:
       *names: keyword-only parameters that hold a time in epochs, e.g. "boundaries_epochs".
       updates: whether updates are a time here.
     """
-    units = ("epoch", "example", "update") if updates else ("epoch", "example")
+    units = [unit[:-1] for unit in TIME_UNITS if updates or unit != "updates"]
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -156,9 +220,10 @@ def in_any_unit(*names: str, updates: bool = True) -> Callable[[Callable[..., An
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             times = {f: kwargs.pop(f) for f in fields if kwargs.get(f) is not None}
             kwargs = {f: value for f, value in kwargs.items() if f not in fields}
-            train_examples = kwargs.get("train_examples")
-            if "train_examples" not in signature.parameters:
-                kwargs.pop("train_examples", None)
+            context = [kwargs.get(name) for name in _CONTEXT]
+            for name in _CONTEXT:
+                if name not in signature.parameters:
+                    kwargs.pop(name, None)
             arguments = signature.bind_partial(*args, **kwargs).arguments
             given: dict[str, tuple[str, _Unit]] = {}
             problems: list[errors.Problem] = []
@@ -166,7 +231,7 @@ def in_any_unit(*names: str, updates: bool = True) -> Callable[[Callable[..., An
                 found = [field for field in spelled if field in times]
                 if len(found) == 1:
                     field, time = found[0], times[found[0]]
-                    unit = _unit(field, spelled[field], train_examples, time, arguments, problems)
+                    unit = _unit(field, spelled[field], context, time, arguments, problems)
                     given[name] = (field, unit)
                     kwargs[name] = unit.epochs(time)
                 elif found or signature.parameters[name].default is inspect.Parameter.empty:
@@ -185,24 +250,28 @@ def in_any_unit(*names: str, updates: bool = True) -> Callable[[Callable[..., An
     return decorate
 
 
+# What the other units need: positions are counted in examples.
+_CONTEXT = ("train_examples", "tokens_per_example")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """A unit of so many examples, of which `train_examples` are an epoch."""
+    """A unit: `size` of what an epoch has `epoch` of."""
 
-    examples: float
-    train_examples: int
+    size: float
+    epoch: int
 
     def epochs(self, value: Any) -> Any:
         """A time, or a sequence of them, in epochs; what is no time is left to be refused."""
         # Multiplied first: position / N is then the same float for the same position.
-        return self._map(value, lambda time: time * self.examples / self.train_examples)
+        return self._map(value, lambda time: time * self.size / self.epoch)
 
     def back(self, value: Any) -> Any:
         """The inverse of `epochs`, rounded to a number as people write it."""
-        return self._map(value, lambda epochs: _plain(epochs * self.train_examples / self.examples))
+        return self._map(value, lambda epochs: _plain(epochs * self.epoch / self.size))
 
     def _map(self, value: Any, change: Callable[[float], float]) -> Any:
-        if self.examples == self.train_examples:
+        if self.size == self.epoch:
             return value
         if isinstance(value, list | tuple | np.ndarray):
             return [self._map(v, change) for v in value]
@@ -218,7 +287,7 @@ def _plain(value: float) -> float:
 def _unit(
     field: str,
     unit: str,
-    train_examples: int | None,
+    context: Sequence[int | None],
     time: Any,
     arguments: dict[str, Any],
     problems: list[errors.Problem],
@@ -226,12 +295,17 @@ def _unit(
     """The unit of a field; where that fails, a problem and some unit."""
     if unit == "epoch":
         return _Unit(1, 1)
+    train_examples, tokens_per_example = context
     if not train_examples:
         allowed = f"the number of training examples, which {field} needs"
         problems.append(errors.Problem("train_examples", train_examples or "nothing", allowed))
         return _Unit(1, 1)
     if unit == "example":
         return _Unit(1, train_examples)
+    if unit == "token":
+        if not tokens_per_example:
+            problems.append(errors.Problem(field, time, NO_TOKENS))
+        return _Unit(1, train_examples * (tokens_per_example or 1))
     batch_size: Any = arguments.get("batch_size")
     if "policy" in arguments and is_number(time) and time <= MOST_UPDATES:
         batch_size = float(arguments["policy"].at(0.0).batch_size[0])
@@ -246,8 +320,8 @@ def _unit(
 
 def _in(unit: str, name: str) -> str:
     """The argument's name in another unit: ("update", "warmup_epochs") -> "warmup_updates"."""
-    stem, _, epochs = name.rpartition("_")
-    return f"{stem}_{epochs.replace('epoch', unit)}"
+    stem, line, epochs = name.rpartition("_")
+    return f"{stem}{line}{epochs.replace('epoch', unit)}"
 
 
 def _as_given(
@@ -283,11 +357,12 @@ def _describe(
             parameters.append(parameter.replace(name=field, annotation=hint, default=default))
         if parameter.name not in spellings:
             parameters.append(parameter)
-    if "train_examples" not in signature.parameters:
-        keyword = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(
-            inspect.Parameter("train_examples", keyword, default=None, annotation=int | None)
-        )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters += [
+        inspect.Parameter(name, keyword, default=None, annotation=int | None)
+        for name in _CONTEXT
+        if name not in signature.parameters
+    ]
     described = signature.replace(parameters=parameters)
     wrapper.__signature__ = described  # type: ignore[attr-defined]
     wrapper.__annotations__ = {

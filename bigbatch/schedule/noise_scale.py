@@ -68,14 +68,22 @@ class Rule:
       name: as in a config.
       learning_rate_power: 1 or 1/2.
       growth_power: 1 or 2.
-      moves_adam: also 1-b1 and 1-b2 times k, eps divided by sqrt(k).
+      evidence: where it comes from, and where what was shown of it ends.
+      floors: of Adam's b1 and b2, by name: with one 1-b is multiplied by k, until b is at its floor
+        or below, where it is held; without one b does not move.
+      moves_eps: whether Adam's eps is divided by sqrt(k).
+      keeps_time_constant: whether `weight_decay` is multiplied by k^(1 - learning_rate_power), so
+        that the time constant B/(lr weight_decay) of AdamW's decay stays the same in examples.
       train_examples: N where the rule is exact, else None.
     """
 
     name: str
     learning_rate_power: float
     growth_power: float
-    moves_adam: bool = False
+    evidence: str
+    floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    moves_eps: bool = False
+    keeps_time_constant: bool = False
     train_examples: int | None = None
 
     def measure(self, batch_size: Array) -> Array:
@@ -105,13 +113,22 @@ class Rule:
         k = self.measure(new_batch_size) / self.measure(batch_size)
         moved = dict(hyper)
         moved["learning_rate"] = hyper["learning_rate"] * k**self.learning_rate_power
-        if self.moves_adam:
-            for name in ("b1", "b2"):
-                moved[name] = 1 - k * (1 - hyper[name])
-                # 1 - 20 * (1 - 0.95) is not quite 0.
-                moved[name] = np.where(np.abs(moved[name]) < 1e-12, 0.0, moved[name])
+        for name in self.floors:
+            moved[name] = 1 - k * (1 - hyper[name])
+        if self.moves_eps:
             moved["eps"] = hyper["eps"] / np.sqrt(k)
+        if self.keeps_time_constant:
+            decay = hyper["weight_decay"] * k ** (1 - self.learning_rate_power)
+            moved["weight_decay"] = decay
         return moved
+
+    def capped(self, hyper: Mapping[str, Array]) -> dict[str, Array]:
+        """The hyperparameters with b1 and b2 at their floors or above.
+
+        `move` knows no floors, so that it may be applied again to what it gave.
+        """
+        floored = {name: np.maximum(hyper[name], floor) for name, floor in self.floors.items()}
+        return {**hyper, **floored}
 
     def kept(self, hyper: Mapping[str, Array], batch_size: Array, train_examples: int) -> Array:
         """What the rule keeps, reported as the noise scale: lr/(1-m) (N/x)^learning_rate_power.
@@ -122,28 +139,76 @@ class Rule:
         return hyper["learning_rate"] / (1 - hyper["momentum"]) * share
 
 
-LINEAR = Rule("linear", learning_rate_power=1, growth_power=1)
-"""lr ~ B (Smith et al. 2018; Goyal et al. 2017): the paper's rule, and the default."""
+LINEAR = Rule(
+    "linear",
+    learning_rate_power=1,
+    growth_power=1,
+    evidence="lr ~ B (Smith et al. 2018; Goyal et al. 2017), for SGD and momentum up to about a "
+    "tenth of the training set; with Adam the paper has it for one network, and no more is known",
+)
+"""The paper's rule, and the default."""
 
-SQUARE_ROOT = Rule("square_root", learning_rate_power=0.5, growth_power=2, moves_adam=True)
-"""Adam's rule (Malladi et al. 2022): with B -> kB also lr sqrt(k), 1-b1 and 1-b2 times k and
-eps/sqrt(k). A learning rate divided by d is then a batch size multiplied by d^2."""
+SQUARE_ROOT = Rule(
+    "square_root",
+    learning_rate_power=0.5,
+    growth_power=2,
+    evidence="lr ~ sqrt(B), 1-b1 and 1-b2 ~ B, eps ~ 1/sqrt(B) (Malladi et al. 2022), an "
+    "approximation for small 1-b1 and 1-b2 where noise outweighs the gradient. Beyond its "
+    "evidence: b1 or b2 held, and a decay of lr by d turned into growth by d^2, for Seesaw's paper "
+    "finds that a batch that grows by more than the square of lr's cut diverges",
+    moves_eps=True,
+)
+"""Adam's rule. A learning rate divided by d is then a batch size multiplied by d^2."""
 
-SEESAW = Rule("seesaw", learning_rate_power=0.5, growth_power=1)
-"""Seesaw (2025): where the learning rate would be divided by d, divide it by sqrt(d) and multiply
-the batch size by d. Keeps lr/sqrt(B); more growth than this is unstable."""
+SEESAW = Rule(
+    "seesaw",
+    learning_rate_power=0.5,
+    growth_power=1,
+    evidence="lr/sqrt(d) and B d for a decay of lr by d, b1, b2 and eps held (Meterez et al. 2025, "
+    "arXiv 2510.14717), shown with AdamW for 150M to 600M parameters at 20 tokens a parameter from "
+    "the critical batch size on; weight decay hardly mattered there",
+)
+"""Keeps lr/sqrt(B) where B changes alone; more growth than this is unstable."""
+
+MUON = dataclasses.replace(
+    SEESAW,
+    name="muon",
+    evidence="lr ~ sqrt(B), and growth as in Seesaw, momentum held: believed. Practice scales "
+    "Muon's lr (Jordan et al. 2024) so between runs of fixed batch size (marin #1565); nothing is "
+    "published for a batch that grows. Its critical batch size is larger than AdamW's; in its own "
+    "geometry (arXiv 2602.03001) the noise scale is another than the one measured here",
+)
+"""For spectral steps, whose size the gradient's does not change."""
+
+SIGN = dataclasses.replace(
+    SEESAW,
+    name="sign",
+    evidence="lr ~ sqrt(B), and growth as in Seesaw, b1 and b2 held: believed, from the model of a "
+    "sign under noise (Li et al. 2024, arXiv 2405.14578), in which the best lr falls again once "
+    "the batch size has passed the noise scale",
+)
+"""For Lion, Signum and other steps by signs."""
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        LINEAR,
+        dataclasses.replace(LINEAR, name="linear_exact"),
+        SQUARE_ROOT,
+        SEESAW,
+        MUON,
+        SIGN,
+    )
+}
+"""By the name that a config gives them."""
 
 
 def make_rule(name: str, train_examples: int | None = None) -> Rule:
-    """The rule of that name: "linear", "linear_exact", "square_root" or "seesaw".
+    """The rule of that name.
 
     Args:
-      name: one of `RULE_NAMES`.
+      name: one of `RULES`.
       train_examples: N, which "linear_exact" needs.
     """
-    if name == "linear_exact":
-        return dataclasses.replace(LINEAR, name=name, train_examples=train_examples)
-    return {rule.name: rule for rule in (LINEAR, SQUARE_ROOT, SEESAW)}[name]
-
-
-RULE_NAMES = ("linear", "linear_exact", "square_root", "seesaw")
+    exact = train_examples if name == "linear_exact" else None
+    return dataclasses.replace(RULES[name], train_examples=exact)

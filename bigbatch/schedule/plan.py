@@ -27,9 +27,10 @@ from numpy.typing import ArrayLike, NDArray
 from bigbatch import errors
 from bigbatch.checks import Checks, parsed
 from bigbatch.schedule import positions
-from bigbatch.schedule.durations import MOST_UPDATES, first_example_from
-from bigbatch.schedule.noise_scale import RULE_NAMES, Array, make_rule
+from bigbatch.schedule.durations import first_example_from, in_any_unit
+from bigbatch.schedule.noise_scale import RULES, Array, make_rule
 from bigbatch.schedule.policy import Policy
+from bigbatch.schedule.run_lengths import column_of, joined, run_starts, runs_of
 
 # Positions up to here can be told from times in any unit: see `durations`.
 _MOST_EXAMPLES = 2**48
@@ -81,6 +82,8 @@ class Plan:
       rule: name of the rule whose noise scale is reported.
       batch_sizes: examples of each update, int64[K].
       hypers: float64[K] by name; always `learning_rate` and `momentum`.
+      tokens_per_example: tokens of an example, for whoever counts in them; None: it has none. They
+        do not belong to what is compared.
     """
 
     train_examples: int
@@ -88,6 +91,7 @@ class Plan:
     rule: str
     batch_sizes: NDArray[np.int64]
     hypers: Mapping[str, Array]
+    tokens_per_example: int | None = None
 
     def __post_init__(self) -> None:
         for column in (self.batch_sizes, *self.hypers.values()):
@@ -114,17 +118,20 @@ class Plan:
     @functools.cached_property
     def noise_scales(self) -> Array:
         """What the plan's rule keeps, float64[K]; the paper's g for the linear rule."""
-        rule = make_rule(self.rule, self.train_examples)
-        noise_scales = rule.kept(
-            self.hypers, self.batch_sizes.astype(np.float64), self.train_examples
-        )
+        noise_scales = self._kept(slice(None))
         noise_scales.flags.writeable = False
         return noise_scales
+
+    def _kept(self, updates: Any) -> Array:
+        """What the plan's rule keeps, at some of its updates."""
+        hyper = {name: column[updates] for name, column in self.hypers.items()}
+        sizes = self.batch_sizes[updates].astype(np.float64)
+        return make_rule(self.rule, self.train_examples).kept(hyper, sizes, self.train_examples)
 
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The plan as runs of one batch size."""
-        first = _run_starts(self.batch_sizes)
+        first = run_starts(self.batch_sizes)
         count = np.diff(first, append=self.num_updates)
         rates = self.hypers["learning_rate"]
         columns = (
@@ -136,7 +143,7 @@ class Plan:
             rates[first],
             rates[first + count - 1],
             self.hypers["momentum"][first],
-            self.noise_scales[first],
+            self._kept(first),
         )
         return tuple(map(Stage._make, zip(*(column.tolist() for column in columns), strict=True)))
 
@@ -147,12 +154,15 @@ class Plan:
         Hyperparameters count to 30 bits (9 digits): processors differ in the last bits of exp.
         """
         digest = hashlib.sha256(json.dumps([self.train_examples, self.epochs]).encode())
-        digest.update(self.batch_sizes.astype("<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.batch_sizes, "<i8"))
         for name in sorted(self.hypers):
-            mantissa, exponent = np.frexp(self.hypers[name])
             digest.update(name.encode())
-            digest.update(np.rint(mantissa * 2**30).astype("<i4").tobytes())
-            digest.update(exponent.astype("<i4").tobytes())
+            # In parts, as copies of a whole column are large.
+            parts = np.array_split(self.hypers[name], 1 + self.num_updates // 2**16)
+            for part in parts:
+                digest.update(np.rint(np.frexp(part)[0] * 2**30).astype("<i4").tobytes())
+            for part in parts:
+                digest.update(np.frexp(part)[1].astype("<i4").tobytes())
         return digest.hexdigest()
 
     def row(self, update: int) -> Row:
@@ -190,7 +200,7 @@ class Plan:
           UserError: a batch size has more than 31 bits.
         """
         column = self.batch_sizes if name == "batch_size" else self.hypers[name]
-        starts = _run_starts(column)
+        starts = run_starts(column)
         dtype = np.int32 if name == "batch_size" else np.float32
         if name == "batch_size" and column.max() >= 2**31:
             allowed = "below 2^31 examples in an Optax schedule; `hyper` gives any on the host"
@@ -261,11 +271,13 @@ class Plan:
 
     def summary(self) -> dict[str, Any]:
         """Totals, stages and fingerprint: the object that `bigbatch plan --json` prints."""
+        per_example = self.tokens_per_example
         return {
             "train_examples": self.train_examples,
             "epochs": self.epochs,
             "num_updates": self.num_updates,
             "num_examples": self.num_examples,
+            **({"tokens_per_example": per_example} if per_example else {}),
             "stages": [stage._asdict() for stage in self.stages],
             "fingerprint": self.fingerprint,
         }
@@ -275,7 +287,7 @@ class Plan:
         columns = {"batch_size": self.batch_sizes, **self.hypers}
         parts = [f'"{name}": {json.dumps(value)}' for name, value in self.summary().items()]
         parts.append(f'"rule": {json.dumps(self.rule)}')
-        runs = [f'  "{name}": {json.dumps(_runs(column))}' for name, column in columns.items()]
+        runs = [f'  "{name}": {json.dumps(runs_of(column))}' for name, column in columns.items()]
         parts.append('"columns": {\n' + ",\n".join(runs) + "\n}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
@@ -288,20 +300,23 @@ class Plan:
         """
         try:
             values = parsed(text, _JSON)
-            columns = {name: _column(name, runs) for name, runs in values["columns"].items()}
+            columns = {name: column_of(name, runs) for name, runs in values["columns"].items()}
             batch_sizes = columns.pop("batch_size").astype(np.int64)
             num_updates, rule = len(batch_sizes), values["rule"]
+            per_example = values.get("tokens_per_example")
             for name, fits in (
                 ("train_examples", values["train_examples"] > 0),
                 ("epochs", 0 < values["epochs"] < math.inf),
-                ("rule", rule in RULE_NAMES),
+                ("tokens_per_example", per_example is None or 0 < int(per_example) < 2**53),
+                ("rule", rule in RULES),
                 ("batch_size", batch_sizes.min() > 0 and sum(batch_sizes.tolist()) < 2**53),
                 *((name, len(column) == num_updates) for name, column in columns.items()),
             ):
                 if not fits:
                     raise ValueError(f"{name} is out of its range")
-            return cls(values["train_examples"], values["epochs"], rule, batch_sizes, columns)
-        except ValueError as error:
+            size, epochs = values["train_examples"], values["epochs"]
+            return cls(size, epochs, rule, batch_sizes, columns, per_example)
+        except (ValueError, TypeError) as error:
             raise errors.UserError(
                 errors.Problem("plan", f"{text[:40]}...", f"a plan's JSON ({error})")
             ) from error
@@ -325,31 +340,14 @@ class Plan:
         return None if self.num_updates == other.num_updates else common
 
 
-def _run_starts(column: NDArray[Any]) -> NDArray[np.int64]:
-    """The indices at which a run of equal values starts."""
-    return np.flatnonzero(np.r_[True, column[1:] != column[:-1]])
-
-
-def _runs(column: NDArray[Any]) -> list[list[float]]:
-    starts = _run_starts(column)
-    counts = np.diff(starts, append=len(column))
-    return [list(run) for run in zip(column[starts].tolist(), counts.tolist(), strict=True)]
-
-
-def _column(name: str, runs: Any) -> Array:
-    """A column from its [value, count] pairs."""
-    table = np.array(runs)
-    if table.ndim != 2 or table.shape[1] != 2 or table.dtype.kind not in "if" or not len(table):
-        raise ValueError(f"{name} is no list of pairs of numbers")
-    counts = table[:, 1]
-    # As numbers of a file may be any, nothing is made before their sum is known.
-    if not (np.isfinite(table).all() and (counts >= 1).all() and counts.sum() <= MOST_UPDATES):
-        raise ValueError(f"{name} is not of 1 to {MOST_UPDATES:,} updates")
-    return np.repeat(table[:, 0].astype(np.float64), counts.astype(np.int64))
-
-
+@in_any_unit("epochs", updates=False)
 def make_plan(
-    policy: Policy, *, train_examples: int, epochs: float, batch_multiple_examples: int = 1
+    policy: Policy,
+    *,
+    train_examples: int,
+    epochs: float,
+    batch_multiple_examples: int = 1,
+    tokens_per_example: int | None = None,
 ) -> Plan:
     """Lays a policy out over a training set.
 
@@ -359,8 +357,9 @@ def make_plan(
     Args:
       policy: the recipe.
       train_examples: size N of the training set.
-      epochs: length of the run, above 0; need not be whole.
+      epochs: length of the run, above 0; need not be whole. Or `examples`, or `tokens`.
       batch_multiple_examples: usually the ghost batch.
+      tokens_per_example: tokens of an example, where it has any.
 
     Raises:
       UserError: an argument is out of its range, or the policy gives a batch size that no update
@@ -372,6 +371,8 @@ def make_plan(
     most = _MOST_EXAMPLES / train_examples if sized else math.inf
     allowed_epochs = "a number of epochs above 0, with at most 2^48 examples"
     checks.number("epochs", epochs, allowed_epochs, above=0, at_most=most)
+    if tokens_per_example is not None:
+        checks.whole("tokens_per_example", tokens_per_example, "a whole number of tokens, or None")
     if checks.whole("batch_multiple_examples", batch_multiple_examples, allowed):
         positions.check_stated_sizes(checks, policy, int(batch_multiple_examples))
     exact_for = policy.rule.train_examples
@@ -388,11 +389,12 @@ def make_plan(
         positions.rows_of(policy, int(train_examples), float(epochs), int(batch_multiple_examples))
     )
     # One column after the other, so that no second copy of the whole plan is alive.
-    batch_sizes = np.concatenate([part.batch_size for part in parts]).astype(np.int64)
+    batch_sizes = joined([part.batch_size for part in parts]).astype(np.int64)
     names = list(parts[0].hyper)
-    hypers = {name: np.concatenate([part.hyper.pop(name) for part in parts]) for name in names}
+    hypers = {name: joined([part.hyper.pop(name) for part in parts]) for name in names}
     for name, column in hypers.items():
         large = column[~(np.abs(column) <= _LARGEST_HYPER)][:1].tolist()
         checks.require(not large, name, large and large[0], "a number that float32 can hold")
     checks.done()
-    return Plan(int(train_examples), float(epochs), policy.rule.name, batch_sizes, hypers)
+    sizes = int(train_examples), float(epochs)
+    return Plan(*sizes, policy.rule.name, batch_sizes, hypers, tokens_per_example)

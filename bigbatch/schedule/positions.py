@@ -38,6 +38,11 @@ def check_stated_sizes(checks: Checks, policy: Policy, multiple: int) -> None:
         )
 
 
+def compact(column: Array) -> Array:
+    """A column, which takes no memory where it holds one value."""
+    return np.broadcast_to(column[0], column.shape) if (column == column[0]).all() else column
+
+
 def rows_of(
     policy: Policy, train_examples: int, epochs: float, multiple: int
 ) -> Iterator[Settings]:
@@ -78,8 +83,8 @@ def rows_of(
         length = min(length, _LONGEST_CHUNK_UPDATES)
         settled = min(settled, int(np.searchsorted(starts, end)))
         rows = Settings(
-            rows.batch_size[:settled],
-            {name: column[:settled] for name, column in rows.hyper.items()},
+            compact(rows.batch_size[:settled]),
+            {name: compact(column[:settled]) for name, column in rows.hyper.items()},
         )
         _check_rows(rows, starts[:settled] / train_examples, policy, multiple)
         yield rows
@@ -102,7 +107,7 @@ def _rounded(policy: Policy, epochs: Array, multiple: int) -> Settings:
         rounded = np.floor(batch_size * (1 + _SNAP) / multiple) * multiple
         whole = np.abs(batch_size - rounded) <= _SNAP * rounded
         hyper = policy.rule.move(hyper, np.where(whole, rounded, batch_size), rounded)
-        return Settings(rounded, hyper)
+        return Settings(rounded, policy.rule.capped(hyper))
 
 
 def _check_rows(rows: Settings, epochs: Array, policy: Policy, multiple: int) -> None:
@@ -126,9 +131,4 @@ def _check_rows(rows: Settings, epochs: Array, policy: Policy, multiple: int) ->
         allowed = f"below the {limit} training examples, where the exact noise scale is above 0"
         nearest = none + 1 + (limit - 1) // multiple * multiple
         require(sizes < limit, "max_batch_size", allowed, nearest)
-    for name in sorted({"b1", "b2"} & rows.hyper.keys()):
-        # (1 - b)/B is kept, so that b = 0 at this batch size:
-        nearest = sizes / (1 - rows.hyper[name]) * (1 + _SNAP) // multiple * multiple
-        allowed = f"at most what leaves {name} at 0 or above under the square-root rule"
-        require(rows.hyper[name] >= 0, "max_batch_size", allowed, nearest)
     checks.done()

@@ -26,7 +26,7 @@ import numpy as np
 from bigbatch import errors
 from bigbatch.checks import Checks
 from bigbatch.schedule.durations import in_any_unit, num_reached
-from bigbatch.schedule.noise_scale import RULE_NAMES, Array, make_rule
+from bigbatch.schedule.noise_scale import RULES, Array, make_rule
 from bigbatch.schedule.policy import Policy, Settings, StatedSize, batch_ramp, batch_stages, warmup
 
 # Just before a point in time, as a share of it. Far above the rounding of position / N, far below
@@ -34,44 +34,89 @@ from bigbatch.schedule.policy import Policy, Settings, StatedSize, batch_ramp, b
 _JUST_BEFORE = 1 - 1e-12
 # A ratio of batch sizes this close below a power of two is that power.
 _ROUNDINGS = 1 + 9e-13
+# The bottom of what is in use for language models.
+_B2_FLOOR = 0.95
 
 
 def with_rule(
     policy: Policy,
-    rule: Literal["linear", "linear_exact", "square_root", "seesaw"],
+    rule: Literal["linear", "linear_exact", "square_root", "seesaw", "muon", "sign"],
     *,
+    b1_floor: float | None = None,
+    b2_floor: float | None = None,
+    eps: Literal["moved", "held"] | None = None,
+    weight_decay: Literal["held", "time_constant"] = "held",
     train_examples: int | None = None,
 ) -> Policy:
     """Chooses what the transformations after it keep, and how hyperparameters absorb rounding.
 
     - "linear" (default): lr/((1-m) B), the approximate noise scale. Smith et al. 2018.
     - "linear_exact": lr/(1-m) (N/B - 1). Needs every batch size below N.
-    - "square_root": lr/sqrt(B), (1-b1)/B, (1-b2)/B and eps sqrt(B), for Adam (see `adam`). A decay
-      by d becomes growth by d^2. Malladi et al. 2022.
+    - "square_root": lr/sqrt(B), (1-b2)/B and eps sqrt(B), for Adam (see `adam`), and (1-b1)/B where
+      b1 has a floor. A decay by d becomes growth by d^2. Malladi et al. 2022.
     - "seesaw": lr/sqrt(B). A decay by d becomes growth by d and a decay by sqrt(d). Seesaw, 2025.
+    - "muon", "sign": the arithmetic of Seesaw, believed for Muon, and for Lion and Signum.
+
+    Where the evidence for each ends is its `Rule.evidence`, which `bigbatch plan` prints.
+
+    The square-root rule taken at its word moves b1 from 0.9 to 0.2 at 8 times the batch size, and
+    below 0 at 10 times. Practice holds b1, and lets b2 fall no further than 0.95: below that large
+    runs had spikes (marin, pull request 2447). A plan says from which update on a floor holds.
 
     Args:
       policy: the policy.
       rule: one of the names above.
+      b1_floor: down to where "square_root" moves b1; None holds b1.
+      b2_floor: likewise for b2; None is 0.95. A b2 that starts below its floor is held.
+      eps: whether "square_root" divides eps by the root of the growth; None is "moved".
+      weight_decay: "time_constant" moves the weight decay of AdamW's form (see `adam`), so that
+        its time constant B/(lr weight_decay) in examples stays what it would have been (Wang and
+        Aitchison 2024, arXiv 2405.13698, found the best one constant between runs of fixed batch
+        size; for a batch that grows it is believed). "held" leaves it as it is.
       train_examples: N (context), for "linear_exact".
 
     Raises:
       UserError: there is no such rule, or it needs something that is missing.
     """
     checks = Checks()
-    nearest = errors.nearest_name(str(rule), RULE_NAMES)
-    checks.require(rule in RULE_NAMES, "rule", rule, "one of " + ", ".join(RULE_NAMES), nearest)
+    nearest = errors.nearest_name(str(rule), list(RULES))
+    checks.require(rule in RULES, "rule", rule, "one of " + ", ".join(RULES), nearest)
     if rule == "linear_exact":
         given = "nothing" if train_examples is None else train_examples
         checks.whole("train_examples", given, "the number of training examples")
-    has_adam = "b1" in policy.at(0.0).hyper
+    hyper = policy.at(0.0).hyper
     allowed = "a rule for a policy without b1, b2 and eps; the transformation `adam` gives it them"
-    checks.require(rule != "square_root" or has_adam, "rule", rule, allowed, "linear")
+    checks.require(rule != "square_root" or "b1" in hyper, "rule", rule, allowed, "linear")
+    for name, value in (("b1_floor", b1_floor), ("b2_floor", b2_floor)):
+        if value is not None:
+            allowed = "a number from 0 to below 1, or None"
+            checks.number(name, value, allowed, at_least=0, below=1)
+    moves = {"b1_floor": b1_floor, "b2_floor": b2_floor, "eps": eps}
+    for name, value in moves.items():
+        allowed = "None but for square_root, which alone moves b1, b2 and eps"
+        checks.require(value is None or rule == "square_root", name, value, allowed)
+    keeps = weight_decay == "time_constant"
+    allowed = '"held" in a policy without weight decay; the transformation `adam` gives it one'
+    checks.require(not keeps or "weight_decay" in hyper, "weight_decay", weight_decay, allowed)
     checks.done()
-    return dataclasses.replace(policy, rule=make_rule(rule, train_examples))
+    made = dataclasses.replace(make_rule(rule, train_examples), keeps_time_constant=keeps)
+    if rule == "square_root":
+        floors = {"b1": b1_floor, "b2": _B2_FLOOR if b2_floor is None else b2_floor}
+        made = dataclasses.replace(
+            made,
+            moves_eps=eps != "held",
+            floors={n: min(f, float(hyper[n][0])) for n, f in floors.items() if f is not None},
+        )
+    return dataclasses.replace(policy, rule=made)
 
 
-def adam(policy: Policy, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Policy:
+def adam(
+    policy: Policy,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | None = None,
+) -> Policy:
     """Gives a policy Adam's hyperparameters, so that the square-root rule can move them.
 
     Args:
@@ -79,6 +124,7 @@ def adam(policy: Policy, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) 
       b1: from 0 to below 1.
       b2: from 0 to below 1.
       eps: from 0 on.
+      weight_decay: AdamW's, from 0 on, in place of the optimizer's own; None leaves it there.
 
     Raises:
       UserError: an argument is out of its range, or the policy has momentum.
@@ -88,16 +134,18 @@ def adam(policy: Policy, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) 
     checks.number("b1", b1, "a number from 0 to below 1", at_least=0, below=1)
     checks.number("b2", b2, "a number from 0 to below 1", at_least=0, below=1)
     checks.number("eps", eps, "a number from 0 on", at_least=0)
+    if weight_decay is not None:
+        checks.number("weight_decay", weight_decay, "a number from 0 on, or None", at_least=0)
     allowed = "0 in a policy for Adam, whose b1 takes its place"
     checks.require(momentum == 0, "momentum", momentum, allowed, 0.0)
     checks.done()
+    given = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
+    constants = {name: float(value) for name, value in given.items() if value is not None}
 
     def settings_at(epochs: Array) -> Settings:
         batch_size, hyper = policy.at(epochs)
-        moments = {"b1": b1, "b2": b2, "eps": eps}
-        return Settings(
-            batch_size, hyper | {n: np.full(epochs.shape, float(v)) for n, v in moments.items()}
-        )
+        columns = {name: np.full(epochs.shape, value) for name, value in constants.items()}
+        return Settings(batch_size, hyper | columns)
 
     return dataclasses.replace(policy, settings_at=settings_at)
 
@@ -172,6 +220,7 @@ def raise_momentum(
 def grow_batch(
     policy: Policy,
     max_batch_size: int | None = None,
+    factor: float | None = None,
     *,
     from_epoch: float = 0.0,
     until_epoch: float = math.inf,
@@ -185,6 +234,11 @@ def grow_batch(
     so that lr'/B' = lr/B. Before the peak (warm-up) the batch size is the policy's own. Under
     another rule the batch size is what the rule makes of d, or B_max, and the rest follows by it.
 
+    With a `factor` f the decay counts in steps: d is rounded down to a power of f, for the batch
+    size and for the learning rate, which holds between the steps. With the rule seesaw this is
+    Seesaw's algorithm: where the schedule has divided the learning rate by f once more, it is
+    divided by sqrt(f) and the batch size multiplied by f.
+
     With `from_epoch` or `until_epoch` (the paper's hybrid) d counts only the decay inside
     [from, until): what decayed before stays in the learning rate, and from `until_epoch` on the
     batch size keeps what it reached while further decay is the learning rate's.
@@ -193,6 +247,7 @@ def grow_batch(
       policy: the policy whose decay is to become growth.
       max_batch_size: B_max in examples; None for no limit, which needs a learning rate that stays
         above 0.
+      factor: of the steps, above 1; None for no steps.
       from_epoch: decay before it stays decay.
       until_epoch: decay from it on stays decay.
 
@@ -221,6 +276,8 @@ def grow_batch(
             "and no batch size without a limit stands for that"
         )
         checks.require(False, "max_batch_size", "nothing", allowed)
+    if factor is not None:
+        checks.number("factor", factor, "a number above 1, or None", above=1)
     if checks.number("from_epoch", from_epoch, "a point in time from 0 on", at_least=0):
         allowed = f"a point in time after from_epoch, {from_epoch:g}"
         if until_epoch != math.inf:
@@ -250,6 +307,13 @@ def grow_batch(
             # fmax: 0/0, a learning rate of 0 that started at 0, is no decay.
             decay = np.fmax(start / rates, 1.0)
         decay = np.where(num_reached([from_epoch], epochs), decay, 1.0)
+        if factor is not None:
+            steps = np.floor(np.log(decay * _ROUNDINGS) / math.log(factor))
+            # Where the learning rate is 0 there is no last step: B_max takes all.
+            stepped = np.where(np.isfinite(decay), factor**steps, decay)
+            ratio = np.divide(decay, stepped, out=np.ones_like(decay), where=np.isfinite(decay))
+            hyper = hyper | {"learning_rate": hyper["learning_rate"] * ratio}
+            decay = stepped
         grown = policy.rule.grow(batch_size, decay)
         if max_batch_size is not None:
             grown = np.minimum(grown, max_batch_size)

@@ -81,8 +81,8 @@ def train(
         standard error.
       stall_s: seconds without a movement after which a word is said on standard error.
       **intervals: `log_every`, `evaluate_every`, `checkpoint_every` and `keep_every`, each with
-        `_epochs`, `_examples` or `_updates` behind it. By default every update is logged, every
-        epoch evaluated and saved, and no checkpoint kept for good.
+        `_epochs`, `_examples`, `_updates` or `_tokens` behind it. By default every update is
+        logged, every epoch evaluated and saved, and no checkpoint kept for good.
 
     Returns:
       What was written to result.json.
@@ -98,7 +98,7 @@ def train(
     allowed = "a whole number of checkpoints, at least 2"
     checks.whole("keep_checkpoints", keep_checkpoints, allowed, at_least=2)
     checks.done()
-    due, files = _intervals(intervals), Workdir(Path(directory))
+    due, files = _intervals(run, intervals), Workdir(Path(directory))
     if record is None:
         record = {"experiment": files.path.name, **run.identity}
     with files.released():
@@ -170,6 +170,7 @@ def train(
             {
                 "updates": run.plan.num_updates,
                 "examples": run.plan.num_examples,
+                **run.tokens(run.plan.num_examples),
                 **progress.test,
                 "train_loss": progress.train_loss,
                 "seconds": round(progress.seconds, 3),
@@ -188,7 +189,7 @@ def train(
         return result
 
 
-def _intervals(given: Mapping[str, float | None]) -> Intervals:
+def _intervals(run: Run, given: Mapping[str, float | None]) -> Intervals:
     """The intervals of `train`.
 
     Raises:
@@ -199,7 +200,7 @@ def _intervals(given: Mapping[str, float | None]) -> Intervals:
     for name in given:
         if name not in names:
             raise TypeError(f"train() has no argument {name!r}; its intervals: {', '.join(names)}")
-    return Intervals.of(given, _OTHERWISE)
+    return Intervals.of(given, _OTHERWISE, run.tokens_per_example)
 
 
 def _events(
@@ -218,8 +219,7 @@ def _events(
     with storage.writing(files.tensorboard):
         return EventFiles(
             files.tensorboard,
-            last_update=done,
-            last_example=examples,
+            last={"update": done, "examples": examples, **run.tokens(examples)},
             config=resume.plain(record),
             metrics=[*(f"test_{name}" for name in tested), "train_loss"],
         )
@@ -309,7 +309,7 @@ class _Loop:
             self._read_finished()
         self._sent = row, sums
         self.watchdog.moved(f"update {row.update:,}, batch size {row.batch_size:,}")
-        self.bar.update(row.batch_size)
+        self.bar.update(row.batch_size * (self.run.tokens_per_example or 1))
         if not self.bar.disable:
             loss = self.progress.train_loss
             self.bar.set_postfix(batch_size=row.batch_size, loss=loss, refresh=False)
@@ -357,7 +357,7 @@ class _Loop:
             )
         if not self.log.is_lost:
             self.run = _as_known(self.run, self.course, self.files)
-        self.bar.total = self.run.plan.num_examples
+        self.bar.total = self.run.plan.num_examples * (self.run.tokens_per_example or 1)
 
     def _write(self, record: dict[str, Any]) -> None:
         """Adds a record to the log."""

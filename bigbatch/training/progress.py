@@ -12,7 +12,7 @@ from bigbatch.errors import RunError
 from bigbatch.layout import memory
 from bigbatch.schedule import divergence
 from bigbatch.schedule.adaptive import gradient_noise
-from bigbatch.schedule.durations import Every
+from bigbatch.schedule.durations import Every, short
 from bigbatch.schedule.plan import Row
 from bigbatch.training.run import Run
 
@@ -87,6 +87,8 @@ def record(
         fields["empty_updates"] = progress.empty_updates
     rate = progress.loss_examples / max(now_s - progress.record_seconds, 1e-9)
     speed = {"examples_per_s": round(rate, 1), "input_wait_s": round(progress.input_wait_s, 6)}
+    if per_example := run.tokens_per_example:
+        speed["tokens_per_s"] = round(rate * per_example, 1)
     write(position(run, row) | fields | speed | noise_fields)
     return progress._replace(
         loss_sum=0.0,
@@ -152,6 +154,7 @@ def position(run: Run, row: Row) -> dict[str, Any]:
     return {
         "update": row.update + 1,
         "examples": examples,
+        **run.tokens(examples),
         "epoch": examples / run.plan.train_examples,
         "batch_size": row.batch_size,
         **row.hyper,
@@ -172,10 +175,12 @@ def memory_line(run: Run) -> str:
 
 def evaluation_line(run: Run, row: Row, progress: Progress, test: Mapping[str, float]) -> str:
     """An evaluation in one line for the user."""
-    epoch = (row.first_example + row.batch_size) / run.plan.train_examples
+    examples = row.first_example + row.batch_size
+    epoch, tokens = examples / run.plan.train_examples, run.tokens_per_example
+    done = f", {short(examples * tokens)} tokens" if tokens else ""
     results = "".join(f", {in_words(name, value)}" for name, value in test.items())
     return (
-        f"epoch {epoch:.4g} of {run.plan.epochs:g}, update {row.update + 1:,} of "
+        f"epoch {epoch:.4g} of {run.plan.epochs:g}{done}, update {row.update + 1:,} of "
         f"{run.plan.num_updates:,}, batch size {row.batch_size:,}: train loss "
         f"{progress.train_loss:.4g}{results}"
     )
@@ -200,21 +205,26 @@ def main_metric(result: Mapping[str, Any]) -> str:
 def result_line(result: Mapping[str, Any]) -> str:
     """The end of a run in one line for the user: its main metric, its updates, its seconds."""
     main = main_metric(result)
+    tokens = f"{short(result['tokens'])} tokens, " if "tokens" in result else ""
     return (
         f"{in_words(main, result[main])} after {result['updates']} updates, {result['examples']} "
-        f"examples, {result['seconds']:.1f} s"
+        f"examples, {tokens}{result['seconds']:.1f} s"
     )
 
 
 def progress_bar(run: Run, progress: Progress, show: bool) -> tqdm:
-    """A progress bar over the examples of the whole plan."""
+    """A progress bar over the examples of the whole plan, or over the tokens that they have.
+
+    It is moved on by examples times `run.tokens_per_example`, if that is known.
+    """
     done = progress.updates
     at_end = done == run.plan.num_updates
     initial = run.plan.num_examples if at_end else int(run.plan.first_examples[done])
+    each = run.tokens_per_example or 1
     return tqdm(
-        total=run.plan.num_examples,
-        initial=initial,
-        unit=" examples",
+        total=run.plan.num_examples * each,
+        initial=initial * each,
+        unit=" tokens" if run.tokens_per_example else " examples",
         unit_scale=True,
         # None: only where standard error is no terminal.
         disable=None if show else True,

@@ -70,6 +70,15 @@ class Run:
         return self.layout.devices * self.layout.shapes[0] // self.mesh.size
 
     @property
+    def tokens_per_example(self) -> int | None:
+        """Tokens of an example, where the data or the plan says it."""
+        return getattr(self.data, "tokens_per_example", None) or self.plan.tokens_per_example
+
+    def tokens(self, examples: int) -> dict[str, int]:
+        """What a record says of so many examples: their `tokens`, if they have any."""
+        return {"tokens": examples * self.tokens_per_example} if self.tokens_per_example else {}
+
+    @property
     def noise_population(self) -> str:
         """Of what the measured noise speaks: of the training set if its examples come unchanged."""
         changing = self.data.is_augmented or self.task.takes_keys

@@ -1,7 +1,8 @@
-"""The log of a run for TensorBoard: the same scalars, against updates and against examples.
+"""The log of a run for TensorBoard: the same scalars, against updates, examples and tokens.
 
     tensorboard/updates/    x axis: updates done
     tensorboard/examples/   x axis: examples seen, where runs of other batch sizes coincide
+    tensorboard/tokens/     x axis: tokens seen, where examples have them
 
 Every start of a run writes files of its own. They begin with the mark that makes TensorBoard drop
 what an earlier start wrote past the checkpoint, so nothing is shown twice and nothing is rewritten.
@@ -17,7 +18,7 @@ from typing import Any
 
 from bigbatch.data.tfrecord import framed
 
-_AXES = {"updates": "update", "examples": "examples"}
+_AXES = {"updates": "update", "examples": "examples", "tokens": "tokens"}
 # Records go to the files in groups, so many or so old: readers see whole ones.
 _MOST_WAITING = 128
 _LONGEST_WAIT_S = 10.0
@@ -28,8 +29,8 @@ class EventFiles:
 
     Args:
       directory: gets a directory for each axis.
-      last_update: updates done at the checkpoint from which the run goes on; 0 at its start.
-      last_example: examples seen at that point.
+      last: `update`, `examples`, and where there are any `tokens`, as the records have them, at the
+        checkpoint from which the run goes on; 0 at its start.
       config: nested plain values, shown as hyperparameters.
       metrics: names of the scalars that are shown beside them.
     """
@@ -38,8 +39,7 @@ class EventFiles:
         self,
         directory: Path,
         *,
-        last_update: int,
-        last_example: int,
+        last: Mapping[str, int],
         config: Mapping[str, Any],
         metrics: Sequence[str],
     ):
@@ -50,20 +50,20 @@ class EventFiles:
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # For each choice of fields an event whose numbers are set: to make one takes much longer.
         self._made: dict[tuple[str, ...], Any] = {}
-        self._waiting: dict[str, list[bytes]] = {axis: [] for axis in _AXES}
+        self._axes = {axis: field for axis, field in _AXES.items() if field in last}
+        self._waiting: dict[str, list[bytes]] = {axis: [] for axis in self._axes}
         self._files = {}
         self._written_s = time.monotonic()
         # Whole seconds, as TensorBoard has it, and finer: a run may be started twice in one.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
-        first = {"updates": last_update + 1, "examples": last_example + 1}
-        for axis in _AXES:
+        for axis, field in self._axes.items():
             (directory / axis).mkdir(parents=True, exist_ok=True)
             self._files[axis] = open(directory / axis / name, "wb")  # noqa: SIM115 - see close
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             now_s = time.time()
             events = [
                 event_pb2.Event(wall_time=now_s, file_version="brain.Event:2"),
-                event_pb2.Event(wall_time=now_s, step=first[axis], session_log=start),
+                event_pb2.Event(wall_time=now_s, step=last[field] + 1, session_log=start),
             ]
             settings = hparams(dict(_flat(config)), dict.fromkeys(metrics, 0.0))
             events += [event_pb2.Event(wall_time=now_s, summary=setting) for setting in settings]
@@ -71,7 +71,7 @@ class EventFiles:
         self.sync()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record of the log to both axes."""
+        """Appends a record of the log to every axis."""
         numbers = {
             name: number
             for name, number in record.items()
@@ -85,7 +85,7 @@ class EventFiles:
         for value, number in zip(event.summary.value, numbers.values(), strict=True):
             value.simple_value = number
         event.wall_time = time.time()
-        for axis, field in _AXES.items():
+        for axis, field in self._axes.items():
             event.step = record[field]
             self._waiting[axis].append(framed(event.SerializeToString()))
         waited_s = time.monotonic() - self._written_s

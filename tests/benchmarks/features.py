@@ -126,8 +126,7 @@ def beside(plain_variant: Variant, plain: np.ndarray, rounds: int) -> list[str]:
     with tempfile.TemporaryDirectory() as directory:
         files = EventFiles(
             Path(directory) / "events",
-            last_update=0,
-            last_example=0,
+            last={"update": 0, "examples": 0},
             config={},
             metrics=["train_loss"],
         )

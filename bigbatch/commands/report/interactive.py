@@ -16,9 +16,15 @@ from bigbatch.commands.report.figures import metric_limits, styles
 from bigbatch.commands.report.runs import LoggedRun
 from bigbatch.commands.report.summary import Curve, Experiment, Summary
 
-AXES = ("epochs", "updates", "examples", "seconds")
+_AXES = ("epochs", "updates", "examples", "seconds")
 _MAX_POINTS = 400
 _DIGITS = 5
+
+
+def axes(summary: Summary) -> tuple[str, ...]:
+    """What the figures may be drawn against: tokens first, where examples have them."""
+    known = all(experiment.runs[0].tokens_per_example for experiment in summary.experiments)
+    return (*(["tokens"] if known else []), *_AXES)
 
 
 def page_data(summary: Summary) -> dict[str, Any]:
@@ -45,7 +51,7 @@ def page_data(summary: Summary) -> dict[str, Any]:
         _throughput(summary),
     ]
     return {
-        "axes": list(AXES),
+        "axes": list(axes(summary)),
         "experiments": experiments,
         "charts": [chart for chart in charts if chart["series"]],
     }
@@ -62,6 +68,7 @@ def _grid(runs: tuple[LoggedRun, ...], examples: np.ndarray, updates: np.ndarray
         "epochs": examples / runs[0].train_examples,
         "updates": updates,
         "examples": examples,
+        "tokens": examples * float(runs[0].tokens_per_example or np.nan),
         "seconds": timing.mean_seconds_at(runs, examples),
     }
     return {name: _plain(v) for name, v in columns.items() if np.isfinite(v).any()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bigbatch.commands.report import figures, linear_scaling, table
-from bigbatch.commands.report.interactive import AXES, page_data
+from bigbatch.commands.report.interactive import axes, page_data
 from bigbatch.commands.report.runs import LoggedRun
 from bigbatch.commands.report.summary import MeanSd, Summary
 from bigbatch.commands.report.timing import StageSpeed, equal_budgets, input_wait_s, stage_speeds
@@ -103,7 +103,8 @@ def _lead(summary: Summary) -> str:
     sizes = {e.runs[0].train_examples for e in summary.experiments}
     examples = f"{run.train_examples:,}" if len(sizes) == 1 else "different numbers of"
     runs, experiments = _count(num_runs, "run"), _count(len(summary.experiments), "experiment")
-    return f"{runs} of {experiments}, on {examples} training examples."
+    tokens = f" of {run.tokens_per_example:,} tokens" if run.tokens_per_example else ""
+    return f"{runs} of {experiments}, on {examples} training examples{tokens}."
 
 
 def _count(number: int, noun: str) -> str:
@@ -129,8 +130,9 @@ def _warnings(summary: Summary) -> Iterator[str]:
 def _figures(summary: Summary, data: Mapping[str, Any]) -> Iterator[str]:
     """The tools, and an empty box for every chart; the script fills them."""
     yield '<div class="tools"><fieldset aria-label="x axis">'
-    for name in AXES:
-        checked = " checked" if name == AXES[0] else ""
+    names = axes(summary)
+    for name in names:
+        checked = " checked" if name == names[0] else ""
         yield f'<label><input type="radio" name="axis" value="{name}"{checked}>{name}</label>'
     yield '</fieldset><fieldset aria-label="experiments, shown or hidden">'
     for number, (experiment, style) in enumerate(figures.styles(summary).items()):

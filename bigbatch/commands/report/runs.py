@@ -130,6 +130,12 @@ class LoggedRun:
         return round(self.training["examples"][known][-1] / self.training["epoch"][known][-1])
 
     @property
+    def tokens_per_example(self) -> int | None:
+        """As the plan says; None where examples have no tokens."""
+        found = (self.plan or {}).get("tokens_per_example")
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
     def epochs(self) -> float:
         """Epochs done, at most those that the plan asks for."""
         examples, size = self.training["examples"], self.train_examples
@@ -223,7 +229,7 @@ def _metrics(path: Path, warnings: list[str]) -> tuple[str, ...]:
 
 def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     """The plan without its columns; None unless all its numbers are finite and it has an end."""
-    fields = (*_PLAN, "num_examples", "fingerprint")
+    fields = (*_PLAN, "num_examples", "fingerprint", "tokens_per_example")
     summary = {field: (plan or {}).get(field) for field in fields}
     try:
         json.dumps(summary, allow_nan=False)

@@ -1,5 +1,6 @@
 """The summary in words and as a table: plain strings that the page and the Markdown share."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -19,15 +20,27 @@ def columns(summary: Summary) -> tuple[str, ...]:
     first = ("experiment", "runs", "updates", "fewer updates")
     metrics = (metric.heading for metric in summary.metrics)
     gap = ("curve gap", "by chance", "p", "largest gap")
-    return (*first, *metrics, "training loss at the end", *gap, "examples/s", "seconds")
+    speed = "tokens/s" if _in_tokens(summary) else "examples/s"
+    return (*first, *metrics, "training loss at the end", *gap, speed, "seconds")
+
+
+def _in_tokens(summary: Summary) -> bool:
+    """Whether the examples of all runs have tokens."""
+    return all(experiment.runs[0].tokens_per_example for experiment in summary.experiments)
 
 
 def table(summary: Summary) -> list[tuple[str, ...]]:
     """One row an experiment, a text for each of `columns`."""
-    return [_row(experiment, summary.metrics) for experiment in summary.experiments]
+    tokens = _in_tokens(summary)
+    return [_row(experiment, summary.metrics, tokens) for experiment in summary.experiments]
 
 
-def _row(experiment: Experiment, metrics: Sequence[Metric]) -> tuple[str, ...]:
+def _row(experiment: Experiment, metrics: Sequence[Metric], tokens: bool) -> tuple[str, ...]:
+    speed = experiment.examples_per_s
+    if tokens:
+        speed = dataclasses.replace(
+            speed, mean=speed.mean * (experiment.runs[0].tokens_per_example or 1)
+        )
     gap, loss = experiment.gap, experiment.train_loss
     unfinished = f" (+{experiment.num_unfinished} unfinished)" if experiment.num_unfinished else ""
     if experiment.num_unfinished == len(experiment.runs) and not experiment.runs[0].finished:
@@ -43,7 +56,7 @@ def _row(experiment: Experiment, metrics: Sequence[Metric]) -> tuple[str, ...]:
         MISSING if gap is None else f"{gap.expected_rms:.2f}",
         MISSING if gap is None else f"{gap.rms_p:.2g}",
         MISSING if gap is None else f"{_signed(gap.max, 1)} (epoch {gap.max_epoch})",
-        _mean_sd(experiment.examples_per_s, 0, spread=False),
+        _mean_sd(speed, 0, spread=False),
         _mean_sd(experiment.seconds, 1, spread=False),
     )
 

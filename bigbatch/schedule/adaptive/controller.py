@@ -62,7 +62,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bigbatch.checks import Checks
+from bigbatch.checks import HARDWARE, Checks
 from bigbatch.schedule.adaptive.gradient_noise import Measurement, Smoothed, estimate, smooth
 from bigbatch.schedule.durations import first_example_from
 from bigbatch.schedule.plan import Plan
@@ -127,6 +127,7 @@ class Controller:
       batch_multiple_examples: batch sizes are rounded down to multiples of it.
       small_batch_examples: of which an update must hold two or more, so that there is a
         measurement.
+      tokens_per_example: tokens of an example, for its plans; None: it has none.
 
     Raises:
       UserError: an argument is out of its range.
@@ -145,6 +146,8 @@ class Controller:
     epochs: float
     batch_multiple_examples: int
     small_batch_examples: int
+    # For those who count in them: no decision hangs on it.
+    tokens_per_example: int | None = dataclasses.field(default=None, metadata=HARDWARE)
 
     def __post_init__(self) -> None:
         checks = Checks()
@@ -247,7 +250,8 @@ class Controller:
             "learning_rate": np.repeat(np.array(rates), counts),
             "momentum": np.full(len(batch_sizes), float(self.momentum)),
         }
-        return Plan(self.train_examples, float(self.epochs), "linear", batch_sizes, hypers)
+        size, epochs, tokens = self.train_examples, float(self.epochs), self.tokens_per_example
+        return Plan(size, epochs, "linear", batch_sizes, hypers, tokens or None)
 
     def known_updates(self, decisions: Decisions) -> int:
         """How many updates from the start on are decided."""

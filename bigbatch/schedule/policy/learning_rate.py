@@ -160,20 +160,24 @@ def cosine(
     from_epoch: float = 0.0,
     until_epoch: float | None = None,
     final_learning_rate: float = 0.0,
+    power: float = 2.0,
     epochs: float | None = None,
 ) -> Policy:
     """lr(e) = final + (learning_rate - final) (1 + cos(pi t)) / 2 (Loshchilov and Hutter 2017).
 
-    t and the arguments are as in `polynomial`.
+    t and the arguments are as in `polynomial`. That is cos(pi t / 2)^2; another `power` gives
+    cos(pi t / 2)^power, of which 1 is the cosine of Seesaw's paper.
 
     Raises:
       UserError: an argument is out of its range.
     """
+    checks = Checks()
+    checks.number("power", power, "a number above 0", above=0)
     base = (learning_rate, batch_size, momentum)
     # (1 + cos x)/2 as cos^2(x/2), which keeps its precision where it is small.
     return _decay(
-        lambda t: np.cos(np.pi / 2 * t) ** 2,
-        Checks(),
+        lambda t: np.cos(np.pi / 2 * t) ** power,
+        checks,
         base,
         from_epoch,
         until_epoch,
