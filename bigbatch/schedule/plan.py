@@ -27,9 +27,10 @@ from numpy.typing import ArrayLike, NDArray
 from bigbatch import errors
 from bigbatch.checks import Checks, parsed
 from bigbatch.schedule import positions
-from bigbatch.schedule.durations import MOST_UPDATES, first_example_from
+from bigbatch.schedule.durations import first_example_from
 from bigbatch.schedule.noise_scale import RULE_NAMES, Array, make_rule
 from bigbatch.schedule.policy import Policy
+from bigbatch.schedule.runs import as_runs, column_of, run_starts
 
 # Positions up to here can be told from times in any unit: see `durations`.
 _MOST_EXAMPLES = 2**48
@@ -124,7 +125,7 @@ class Plan:
     @functools.cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The plan as runs of one batch size."""
-        first = _run_starts(self.batch_sizes)
+        first = run_starts(self.batch_sizes)
         count = np.diff(first, append=self.num_updates)
         rates = self.hypers["learning_rate"]
         columns = (
@@ -190,7 +191,7 @@ class Plan:
           UserError: a batch size has more than 31 bits.
         """
         column = self.batch_sizes if name == "batch_size" else self.hypers[name]
-        starts = _run_starts(column)
+        starts = run_starts(column)
         dtype = np.int32 if name == "batch_size" else np.float32
         if name == "batch_size" and column.max() >= 2**31:
             allowed = "below 2^31 examples in an Optax schedule; `hyper` gives any on the host"
@@ -275,7 +276,7 @@ class Plan:
         columns = {"batch_size": self.batch_sizes, **self.hypers}
         parts = [f'"{name}": {json.dumps(value)}' for name, value in self.summary().items()]
         parts.append(f'"rule": {json.dumps(self.rule)}')
-        runs = [f'  "{name}": {json.dumps(_runs(column))}' for name, column in columns.items()]
+        runs = [f'  "{name}": {json.dumps(as_runs(column))}' for name, column in columns.items()]
         parts.append('"columns": {\n' + ",\n".join(runs) + "\n}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
@@ -288,7 +289,7 @@ class Plan:
         """
         try:
             values = parsed(text, _JSON)
-            columns = {name: _column(name, runs) for name, runs in values["columns"].items()}
+            columns = {name: column_of(name, runs) for name, runs in values["columns"].items()}
             batch_sizes = columns.pop("batch_size").astype(np.int64)
             num_updates, rule = len(batch_sizes), values["rule"]
             for name, fits in (
@@ -305,6 +306,12 @@ class Plan:
             raise errors.UserError(
                 errors.Problem("plan", f"{text[:40]}...", f"a plan's JSON ({error})")
             ) from error
+
+    def emit(self, name: str, **options: int) -> Any:
+        """The plan in another trainer's words: see `bigbatch.schedule.trainers.emit`."""
+        from bigbatch.schedule.trainers.emit import emit
+
+        return emit(self, name, **options)
 
     def diff(self, other: "Plan") -> int | None:
         """The first update in which the plans differ, or None.
@@ -323,29 +330,6 @@ class Plan:
         if differs.any():
             return int(np.argmax(differs))
         return None if self.num_updates == other.num_updates else common
-
-
-def _run_starts(column: NDArray[Any]) -> NDArray[np.int64]:
-    """The indices at which a run of equal values starts."""
-    return np.flatnonzero(np.r_[True, column[1:] != column[:-1]])
-
-
-def _runs(column: NDArray[Any]) -> list[list[float]]:
-    starts = _run_starts(column)
-    counts = np.diff(starts, append=len(column))
-    return [list(run) for run in zip(column[starts].tolist(), counts.tolist(), strict=True)]
-
-
-def _column(name: str, runs: Any) -> Array:
-    """A column from its [value, count] pairs."""
-    table = np.array(runs)
-    if table.ndim != 2 or table.shape[1] != 2 or table.dtype.kind not in "if" or not len(table):
-        raise ValueError(f"{name} is no list of pairs of numbers")
-    counts = table[:, 1]
-    # As numbers of a file may be any, nothing is made before their sum is known.
-    if not (np.isfinite(table).all() and (counts >= 1).all() and counts.sum() <= MOST_UPDATES):
-        raise ValueError(f"{name} is not of 1 to {MOST_UPDATES:,} updates")
-    return np.repeat(table[:, 0].astype(np.float64), counts.astype(np.int64))
 
 
 def make_plan(
