@@ -474,7 +474,7 @@ MISTAKES = [
     ("levanter", "{trainer: 3, optimizer: {}}", "trainer", None),
     ("levanter", "no_such_file.yaml", "config", None),
     ("levanter", LEVANTER.replace("start: 10", "start: 0"), "trainer.train_batch_size", [0, 15]),
-    ("levanter", LEVANTER.replace("learning_rate", "learning_rat"), "optimizer.learning_rat", "learning_rate"),
+    ("levanter", LEVANTER.replace("rate", "rat"), "optimizer.learning_rat", "learning_rate"),
     ("maxtext", MAXTEXT.replace("start: 4", "start: 5"), "per_device_batch_size_increment", None),
     ("maxtext", "{steps: 2.5, learning_rate: x, per_device_batch_size: 1}", "steps", 2),
     ("olmo_core", OLMO.replace("128", "72"), "batch_sizes[1]", 64),
