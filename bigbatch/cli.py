@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigbatch
-from bigbatch.commands import interrupts, plan_verb
+from bigbatch.commands import check_log, interrupts, plan_verb
 from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError
 
@@ -111,6 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = verb("plan", plan_verb.run, "Show every stage of a run before it is made.")
     plan.add_argument("--config", required=True, **config)
     plan_verb.add_arguments(plan)
+    text = "Check the log of a run that another trainer made against a plan."
+    check_log.add_arguments(verb("check-log", check_log.run, text))
     bench = verb("bench", _bench, "Measure the speeds of one device here, for `plan --bench`.")
     bench.add_argument("--config", required=True, **config)
     bench.add_argument("--out", metavar="FILE", default="bench.json", help="(default bench.json)")

@@ -14,6 +14,11 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--devices", type=int, default=1, help="plan for so many (default 1)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--plot", metavar="FILE", help="draw the plan, before and after (.png, .svg)")
+    plan.add_argument(
+        "--emit", metavar="FORMAT", help="print it for another trainer (megatron, ...)"
+    )
+    plan.add_argument("--against", metavar="FORMAT:FILE", help="compare it with another's schedule")
+    plan.add_argument("--sequence-length", type=int, default=1, help="tokens of an example")
     timing = plan.add_argument_group("time and cost on devices that are not there")
     timing.add_argument("--bench", metavar="FILE", help="measured speeds, from `bigbatch bench`")
     timing.add_argument("--examples-per-s", type=float, help="of one device")
@@ -34,6 +39,11 @@ def run(options: argparse.Namespace) -> None:
     if options.devices != nearest:
         allowed = f"a whole number from 1 to {_MOST_DEVICES:,}"
         raise UserError(Problem("devices", options.devices, allowed, nearest))
+    if options.emit or options.against:
+        from bigbatch.commands import plan_others
+
+        plan_others.show(config, options)
+        return
     names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
     typed = {name: v for name in names if (v := getattr(options, name)) is not None}
     speeds = time_model.asked(options.bench, typed, options.devices)

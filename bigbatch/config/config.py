@@ -25,6 +25,10 @@ from bigbatch.schedule.durations import TIME_UNITS, Intervals
 from bigbatch.schedule.from_file import plan_file
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import POLICIES, Policy
+from bigbatch.schedule.trainers.levanter import levanter
+from bigbatch.schedule.trainers.maxtext import maxtext
+from bigbatch.schedule.trainers.megatron import megatron
+from bigbatch.schedule.trainers.olmo_core import olmo_core
 from bigbatch.schedule.transform import TRANSFORMATIONS
 
 
@@ -103,7 +107,15 @@ class Config(Fields):
 
 
 _GROUPS = ("data", "model", "task", "optimizer", "policy")
-_POLICIES = {**POLICIES, "plan_file": plan_file, "adaptive": Controller}
+_POLICIES = {
+    **POLICIES,
+    "plan_file": plan_file,
+    "megatron": megatron,
+    "levanter": levanter,
+    "maxtext": maxtext,
+    "olmo_core": olmo_core,
+    "adaptive": Controller,
+}
 
 
 # The groups that may name a callable of the user's.

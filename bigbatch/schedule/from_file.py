@@ -56,7 +56,12 @@ def plan_file(
         f"ghost batch; this one has {odd[0] if odd.size else 0}",
     )
     checks.done()
-    starts = plan.first_examples / train_examples
+    return as_policy(plan)
+
+
+def as_policy(plan: Plan) -> Policy:
+    """The recipe whose plan a plan is, whatever sizes it has."""
+    starts = plan.first_examples / plan.train_examples
 
     def settings_at(at_epochs: Array) -> Settings:
         update = num_reached(starts[1:], at_epochs)
@@ -66,5 +71,5 @@ def plan_file(
     turning = [stage.epoch for stage in plan.stages]
     rates = plan.hypers["learning_rate"]
     turning += starts[1:][rates[1:] > rates[:-1]].tolist()
-    rule = make_rule(plan.rule, train_examples)
+    rule = make_rule(plan.rule, plan.train_examples)
     return Policy(settings_at, tuple(sorted({*turning})), rule=rule)

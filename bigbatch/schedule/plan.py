@@ -321,6 +321,12 @@ class Plan:
                 errors.Problem("plan", f"{text[:40]}...", f"a plan's JSON ({error})")
             ) from error
 
+    def emit(self, name: str, **options: int) -> Any:
+        """The plan in another trainer's words: see `bigbatch.schedule.trainers.emit`."""
+        from bigbatch.schedule.trainers.emit import emit
+
+        return emit(self, name, **options)
+
     def diff(self, other: "Plan") -> int | None:
         """The first update in which the plans differ, or None.
 
@@ -376,18 +382,12 @@ def make_plan(
     if checks.whole("batch_multiple_examples", batch_multiple_examples, allowed):
         positions.check_stated_sizes(checks, policy, int(batch_multiple_examples))
     exact_for = policy.rule.train_examples
-    if sized and exact_for is not None:
-        checks.require(
-            exact_for == train_examples,
-            "train_examples",
-            train_examples,
-            f"{exact_for}, for which the policy's exact noise scale was made",
-            exact_for,
-        )
+    allowed = f"{exact_for}, for which the policy's exact noise scale was made"
+    fits = not sized or exact_for in (None, train_examples)
+    checks.require(fits, "train_examples", train_examples, allowed, exact_for)
     checks.done()
-    parts = list(
-        positions.rows_of(policy, int(train_examples), float(epochs), int(batch_multiple_examples))
-    )
+    sizes = int(train_examples), float(epochs)
+    parts = list(positions.rows_of(policy, *sizes, int(batch_multiple_examples)))
     # One column after the other, so that no second copy of the whole plan is alive.
     batch_sizes = joined([part.batch_size for part in parts]).astype(np.int64)
     names = list(parts[0].hyper)
@@ -396,5 +396,4 @@ def make_plan(
         large = column[~(np.abs(column) <= _LARGEST_HYPER)][:1].tolist()
         checks.require(not large, name, large and large[0], "a number that float32 can hold")
     checks.done()
-    sizes = int(train_examples), float(epochs)
     return Plan(*sizes, policy.rule.name, batch_sizes, hypers, tokens_per_example)

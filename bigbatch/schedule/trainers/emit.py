@@ -1,0 +1,182 @@
+"""A plan in other trainers' words, and how far each of them strays from it.
+
+What a target does with a text is found by reading the text as the target does: by its reader in
+the module of its format, which shares nothing with the writer, or by running it where it is a
+program. Of all texts that a writer offers the one that strays least is taken.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from bigbatch.checks import Checks
+from bigbatch.errors import UserError, nearest_name
+from bigbatch.schedule.from_file import as_policy
+from bigbatch.schedule.noise_scale import Array
+from bigbatch.schedule.plan import Plan, make_plan
+from bigbatch.schedule.trainers import levanter, maxtext, megatron, olmo_core, tables
+
+# Below it a number is the same but for its last digits: float32 has 6e-8.
+_SAME = 1e-7
+
+
+class Format(NamedTuple):
+    """A way to write a plan.
+
+    Attributes:
+      write: texts for a plan, ranks and a sequence length, of which one is to be taken.
+      run: what the target does with a text, on the training set of a plan.
+      is_table: it says all that a plan says, whatever the ranks.
+      warnings: sentences on what the target refuses or ignores, by the condition of a plan.
+    """
+
+    write: Callable[[Plan, int, int], Iterator[str]]
+    run: Callable[[str, Plan, int, int], Plan]
+    is_table: bool = False
+    warnings: Mapping[str, Callable[[Plan], bool]] = {}
+
+
+class Stray(NamedTuple):
+    """How far a trainer goes from a plan; errors are relative, the largest at any example.
+
+    Attributes:
+      batch_size: of the batch size.
+      learning_rate: of the learning rate; relative to the peak where the plan has 0.
+      noise_scale: likewise.
+      num_updates: that the trainer makes.
+      num_examples: that the trainer takes.
+    """
+
+    batch_size: float
+    learning_rate: float
+    noise_scale: float
+    num_updates: int
+    num_examples: int
+
+
+class Emitted(NamedTuple):
+    """A plan in another trainer's words.
+
+    Attributes:
+      text: what its file or command line holds.
+      limits: what it cannot express of this plan, in sentences.
+      stray: how far it strays from the plan.
+      plan: what the trainer does with the text.
+    """
+
+    text: str
+    limits: tuple[str, ...]
+    stray: Stray
+    plan: Plan
+
+
+def emit(plan: Plan, name: str, *, ranks: int = 1, sequence_length: int = 1) -> Emitted:
+    """Writes a plan in the words of another trainer.
+
+    Args:
+      plan: any plan.
+      name: one of `FORMATS`.
+      ranks: how many data-parallel ranks must share every batch size. Sizes that they cannot are
+        rounded down, and the hyperparameters absorb that by the plan's rule.
+      sequence_length: tokens of an example, for trainers that count tokens.
+
+    Raises:
+      UserError: there is no such format, an argument is out of its range, or a batch size is
+        smaller than the ranks.
+    """
+    checks = Checks()
+    allowed = "one of " + ", ".join(FORMATS)
+    checks.require(name in FORMATS, "emit", name, allowed, nearest_name(name, list(FORMATS)))
+    checks.whole("ranks", ranks, "a whole number, at least 1")
+    checks.whole("sequence_length", sequence_length, "a whole number of tokens, at least 1")
+    checks.done()
+    made, written, limits = FORMATS[name], plan, []
+    odd = np.flatnonzero(plan.batch_sizes % ranks)
+    if odd.size and not made.is_table:
+        limits.append(
+            f"batch sizes that {ranks} ranks cannot share, such as {plan.batch_sizes[odd[0]]:,} in "
+            f"update {odd[0]:,}: they are rounded down, by the rule {plan.rule}"
+        )
+        written = make_plan(
+            as_policy(plan),
+            train_examples=plan.train_examples,
+            epochs=plan.epochs,
+            batch_multiple_examples=ranks,
+        )
+    least, best = math.inf, ("", plan)
+    for text in made.write(written, ranks, sequence_length):
+        try:
+            done = made.run(text, plan, ranks, sequence_length)
+        except UserError:
+            # The target refuses it, too.
+            continue
+        # Over all examples: the largest is mostly that of a last update, next to 0.
+        mean = sum(float(np.average(e, weights=plan.batch_sizes)) for e in _errors(plan, done))
+        if mean < least:
+            least, best = mean, (text, done)
+        if least <= _SAME:
+            break
+    text, done = best
+    checks.require(bool(text), "emit", name, "a format that has a schedule near to this plan")
+    checks.done()
+    far = stray(plan, done)
+    ours, theirs = (float(each.hypers["momentum"][0]) for each in (plan, done))
+    if abs(ours - theirs) > _SAME:
+        limits.append(f"a momentum of {ours:g}: it is {theirs:g}, as of Adam")
+    for column, values in plan.hypers.items():
+        if not made.is_table and column != "learning_rate" and np.ptp(values):
+            limits.append(f"a {column} that moves, here from {values.min():g} to {values.max():g}")
+    shapes = {
+        "batch_size": "these batch sizes",
+        "learning_rate": "this course of the learning rate",
+    }
+    limits += [
+        f"{words}: the nearest that it has is written"
+        for column, words in shapes.items()
+        if getattr(stray(written, done), column) > _SAME
+    ]
+    limits += [words for words, holds in made.warnings.items() if holds(plan)]
+    return Emitted(text, tuple(limits), far, done)
+
+
+def stray(plan: Plan, other: Plan) -> Stray:
+    """How far another plan goes from a plan, at the first example of each of its updates."""
+    size, rate, noise = (float(errors.max()) for errors in _errors(plan, other))
+    return Stray(size, rate, noise, other.num_updates, other.num_examples)
+
+
+def _errors(plan: Plan, other: Plan) -> Iterator[Array]:
+    """Of the batch size, the learning rate and the noise scale, at each of the plan's updates."""
+    at = np.searchsorted(other.first_examples, plan.first_examples, side="right") - 1
+    for ours, theirs in (
+        (plan.batch_sizes, other.batch_sizes),
+        (plan.hypers["learning_rate"], other.hypers["learning_rate"]),
+        (plan.noise_scales, dataclasses.replace(other, rule=plan.rule).noise_scales),
+    ):
+        yield np.abs(theirs[at] - ours) / np.where(ours == 0, ours.max(), ours)
+
+
+def _falls(plan: Plan) -> bool:
+    return bool((np.diff(plan.batch_sizes) < 0).any())
+
+
+_FALLING = {"it stops with an assertion where the batch size falls": _falls}
+_IGNORED = {
+    "versions after core 0.16 take --rampup-batch-size and ignore it: the batch size is then the "
+    "last one throughout": lambda plan: len(plan.stages) > 1
+}
+FORMATS = {
+    "optax": Format(tables.write_optax, tables.run_optax, is_table=True),
+    "pytorch": Format(tables.write_pytorch, tables.run_pytorch, is_table=True),
+    "csv": Format(tables.write_csv, tables.run_csv, is_table=True),
+    "json": Format(tables.write_json, tables.run_json, is_table=True),
+    "megatron": Format(megatron.write, megatron.run, warnings=_FALLING),
+    "megatron_rampup": Format(megatron.write_ramp, megatron.run, warnings=_FALLING | _IGNORED),
+    "levanter": Format(levanter.write, levanter.run),
+    "maxtext": Format(maxtext.write, maxtext.run),
+    "olmo_core": Format(olmo_core.write, olmo_core.run),
+}
+"""By the names that `bigbatch plan --emit` takes."""

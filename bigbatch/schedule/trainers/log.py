@@ -1,0 +1,158 @@
+"""Logs of trainers and trackers: the settings of each update as they were written down."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bigbatch.checks import Checks
+from bigbatch.errors import nearest_name
+from bigbatch.schedule.noise_scale import Array
+
+
+class Preset(NamedTuple):
+    """What a trainer means by the numbers of its log.
+
+    Attributes:
+      first_update: its number of the first update.
+      at_end: whether positions are those after the update.
+      next_rate: whether the learning rate is that of the update to come.
+      tokens: the columns that are in tokens.
+    """
+
+    first_update: int = 0
+    at_end: bool = False
+    next_rate: bool = False
+    tokens: tuple[str, ...] = ()
+
+
+PRESETS = {
+    "table": Preset(),
+    "bigbatch": Preset(1, at_end=True),
+    "megatron": Preset(1, at_end=True, next_rate=True),
+    "olmo_core": Preset(1, at_end=True, tokens=("batch_size", "examples")),
+    "levanter": Preset(),
+    "wandb": Preset(),
+    "tensorboard": Preset(),
+}
+# Names of each column in the logs of trainers and trackers.
+_NAMES = {
+    "update": "update step _step iteration Step global_step trainer/global_step train/global_step",
+    "batch_size": "batch_size global_batch_size train/batch_size batch-size global-batch-size "
+    "train/global-batch-size",
+    "learning_rate": "learning_rate lr train/learning_rate train/lr learning-rate "
+    "optim/learning_rate",
+    "momentum": "momentum train/momentum",
+    "examples": "examples consumed_samples samples consumed-samples first_example "
+    "throughput/total-tokens",
+    "epoch": "epoch train/epoch",
+}
+_OLMO_RATE = "optim/LR (group 0)"
+
+
+class Column(NamedTuple):
+    """What a log has of one quantity: float64[n], NaN where it says nothing, and how exactly."""
+
+    values: Array
+    tolerance: Array
+
+
+def read_log(
+    text: str, preset: str, columns: Mapping[str, str], sequence_length: int = 1
+) -> dict[str, Column]:
+    """The columns of a log by our names, one value an update, rising from the first; see `Preset`.
+
+    Args:
+      text: CSV, JSON lines, or Megatron's own lines.
+      preset: one of `PRESETS`.
+      columns: the log's names of columns, by ours, where they are not the usual ones.
+      sequence_length: tokens of an example.
+
+    Raises:
+      UserError: it holds no updates, or nothing of them.
+    """
+    checks = Checks()
+    allowed = "one of " + ", ".join(PRESETS)
+    checks.require(preset in PRESETS, "preset", preset, allowed, nearest_name(preset, [*PRESETS]))
+    for name in columns:
+        allowed = "one of " + ", ".join(_NAMES)
+        checks.require(name in _NAMES, "columns", name, allowed, nearest_name(name, [*_NAMES]))
+    checks.done()
+    records = _records(text)
+    present = {name for record in records for name in record}
+    theirs: dict[str, str] = {}
+    for name, usual in _NAMES.items():
+        given = [columns[name]] if name in columns else [*usual.split(), _OLMO_RATE]
+        if name != "learning_rate" and name not in columns:
+            given = given[:-1]
+        # Spaces and hyphens are one here.
+        found = [n for n in present if n in given or n.replace(" ", "-") in given]
+        theirs |= {name: found[0]} if found else {}
+        missing = name in columns and not found
+        checks.require(not missing, f"columns.{name}", given[0], f"one of {sorted(present)}")
+    enough = "update" in theirs and len(theirs) > 1
+    allowed = f"names of the update and of something else, by --columns; there is {sorted(present)}"
+    checks.require(enough, "columns", dict(columns) or "nothing", allowed)
+    checks.done()
+    # What was done again after a resume replaces what came before.
+    latest = {
+        int(number): record
+        for record in records
+        if math.isfinite(number := _number(record.get(theirs["update"], "")))
+    }
+    meaning, updates = PRESETS[preset], sorted(latest)
+    found_columns = {"update": Column(np.array(updates) * 1.0, np.zeros(len(updates)))}
+    for name in theirs.keys() - {"update"}:
+        texts = [latest[update].get(theirs[name], "") for update in updates]
+        unit = sequence_length if name in meaning.tokens else 1
+        values = np.array([_number(each) for each in texts]) / unit
+        found_columns[name] = Column(values, _tolerance(texts, values))
+    return found_columns
+
+
+def _records(text: str) -> list[dict[str, str]]:
+    """Every line's values by name, as they are written."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if any("iteration" in line and "|" in line for line in lines):
+        found = []
+        for line in lines:
+            pairs = re.findall(r"([a-z][a-z ]*?):? +([-+.\deE]+)(?:/ *\d+)? *\|", line)
+            found.append(dict(pairs))
+        return [record for record in found if "iteration" in record]
+    if lines and "{" in lines[0]:
+        found = []
+        for line in lines:
+            try:
+                record = json.loads(line[line.find("{") :], parse_float=str, parse_int=str)
+            except ValueError:
+                continue
+            found.append({**record, **record.get("metrics", {})})
+        return found
+    # A tracker writes the run's name before a column's.
+    return [
+        {str(name).rpartition(" - ")[2]: value or "" for name, value in row.items()}
+        for row in csv.DictReader(io.StringIO(text))
+    ]
+
+
+def _number(text: Any) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _tolerance(texts: list[Any], values: Array) -> Array:
+    """Half of the last digit that a column is written to, float32's at the least."""
+    mantissas = [re.sub(r"[eE].*|[-+.]", "", str(text)).lstrip("0") for text in texts]
+    digits = min(7, max(3, *(len(mantissa) for mantissa in mantissas), 3))
+    tolerance = np.abs(values) * 0.51 * 10.0 ** (1 - digits)
+    decimals = [len(str(t).partition(".")[2]) for t in texts if "e" not in str(t).lower()]
+    if len(decimals) == len(texts) and max(decimals, default=0) >= 4:
+        tolerance = np.maximum(tolerance, 0.51 * 10.0 ** -max(decimals))
+    return tolerance
