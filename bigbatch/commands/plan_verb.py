@@ -1,6 +1,7 @@
 """The verb `bigbatch plan`: every stage of a run before it is made."""
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -14,6 +15,9 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--devices", type=int, default=1, help="plan for so many (default 1)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--plot", metavar="FILE", help="draw the plan, before and after (.png, .svg)")
+    plan.add_argument(
+        "--critical", metavar="FILE", help="critical.json: warns where its batch sizes are passed"
+    )
     timing = plan.add_argument_group("time and cost on devices that are not there")
     timing.add_argument("--bench", metavar="FILE", help="measured speeds, from `bigbatch bench`")
     timing.add_argument("--examples-per-s", type=float, help="of one device")
@@ -44,6 +48,14 @@ def run(options: argparse.Namespace) -> None:
         text = ladder_table.text
         summary["adaptive"] = ladder_table.summary(config.controller)
     lines = [] if options.json else [text(config, devices=options.devices)]
+    if options.critical:
+        from bigbatch.commands.critical import limits
+
+        controller = config.controller
+        asked = config.plan if controller is None else controller.fewest_updates()
+        found = limits.against(limits.read(options.critical), asked)
+        summary["critical"] = dataclasses.asdict(found)
+        lines += [found.text, *([f"warning: {found.warning}"] if found.warning else [])]
     if speeds is not None:
         from bigbatch.commands import plan_time as time_table
 
