@@ -78,15 +78,8 @@ def test_the_ladder_keeps_the_noise_when_the_learning_rate_takes_over():
 @pytest.mark.parametrize("rule", ["linear", "square_root", "seesaw"])
 def test_a_level_of_any_rule_is_the_decay_that_it_stands_for(rule):
     """As the transformation of a hand-made decay has it, below the cap and past it."""
-    c = controller(
-        momentum=0.0,
-        rule=rule,
-        growth_factor=4.0,
-        max_batch_size=512,
-        b1=0.99,
-        b2=0.999,
-        eps=1e-6,
-    )
+    adams = {"b1": 0.99, "eps": 1e-6} if rule == "square_root" else {}
+    c = controller(momentum=0.0, rule=rule, growth_factor=4.0, max_batch_size=512, **adams)
     for index in range(5):
         decayed = step_decay(
             0.1, 32, boundaries_epochs=[1], factor=1 / c.decay(index) if index else 0.5
@@ -112,6 +105,8 @@ def test_a_rule_that_cannot_grow_so_far_is_refused():
         controller(rule="linear_exact")
     with pytest.raises(UserError, match="rule: given 'sqrt'"):
         controller(rule="sqrt")
+    with pytest.raises(UserError, match=r"b2: given .* but with the rule square_root"):
+        controller(rule="seesaw", momentum=0.0, b2=0.95)
 
 
 def test_a_noise_scale_below_the_next_level_grows_nothing():

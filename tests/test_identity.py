@@ -51,6 +51,12 @@ ADAPTIVE = {
     "policy": {**CONSTANT, "name": "adaptive", "max_batch_size": 256},
     "transformations": [],
 }
+# The square-root rule moves Adam's moments.
+ADAMS = {
+    **ADAPTIVE,
+    "policy": {**ADAPTIVE["policy"], "momentum": 0.0, "rule": "square_root"},
+    "optimizer": {"name": "adamw"},
+}
 FROM_FILE = {"initial_params": "begun.npz"}
 
 # Group of the config ("" is its top), what it is, what stands beside it, and other values.
@@ -121,6 +127,7 @@ CASES = [
             "smoothing": 0.1,
         },
     ),
+    ("policy", Controller, ADAMS, {"rule": "seesaw"} | ADAM),
 ]
 # The names of kinds in a config, and the fields that they must have.
 NAMES = {
@@ -139,7 +146,7 @@ ELSEWHERE = {
 def each(case):
     """A case as an argument of a test, by its name."""
     group, kind, beside, _ = case
-    suffix = "-records" if beside is IMAGENET else ""
+    suffix = {id(IMAGENET): "-records", id(ADAMS): "-adam"}.get(id(beside), "")
     return pytest.param(*case, id=f"{group}-{kind.__name__}{suffix}")
 
 

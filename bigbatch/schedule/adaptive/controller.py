@@ -142,7 +142,7 @@ class Controller:
       small_batch_examples: of which an update must hold two or more, so that there is a
         measurement.
       rule: how the learning rate follows the batch size; see `schedule.transform.with_rule`.
-      b1: of Adam at the base batch, as are b2 and eps; read by the square-root rule alone.
+      b1: of Adam at the base batch, as are b2 and eps; for the square-root rule alone.
       b2: likewise.
       eps: likewise.
 
@@ -204,6 +204,11 @@ class Controller:
             checks.number("cooldown_epochs", self.cooldown_epochs, allowed, **limits)
         allowed = "a rule in which a batch may be larger than the training set"
         checks.require(self.rule != "linear_exact", "rule", self.rule, allowed, "linear")
+        for name in ("b1", "b2", "eps"):
+            default, given = getattr(Controller, name), getattr(self, name)
+            allowed = f"{default:g} but with the rule square_root, which alone reads it"
+            fits = self.rule == "square_root" or given == default
+            checks.require(fits, name, given, allowed, default)
         checks.done()
         hyper = _settings(self, len(self.ladder) - 1).hyper
         for name in ("b1", "b2"):
