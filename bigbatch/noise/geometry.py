@@ -56,7 +56,7 @@ class Geometry(NamedTuple):
     """
 
     moments: Callable[[Any], Any]
-    size: Callable[[Any], jax.Array] | None = None
+    size: Callable[[Any], Any] | None = None
     names: tuple[str, ...] = ()
     is_deviation: bool = False
 

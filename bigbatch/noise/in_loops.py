@@ -111,7 +111,7 @@ def measure(
         sums = jax.lax.psum(sums, axis_name)
     batches, examples = sums[SMALL_BATCHES], sums[EXAMPLES]
 
-    def of(small: jax.Array, big: jax.Array) -> Measurement:
+    def of(small: Any, big: Any) -> Measurement:
         return of_examples(Measurement(small, big, batches, examples), sums[_COUNT])
 
     found = jax.tree.map(of, sums[SMALL_SQUARES], geometry.moments(mean_gradient))
@@ -135,7 +135,7 @@ def start(params: Any, geometry: Geometry = L2) -> Smoothed:
     """The averages before the first update; arguments as of `empty`."""
     size = geometry.size or (lambda moments: moments)
     like = jax.eval_shape(lambda tree: size(geometry.moments(tree)), params)
-    return Smoothed(*(jnp.zeros(like.shape, like.dtype) for _ in Smoothed._fields))
+    return Smoothed._make(jnp.zeros(like.shape, like.dtype) for _ in Smoothed._fields)
 
 
 def average(averages: Smoothed, measured: Measurement, *, memory_examples: Any) -> Smoothed:
@@ -152,7 +152,9 @@ def average(averages: Smoothed, measured: Measurement, *, memory_examples: Any) 
     found = solved(measured)
     held = ~is_few(measured) & jnp.isfinite(found.gradient_square) & jnp.isfinite(found.variance)
     pairs = zip(faded(averages, 1 - fresh), weighted(found, fresh), strict=True)
-    return Smoothed(*(jnp.asarray(a + jnp.where(held, b, 0), a.dtype) for a, b in pairs))
+    return Smoothed._make(
+        jnp.asarray(a + jnp.where(held, b, 0), jnp.result_type(a)) for a, b in pairs
+    )
 
 
 def read(averages: Smoothed, geometry: Geometry = L2) -> dict[str, Any]:
