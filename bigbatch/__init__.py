@@ -32,6 +32,8 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
     attribute = _OTHERS.get(name, name)
+    if _MODULES[attribute] == __name__:
+        return importlib.import_module(f"{__name__}.{name}")
     value = getattr(importlib.import_module(_MODULES[attribute]), attribute)
     return globals().setdefault(name, value)
 

@@ -1,4 +1,5 @@
 # The public names and where they are defined. Read by type checkers, and by __init__.py.
+from bigbatch import noise as noise
 from bigbatch.commands.critical.measure import critical as critical
 from bigbatch.commands.report.write import write_report
 from bigbatch.commands.saved import export as export
@@ -15,7 +16,8 @@ from bigbatch.layout.layout import Layout as Layout
 from bigbatch.layout.layout import make_layout as make_layout
 from bigbatch.models.classification import cross_entropy_sums as cross_entropy_sums
 from bigbatch.models.ghost_norm import GhostNorm as GhostNorm
-from bigbatch.schedule.adaptive.controller import Controller
+from bigbatch.schedule.adaptive.controller import Controller as Controller
+from bigbatch.schedule.adaptive.controller import Decisions as Decisions
 from bigbatch.schedule.plan import Plan as Plan
 from bigbatch.schedule.plan import make_plan as make_plan
 from bigbatch.schedule.policy import POLICIES as POLICIES

@@ -13,6 +13,8 @@ from bigbatch.schedule.adaptive.controller import DELAY_UPDATES, Controller, Dec
 from bigbatch.schedule.adaptive.course import Course
 from bigbatch.schedule.adaptive.gradient_noise import Measurement, Smoothed
 from bigbatch.schedule.plan import Plan
+from bigbatch.schedule.policy import step_decay
+from bigbatch.schedule.transform import adam, grow_batch, with_rule
 
 
 def controller(**changes):
@@ -71,6 +73,40 @@ def test_the_ladder_keeps_the_noise_when_the_learning_rate_takes_over():
     sizes = [level.batch_size for level in c.ladder]
     assert sizes == [32, 48, 80, 96]
     assert set(c.likely_batch_sizes) == set(sizes)
+
+
+@pytest.mark.parametrize("rule", ["linear", "square_root", "seesaw"])
+def test_a_level_of_any_rule_is_the_decay_that_it_stands_for(rule):
+    """As the transformation of a hand-made decay has it, below the cap and past it."""
+    adams = {"b1": 0.99, "eps": 1e-6} if rule == "square_root" else {}
+    c = controller(momentum=0.0, rule=rule, growth_factor=4.0, max_batch_size=512, **adams)
+    for index in range(5):
+        decayed = step_decay(
+            0.1, 32, boundaries_epochs=[1], factor=1 / c.decay(index) if index else 0.5
+        )
+        source = with_rule(adam(decayed, 0.99, 0.999, 1e-6), rule)
+        size, hyper = grow_batch(source, 512).at(1.0 if index else 0.0)
+        plan = c.plan(Decisions(growths=tuple(range(1, index + 1))))
+        assert plan.batch_sizes[index] == c.level(index).batch_size == pytest.approx(size[0])
+        assert set(plan.hypers) == {"learning_rate", "momentum"} | (
+            {"b1", "b2", "eps"} if rule == "square_root" else set()
+        )
+        for name, column in plan.hypers.items():
+            np.testing.assert_allclose(column[index], hyper[name][0], rtol=1e-9)
+        kept = plan.noise_scales[index] / plan.noise_scales[0]
+        assert kept == pytest.approx(1 / c.decay(index))
+
+
+def test_a_rule_that_cannot_grow_so_far_is_refused():
+    adams = {"momentum": 0.0, "rule": "square_root", "b1": 0.9}
+    with pytest.raises(UserError, match="max_batch_size: given 512"):
+        controller(**adams, max_batch_size=512)
+    with pytest.raises(UserError, match="rule: given 'linear_exact'"):
+        controller(rule="linear_exact")
+    with pytest.raises(UserError, match="rule: given 'sqrt'"):
+        controller(rule="sqrt")
+    with pytest.raises(UserError, match=r"b2: given .* but with the rule square_root"):
+        controller(rule="seesaw", momentum=0.0, b2=0.95)
 
 
 def test_a_noise_scale_below_the_next_level_grows_nothing():

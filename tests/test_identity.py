@@ -52,6 +52,12 @@ ADAPTIVE = {
     "policy": {**CONSTANT, "name": "adaptive", "max_batch_size": 256},
     "transformations": [],
 }
+# The square-root rule moves Adam's moments.
+ADAMS = {
+    **ADAPTIVE,
+    "policy": {**ADAPTIVE["policy"], "momentum": 0.0, "rule": "square_root"},
+    "optimizer": {"name": "adamw"},
+}
 FROM_FILE = {"initial_params": "begun.npz"}
 TRANSFORMER = {"name": "transformer", "layers": 2, "width": 16, "heads": 2, "vocabulary": 256}
 BIBLE = {"name": "bible_kjv", "sequence_tokens": 16, "train_examples": 1000}
@@ -152,6 +158,7 @@ CASES = [
             "smoothing": 0.1,
         },
     ),
+    ("policy", Controller, ADAMS, {"rule": "seesaw"} | ADAM),
 ]
 # The names of kinds in a config, and the fields that they must have.
 NAMES = {
@@ -171,7 +178,7 @@ ELSEWHERE = {
 def each(case):
     """A case as an argument of a test, by its name."""
     group, kind, beside, _ = case
-    suffix = "-records" if beside is IMAGENET else ""
+    suffix = {id(IMAGENET): "-records", id(ADAMS): "-adam"}.get(id(beside), "")
     return pytest.param(*case, id=f"{group}-{kind.__name__}{suffix}")
 
 

@@ -38,7 +38,7 @@ def text(config: Config, *, devices: int) -> str:
     for index in range(shown):
         size, rate = controller.level(index)
         shapes = Counter(part.examples_per_device for part in layout.microbatches(size))
-        noise_scale = config.plan.noise_scales[0] / controller.growth_factor**index
+        noise_scale = config.plan.noise_scales[0] / controller.decay(index)
         rows.append(
             (
                 f"{index}",
@@ -59,7 +59,7 @@ def text(config: Config, *, devices: int) -> str:
             *aligned([_HEADER, *rows]),
             "",
             "known: this ladder, and the end of the run by its examples. Past the last batch size "
-            f"the learning rate goes on falling, by {controller.growth_factor:g} a level.",
+            f"the learning rate goes on falling, by {controller.decay(1):.4g} a level.",
             "not known: when a level ends. It does when "
             f"{controller.multiple:g} x (measured noise scale - 2 standard errors) reaches "
             "the number in its last column; measured from small "

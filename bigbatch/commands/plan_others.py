@@ -31,12 +31,14 @@ def show(config: Any, options: argparse.Namespace) -> None:
     given = {name: value for name, value in alone.items() if value is not None}
     checks.require(len(given) == 1, next(iter(given)), given, "one of them alone")
     checks.done()
-    if options.against:
-        other = read(options.against, config.plan, options.devices, options.sequence_length)
-        print(beside(config.plan, other))
-        return
     plan: Plan = config.plan
-    done = plan.emit(options.emit, ranks=options.devices, sequence_length=options.sequence_length)
+    ranks = options.devices or 1
+    sequence_length = options.sequence_length or plan.tokens_per_example or 1
+    if options.against:
+        other = read(options.against, plan, ranks, sequence_length)
+        print(beside(plan, other))
+        return
+    done = plan.emit(options.emit, ranks=ranks, sequence_length=sequence_length)
     print(done.text, end="")
     for limit in done.limits:
         print(f"bigbatch: {options.emit} cannot express {limit}", file=sys.stderr)

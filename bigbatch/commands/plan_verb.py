@@ -1,6 +1,7 @@
 """The verb `bigbatch plan`: every stage of a run before it is made."""
 
 import argparse
+import dataclasses
 import json
 from typing import Any
 
@@ -18,7 +19,12 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
         "--emit", metavar="FORMAT", help="print it for another trainer (megatron, ...)"
     )
     plan.add_argument("--against", metavar="FORMAT:FILE", help="compare it with another's schedule")
-    plan.add_argument("--sequence-length", type=int, default=1, help="tokens of an example")
+    plan.add_argument(
+        "--sequence-length", type=int, help="tokens of an example (default: the data's, or 1)"
+    )
+    plan.add_argument(
+        "--critical", metavar="FILE", help="critical.json: warns where its batch sizes are passed"
+    )
     timing = plan.add_argument_group("time and cost on devices that are not there")
     timing.add_argument("--bench", metavar="FILE", help="measured speeds, from `bigbatch bench`")
     timing.add_argument("--examples-per-s", type=float, help="of one device")
@@ -54,6 +60,14 @@ def run(options: argparse.Namespace) -> None:
         text = ladder_table.text
         summary["adaptive"] = ladder_table.summary(config.controller)
     lines = [] if options.json else [text(config, devices=options.devices)]
+    if options.critical:
+        from bigbatch.commands.critical import limits
+
+        controller = config.controller
+        asked = config.plan if controller is None else controller.fewest_updates()
+        found = limits.against(limits.read(options.critical), asked)
+        summary["critical"] = dataclasses.asdict(found)
+        lines += [found.text, *([f"warning: {found.warning}"] if found.warning else [])]
     if speeds is not None:
         from bigbatch.commands import plan_time as time_table
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+
+from bigbatch.noise.sums import wide
 
 PyTree = Any
 Sums = dict[str, jax.Array]
@@ -129,8 +130,3 @@ def with_float32_masters(task: Task, params: PyTree) -> Task:
         return task.apply(own, *rest)
 
     return dataclasses.replace(task, init=init, apply=apply)
-
-
-def wide(array: jax.Array) -> jax.Array:
-    """The array in a precision in which sums are taken: float32 at least."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))

@@ -73,7 +73,7 @@ def rows_of(
         for _ in range(_MAX_ROUNDS):
             starts = position + np.r_[0.0, np.cumsum(sizes[:-1])]
             # Starts past the end are not used, and a policy need not be defined there.
-            rows = _rounded(policy, np.minimum(starts, end - 1) / train_examples, multiple)
+            rows = rounded(policy, np.minimum(starts, end - 1) / train_examples, multiple)
             wrong = np.flatnonzero(rows.batch_size != sizes)
             settled = int(wrong[0]) + 1 if len(wrong) else length
             if settled == length or starts[settled - 1] >= end:
@@ -99,7 +99,7 @@ def rows_of(
             raise UserError(Problem("epochs", epochs, allowed, position // train_examples or None))
 
 
-def _rounded(policy: Policy, epochs: Array, multiple: int) -> Settings:
+def rounded(policy: Policy, epochs: Array, multiple: int) -> Settings:
     """The policy's settings with the batch size rounded down; the rule absorbs the rest."""
     # A batch size of 0, or without bound, is found by `_check_rows` where the run gets to it.
     with np.errstate(all="ignore"):

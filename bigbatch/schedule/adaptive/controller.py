@@ -11,7 +11,11 @@ it pays, and one larger update teaches nearly as much as its examples would in s
 V_i = B_0 growth_factor^i examples. Its batch size is B_i = min(V_i, max_batch_size), rounded down
 to whole ghost batches, its learning rate lr_i = lr_0 B_i / V_i: constant while B can grow; past the
 cap it decays instead, by the same factor for the same noise (Smith et al. 2018). So g falls by
-growth_factor from level to level, whichever of the two takes it.
+growth_factor from level to level, whichever of the two takes it. So it is under the linear rule.
+Another rule says what batch size stands for which decay (`schedule.noise_scale.Rule`): the levels'
+batch sizes are the same, the decay that a level stands for and its hyperparameters are the rule's.
+The square-root rule keeps the learning rate while B grows and moves b1, b2 and eps; Seesaw lets it
+fall by the root of what B grows by.
 
 *The rule.* V follows sqrt(B_0 multiple B_noise), the mean of the base batch and of the noise scale
 in powers: with B_noise less two standard errors, level i + 1 begins when the root has passed the
@@ -63,15 +67,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigbatch.checks import HARDWARE, Checks
-from bigbatch.schedule.adaptive.gradient_noise import Measurement, Smoothed, estimate, smooth
+from bigbatch.schedule.adaptive.gradient_noise import (
+    Estimate,
+    Measurement,
+    Smoothed,
+    estimate,
+    measurement_from,
+    smooth,
+)
 from bigbatch.schedule.durations import first_example_from
+from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
-from bigbatch.schedule.policy import Policy, constant
+from bigbatch.schedule.policy import Policy, Settings, constant
 from bigbatch.schedule.policy.base import check_base
+from bigbatch.schedule.positions import rounded
+from bigbatch.schedule.transform import adam, with_rule
 
 # A decision after update k is for update k + 2: its measurement comes while k + 1 runs.
 DELAY_UPDATES = 2
-# A batch size this close (relative) below a whole multiple is that multiple, as in a plan.
+# What is this close (relative) below a whole number of levels is that number.
 _SNAP = 9e-13
 # One-sided, 98 of 100 noise scales are not as far below their estimate.
 _STANDARD_ERRORS = 2
@@ -128,6 +142,10 @@ class Controller:
       small_batch_examples: of which an update must hold two or more, so that there is a
         measurement.
       tokens_per_example: tokens of an example, for its plans; None: it has none.
+      rule: how the learning rate follows the batch size; see `schedule.transform.with_rule`.
+      b1: of Adam at the base batch, as are b2 and eps; for the square-root rule alone.
+      b2: likewise.
+      eps: likewise.
 
     Raises:
       UserError: an argument is out of its range.
@@ -148,6 +166,10 @@ class Controller:
     small_batch_examples: int
     # For those who count in them: no decision hangs on it.
     tokens_per_example: int | None = dataclasses.field(default=None, metadata=HARDWARE)
+    rule: str = "linear"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
 
     def __post_init__(self) -> None:
         checks = Checks()
@@ -183,6 +205,19 @@ class Controller:
             allowed = f"a time from 0 to the run's {self.epochs:g} epochs"
             limits = {"at_least": 0, "at_most": self.epochs}
             checks.number("cooldown_epochs", self.cooldown_epochs, allowed, **limits)
+        allowed = "a rule in which a batch may be larger than the training set"
+        checks.require(self.rule != "linear_exact", "rule", self.rule, allowed, "linear")
+        for name in ("b1", "b2", "eps"):
+            default, given = getattr(Controller, name), getattr(self, name)
+            allowed = f"{default:g} but with the rule square_root, which alone reads it"
+            fits = self.rule == "square_root" or given == default
+            checks.require(fits, name, given, allowed, default)
+        checks.done()
+        hyper = _settings(self, len(self.ladder) - 1).hyper
+        for name in ("b1", "b2"):
+            allowed = f"at most what leaves {name} at 0 or above under the rule {self.rule}"
+            fits = hyper.get(name, 0) >= 0
+            checks.require(bool(fits), "max_batch_size", self.max_batch_size, allowed)
         checks.done()
 
     @property
@@ -194,10 +229,13 @@ class Controller:
         """When the cooldown begins."""
         return self.epochs - self._cooldown_length_epochs
 
-    @property
+    @functools.cached_property
     def base_policy(self) -> Policy:
         """The recipe without any growth."""
-        return constant(self.learning_rate, self.batch_size, self.momentum)
+        policy = constant(self.learning_rate, self.batch_size, self.momentum)
+        if self.rule == "square_root":
+            policy = adam(policy, self.b1, self.b2, self.eps)
+        return with_rule(policy, self.rule)  # type: ignore[arg-type]
 
     def virtual_batch_size(self, level: int) -> float:
         """V_i: with the base learning rate, this batch would make the level's noise."""
@@ -208,11 +246,14 @@ class Controller:
         here, following = self.virtual_batch_size(level), self.virtual_batch_size(level + 1)
         return here * following / self.batch_size
 
+    def decay(self, level: int) -> float:
+        """By what the learning rate would be divided, at the base batch, for the level's noise."""
+        return self.growth_factor ** (level / self.base_policy.rule.growth_power)
+
     def level(self, level: int) -> Level:
         """The batch size and learning rate of a level, from 0 on."""
-        size, multiple = self.virtual_batch_size(level), self.batch_multiple_examples
-        rounded = math.floor(min(size, self.max_batch_size) * (1 + _SNAP) / multiple) * multiple
-        return Level(rounded, self.learning_rate * (rounded / size))
+        size, hyper = _settings(self, level)
+        return Level(int(size[0]), float(hyper["learning_rate"][0]))
 
     @functools.cached_property
     def ladder(self) -> tuple[Level, ...]:
@@ -235,23 +276,22 @@ class Controller:
         Its rows before `known_updates(decisions)` are final, and so is which of them is the last.
         """
         end = first_example_from(self.epochs, self.train_examples)
-        position, sizes, rates, counts = 0, [], [], []
+        position, levels, counts = 0, [], []
         edges = (0, *decisions.growths, math.inf)
         for index, (first, following) in enumerate(itertools.pairwise(edges)):
-            size, rate = self.level(index)
+            size = self.level(index).batch_size
             # The last decision may be for an update that the run does not reach.
             count = int(min(following - first, max(0, -(-(end - position) // size))))
             position += count * size
-            sizes.append(size)
-            rates.append(rate)
+            levels.append(_settings(self, index))
             counts.append(count)
-        batch_sizes = np.repeat(np.array(sizes, np.int64), counts)
+        batch_sizes = np.repeat([int(level.batch_size[0]) for level in levels], counts)
         hypers = {
-            "learning_rate": np.repeat(np.array(rates), counts),
-            "momentum": np.full(len(batch_sizes), float(self.momentum)),
+            name: np.repeat([float(level.hyper[name][0]) for level in levels], counts)
+            for name in levels[0].hyper
         }
         size, epochs, tokens = self.train_examples, float(self.epochs), self.tokens_per_example
-        return Plan(size, epochs, "linear", batch_sizes, hypers, tokens or None)
+        return Plan(size, epochs, self.rule, batch_sizes, hypers, tokens or None)
 
     def known_updates(self, decisions: Decisions) -> int:
         """How many updates from the start on are decided."""
@@ -262,12 +302,13 @@ class Controller:
 
         Args:
           decisions: with the measurements of all updates before.
-          measurement: of this update.
+          measurement: of this update, in examples; numbers, or arrays that hold one.
 
         Returns:
           The decisions with it.
         """
         update, growths, smoothed = decisions
+        measurement = Measurement(*map(float, measurement))
         if update >= (growths[-1] if growths else 0):
             examples = self._first_example(growths, update + 1)
             smoothed = smooth(
@@ -291,12 +332,10 @@ class Controller:
 
     def _where_always(self, *, gradient_square: float, variance: float) -> Plan:
         decisions, plan = Decisions(), self.plan()
+        always = Estimate(gradient_square, variance)
         while decisions.updates + DELAY_UPDATES < plan.num_updates:
             size = float(plan.batch_sizes[decisions.updates])
-            # Two small batches whose estimates are as given.
-            big_square = gradient_square + variance / size
-            measurement = Measurement(variance + size * big_square, big_square, 2.0, size)
-            grown = self.observe(decisions, measurement)
+            grown = self.observe(decisions, measurement_from(always, 2.0, size))
             plan = plan if grown.growths == decisions.growths else self.plan(grown)
             decisions = grown
         return plan
@@ -334,5 +373,25 @@ class Controller:
         if not start <= position < end:
             return None
         found = sum(first < start for first in self._first_examples(decisions.growths)[1:])
-        shares = math.log((end - start) / (end - position)) / math.log(self.growth_factor)
+        shares = math.log((end - start) / (end - position)) / math.log(self.decay(1))
         return found + math.floor(shares * (1 + _SNAP))
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(controller: Controller, level: int) -> Settings:
+    """A level's batch size and hyperparameters by the controller's rule, arrays of one."""
+    base = controller.base_policy
+    rule = base.rule
+    # What the rule leaves of the decay where the batch has taken its part; 1 where all of it.
+    left = level * (rule.learning_rate_power - 1 / rule.growth_power)
+
+    def settings_at(epochs: Array) -> Settings:
+        size, hyper = base.at(epochs)
+        virtual = np.full(epochs.shape, controller.virtual_batch_size(level))
+        capped = np.minimum(virtual, controller.max_batch_size)
+        moved = rule.move(hyper, size, virtual)
+        moved["learning_rate"] = hyper["learning_rate"] * controller.growth_factor**left
+        return Settings(capped, rule.move(moved, virtual, capped))
+
+    policy = dataclasses.replace(base, settings_at=settings_at)
+    return rounded(policy, np.zeros(1), controller.batch_multiple_examples)

@@ -52,11 +52,12 @@ import numpy as np
 
 from bigbatch.checks import Checks
 
-# An average remembers at least about so many updates, however large they are: from fewer there is
-# no error to tell.
-_MIN_MEMORY_UPDATES = 10
+# An average remembers at least about ten updates, however large they are: from fewer there is no
+# error to tell.
+MOST_FRESH = 1 / 10
 # As many equally weighted updates must stand behind an average before it is used.
 _MIN_UPDATES = 5
+_FEW = "fewer than two small batches that differ"
 # Small batches of whole epochs are all alike, but for rounding.
 _NOTHING = 1e-9
 
@@ -119,7 +120,17 @@ def measurement_of(sums: Mapping[str, Any]) -> Measurement | None:
     measured = Measurement(*(float(sums[name]) for name in SUMMED))
     if not float(sums["count"]):
         return measured._replace(small_batches=0.0)
-    count_per_example = float(sums["count"]) / measured.examples
+    return of_examples(measured, float(sums["count"]))
+
+
+def of_examples(measured: Measurement, count: Any) -> Measurement:
+    """A measurement whose small batches' gradients are of summed losses, in the mean's unit.
+
+    Args:
+      measured: numbers, or arrays that are traced.
+      count: what the mean gradient's sum was divided by.
+    """
+    count_per_example = count / measured.examples
     return measured._replace(small_squares=measured.small_squares / count_per_example**2)
 
 
@@ -145,12 +156,37 @@ def estimate(measurement: Measurement) -> Estimate | None:
       The estimates; None where the update held fewer than two small batches, or of whole epochs
       only, or a number in it is not finite.
     """
-    small_squares, big_square, small_batches, examples, share, small_shares = measurement
-    freedom = small_batches - 1 + (share - small_shares)
-    if not all(map(math.isfinite, measurement)) or small_batches < 2 or freedom < _NOTHING:
+    if not all(map(math.isfinite, measurement)) or is_few(measurement):
         return None
-    variance = (small_squares - examples * big_square) / freedom
+    return solved(measurement)
+
+
+def is_few(measurement: Measurement) -> Any:
+    """Whether there are fewer than two small batches, or all are of whole epochs."""
+    return (measurement.small_batches < 2) | (freedom(measurement) < _NOTHING)
+
+
+def freedom(measurement: Measurement) -> Any:
+    """What divides the spread between small batches to give the variance: K - 1 + f - sum f_i."""
+    return measurement.small_batches - 1 + (measurement.share - measurement.small_shares)
+
+
+def solved(measurement: Measurement) -> Estimate:
+    """The solution, of numbers that have one, or of arrays that are traced."""
+    small_squares, big_square, _, examples, share, _ = measurement
+    variance = (small_squares - examples * big_square) / freedom(measurement)
     return Estimate(big_square - (1 - share) * variance / examples, variance)
+
+
+def measurement_from(estimate: Estimate, small_batches: Any, examples: Any) -> Measurement:
+    """The measurement of which an estimate is the solution, of draws from a distribution.
+
+    >>> estimate(measurement_from(Estimate(2.0, 6.0), small_batches=4.0, examples=32.0))
+    Estimate(gradient_square=2.0, variance=6.0)
+    """
+    big_square = estimate.gradient_square + estimate.variance / examples
+    small_squares = (small_batches - 1) * estimate.variance + examples * big_square
+    return Measurement(small_squares, big_square, small_batches, examples)
 
 
 class Smoothed(NamedTuple):
@@ -254,9 +290,16 @@ def smooth(
     checks.number("memory_examples", memory_examples, "a number of examples above 0", above=0)
     checks.done()
     fresh = -math.expm1(-measurement.examples / memory_examples)
-    fresh = min(fresh, 1 / _MIN_MEMORY_UPDATES)
-    kept = 1 - fresh
-    faded = Smoothed(
+    fresh = min(fresh, MOST_FRESH)
+    old = faded(smoothed, 1 - fresh)
+    if estimate is None:
+        return old
+    return Smoothed(*(a + b for a, b in zip(old, weighted(estimate, fresh), strict=True)))
+
+
+def faded(smoothed: Smoothed, kept: Any) -> Smoothed:
+    """The averages with what they hold multiplied by `kept`; numbers, or traced arrays."""
+    return Smoothed(
         kept * smoothed.weight,
         kept**2 * smoothed.weight_square,
         kept * smoothed.gradient,
@@ -265,11 +308,12 @@ def smooth(
         kept**2 * smoothed.gradient_noise,
         kept**2 * smoothed.noise_noise,
     )
-    if estimate is None:
-        return faded
-    gradient, noise = fresh * estimate.gradient_square, fresh * estimate.variance
-    added = Smoothed(fresh, fresh**2, gradient, noise, gradient**2, gradient * noise, noise**2)
-    return Smoothed(*(old + new for old, new in zip(faded, added, strict=True)))
+
+
+def weighted(estimate: Estimate, weight: Any) -> Smoothed:
+    """What an estimate adds to the averages; numbers, or traced arrays."""
+    gradient, noise = weight * estimate.gradient_square, weight * estimate.variance
+    return Smoothed(weight, weight**2, gradient, noise, gradient**2, gradient * noise, noise**2)
 
 
 def log_fields(
@@ -279,17 +323,21 @@ def log_fields(
 
     An update without an estimate of its own shows no noise scale either.
     """
-    said: dict[str, float | str | None] = {"gradient_noise_population": population}
-    if estimate is None:
-        names = log_fields(Smoothed(), Estimate(0.0, 0.0), population)
-        said["gradient_noise_status"] = "fewer than two small batches that differ"
-        return dict.fromkeys(names) | said
-    return said | {
+    told = Smoothed() if estimate is None else smoothed
+    return {
+        "gradient_noise_population": population,
+        **noise_fields(told, estimate is not None),
+        "gradient_square": None if estimate is None else estimate.gradient_square,
+        "gradient_variance": None if estimate is None else estimate.variance,
+    }
+
+
+def noise_fields(smoothed: Smoothed, is_known: bool) -> dict[str, float | str | None]:
+    """The averages' noise scale in examples and its standard error; or None, and why."""
+    return {
         "gradient_noise_scale": smoothed.noise_scale,
         "gradient_noise_scale_error": smoothed.standard_error,
-        "gradient_noise_status": smoothed.status,
-        "gradient_square": estimate.gradient_square,
-        "gradient_variance": estimate.variance,
+        "gradient_noise_status": smoothed.status if is_known else _FEW,
     }
 
 
