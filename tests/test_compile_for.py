@@ -365,7 +365,7 @@ def test_a_compiler_s_process_that_is_lost(monkeypatch, tmp_path):
         "#!/bin/sh\necho 'The TPU is already in use by process 7' >&2\nkill -ABRT $$\n"
     )
     python.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(table, "_CHILD", [str(python)])
     asked = chips.Target("v5e:2x2", chips.CHIPS["v5e"], "v5e:2x2", 1, None, 4)
     with pytest.raises(RunError, match=r"status -6 \(The TPU is already in use by process 7\)"):
         table.compiled("own.py", [], asked)

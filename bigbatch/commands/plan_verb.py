@@ -69,10 +69,11 @@ def run(options: argparse.Namespace) -> None:
     if compiled:
         summary["compiled"] = compiled
         lines += ["", programs_table.text(compiled, target)]
-        lines += ["", "with these bounds, which no measurement reaches:"]
     if speeds is not None:
         from bigbatch.commands import plan_time as time_table
 
+        if compiled and options.bench is None:
+            lines += ["", "at these bounds, which no run reaches:"]
         times = time_table.times(config, devices, speeds)
         summary["time"] = time_table.summary(times, speeds)
         lines += ["", time_table.text(times, speeds)]

@@ -1,8 +1,8 @@
 """The process that compiles for described devices: `python -m bigbatch.commands.compile.child`.
 
 A compiler of TPUs keeps others of this machine away, and takes what it is to do from the
-environment: so it has a process of its own. A request comes in as JSON; JSON lines go out, first
-those that say what is being done, at last the result or the mistakes.
+environment: so it has a process of its own. Its argument is a request as JSON; JSON lines go out,
+first those that say what is being done, at last the result or the mistakes.
 """
 
 import contextlib
@@ -13,10 +13,11 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
@@ -33,61 +34,54 @@ from bigbatch.layout.memory import program_bytes
 # Of what is kept: another number where what is read of a program changes.
 _VERSION = 1
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZES = [f"{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp")]
+_ESTIMATES = {"xla_flops": "flops", "bytes": "bytes accessed"}
 _REFUSED_BYTES = re.compile(r"(?:\(|[Uu]sed )([\d.]+)([KMGT])")
 # What of a program nobody waits for.
 _ASIDE = ("init_state", "divide", "unite")
 
 
-class Program:
-    """What is known of a program, in its place.
+class Program(NamedTuple):
+    """What is known of a program, in its place."""
 
-    Attributes:
-      facts: plain values, of `Compiling`.
-    """
-
-    def __init__(self, facts: Mapping[str, Any]):
-        self.facts = facts
+    facts: Mapping[str, Any]
 
     def memory_analysis(self) -> SimpleNamespace:
         """As of a compiled program, for `memory.program_bytes`."""
         return SimpleNamespace(**self.facts["memory"])
 
 
-class Compiling:
+class Compiling(NamedTuple):
     """The compiler of `training.programs` for described devices: gives a `Program` for each.
 
-    Args:
+    Attributes:
       asked: the devices.
       version: of the compiler.
       say: is told what is being done.
     """
 
-    def __init__(self, asked: Target, version: str, say: Callable[[str], None]):
-        self._asked, self._version, self._say = asked, version, say
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        self._kept = Path(home) / "bigbatch" / "described"
+    asked: Target
+    version: str
+    say: Callable[[str], None]
 
     def __call__(self, name: str, traced: Any, lowered: Any) -> Program | None:
         """Compiles a program, or reads what is kept of it."""
         if name in _ASIDE:
             return None
-        flags = os.environ.get("XLA_FLAGS", ""), os.environ.get("LIBTPU_INIT_ARGS", "")
-        place = self._asked._replace(asked="", chip=None)
-        told = json.dumps([_VERSION, self._version, place, flags, lowered.as_text()])
+        place = self.asked._replace(asked="", chip=None)
+        flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+        told = json.dumps([_VERSION, self.version, place, flags, lowered.as_text()])
         fingerprint = hashlib.sha256(told.encode()).hexdigest()[:32]
-        kept = self._kept / f"{fingerprint}.json"
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        kept = Path(home) / "bigbatch" / "described" / f"{fingerprint}.json"
         with contextlib.suppress(OSError, ValueError):
             return Program(json.loads(kept.read_text("utf-8")))
-        self._say(f"compiling {name} for {self._asked.asked} ...")
+        self.say(f"compiling {name} for {self.asked.asked} ...")
         start_s = time.perf_counter()
-        facts = {
-            "name": name.split()[0],
-            "fingerprint": fingerprint,
-            "flops": read.model_flops(traced.jaxpr),
-            **_compiled(lowered),
-            "compilation_s": round(time.perf_counter() - start_s, 1),
-        }
-        self._say(f"compiled {name} in {facts['compilation_s']:.0f} s")
+        facts = {"name": name.split()[0], "fingerprint": fingerprint, **_compiled(lowered)}
+        facts |= {"flops": read.model_flops(traced.jaxpr)}
+        facts |= {"compilation_s": round(time.perf_counter() - start_s, 1)}
+        self.say(f"compiled {name} in {facts['compilation_s']:.0f} s")
         with contextlib.suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             whole = kept.with_suffix(f".{os.getpid()}")
@@ -106,24 +100,16 @@ def _compiled(lowered: Any) -> dict[str, Any]:
         refused = str(error).splitlines()[0].partition(": ")[2]
         found = _REFUSED_BYTES.search(refused)
         needed = int(float(found[1]) * _UNITS[found[2]]) if found else sys.maxsize
-        names = ("argument", "output", "alias", "temp")
-        memory = {f"{name}_size_in_bytes": needed * (name == "temp") for name in names}
+        memory = {**dict.fromkeys(_SIZES, 0), "temp_size_in_bytes": needed}
         return {"refused": refused, "memory": memory}
-    text = program.as_text()
-    analysis = program.memory_analysis()
-    names = [name for name in dir(analysis) if re.fullmatch(r"(?!host)\w+_size_in_bytes", name)]
-    cost = None
+    text, analysis = program.as_text(), program.memory_analysis()
+    memory = {name: getattr(analysis, name) for name in _SIZES}
+    facts = {"refused": None, "memory": memory, "collectives": read.collectives(text)}
+    facts |= read.operations(text)
     # Compilers of cards that are not there do not estimate.
     with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError):
-        cost = program.cost_analysis()
-    facts = {
-        "refused": None,
-        "memory": {name: getattr(analysis, name) for name in names},
-        "collectives": read.collectives(text),
-        **read.operations(text),
-    }
-    if cost:
-        facts |= {"xla_flops": cost.get("flops"), "bytes": cost.get("bytes accessed")}
+        cost = program.cost_analysis() or {}
+        facts |= {name: cost[key] for name, key in _ESTIMATES.items() if key in cost}
     return facts
 
 
@@ -165,16 +151,12 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
         device_memory_bytes=given,
         compiler=Compiling(asked, version, say),
     )
-    accumulates = [
+    programs = [
         {**program.facts, "examples_per_device": size // len(devices)}
         for size, program in run.programs.accumulate.items()
     ]
-    others = [run.programs.apply_update, run.programs.evaluate]
-    programs = [*accumulates, *[program.facts for program in others]]
-    hosts: dict[tuple[int, int], int] = {}
-    for device in devices:
-        host = getattr(device, "slice_index", None) or 0, device.process_index
-        hosts[host] = hosts.get(host, 0) + 1
+    programs += [run.programs.apply_update.facts, run.programs.evaluate.facts]
+    hosts = Counter((getattr(d, "slice_index", None), d.process_index) for d in devices)
     return {
         "target": asked.asked,
         "compiler": version,
@@ -184,9 +166,7 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
         "devices_per_host": sorted(set(hosts.values())),
         "microbatch_examples_per_device": run.microbatch_examples_per_device,
         "device_memory_bytes": given,
-        "programs": [
-            {**facts, "needed_bytes": program_bytes(Program(facts))} for facts in programs
-        ],
+        "programs": [{**each, "needed_bytes": program_bytes(Program(each))} for each in programs],
     }
 
 
@@ -197,7 +177,7 @@ def _tell(**values: Any) -> None:
 def main() -> None:
     """Reads one request and answers."""
     try:
-        _tell(result=compiled(json.load(sys.stdin), lambda text: _tell(line=text)))
+        _tell(result=compiled(json.loads(sys.argv[1]), lambda text: _tell(line=text)))
     except UserError as error:
         _tell(problems=[dataclasses.astuple(problem) for problem in error.problems])
 

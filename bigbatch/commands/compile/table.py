@@ -25,19 +25,10 @@ _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
 }
+_CHILD = [sys.executable, "-m", "bigbatch.commands.compile.child"]
 _MIB = 2**20
-_HEAD = (
-    "program",
-    "examples a device",
-    "collectives",
-    "MiB",
-    "GFLOP an example",
-    "kernels",
-    "products",
-    "reductions",
-    "copies",
-    "transposes",
-)
+_HEAD = ["program", "examples a device", "collectives", "MiB", "GFLOP an example", "kernels"]
+_HEAD += ["products", "reductions", "copies", "transposes"]
 
 
 def compiled(config: str, overrides: Any, asked: Target) -> dict[str, Any]:
@@ -49,82 +40,69 @@ def compiled(config: str, overrides: Any, asked: Target) -> dict[str, Any]:
       asked: the devices.
 
     Returns:
-      Plain values, with the bounds of each program added.
+      Plain values, with the bounds of each program.
 
     Raises:
       UserError: the child has found mistakes.
       RunError: it has ended otherwise.
     """
-    request = {"config": config, "overrides": overrides, "target": asked.asked}
-    command = [sys.executable, "-m", "bigbatch.commands.compile.child"]
+    request = json.dumps({"config": config, "overrides": overrides, "target": asked.asked})
     answer: dict[str, Any] = {}
     with tempfile.TemporaryFile("w+", errors="replace") as said:
-        with subprocess.Popen(
-            command,
-            env={**os.environ, **_ENVIRONMENT},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-        ) as child:
-            assert child.stdin is not None
-            assert child.stdout is not None
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
-            for line in child.stdout:
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": said, "text": True}
+        environment = os.environ | _ENVIRONMENT
+        with subprocess.Popen([*_CHILD, request], env=environment, **pipes) as child:
+            for line in child.stdout or ():
                 # Compilers write there too.
                 answer = json.loads(line) if line.startswith('{"') else answer
                 if "line" in answer:
                     print(answer["line"], file=sys.stderr, flush=True)
         said.seek(0)
-        words = [line.strip() for line in said if line.strip()]
+        words = [line.strip() for line in said if line.strip()] or ["it has said nothing"]
     if "problems" in answer:
         raise UserError(Problem(*problem) for problem in answer["problems"])
     if "result" not in answer:
-        last = words[-1] if words else "it has said nothing"
-        raise RunError(f"the process of the compiler ended with status {child.returncode} ({last})")
+        ended = f"the process of the compiler ended with status {child.returncode}"
+        raise RunError(f"{ended} ({words[-1]})")
     return judged(answer["result"], asked)
 
 
 def judged(result: dict[str, Any], asked: Target) -> dict[str, Any]:
-    """What the child has found, with the bounds of each program."""
+    """What the child has found, with the bounds of each program that fits."""
     result["peaks"] = asked.chip._asdict()
     for program in result["programs"]:
-        program |= _bounds(program, asked)
+        if not program["refused"]:
+            program |= _bounds(program, asked)
     return result
 
 
 def _bounds(program: Mapping[str, Any], asked: Target) -> dict[str, Any]:
     """Of one call on one device: no chip takes less; and what XLA's own bytes would take."""
-    if program["refused"]:
-        return {}
     chip, memory = asked.chip, program["memory"]
     narrow = any(kind not in ("f32", "f64", "unknown") for kind in program["products"])
     flops_s = chip.bf16_flops_s if narrow else chip.float32_flops_s
     compute_s = program["flops"] / flops_s * chip.devices
     passed = memory["argument_size_in_bytes"] + memory["output_size_in_bytes"]
     memory_s = max(0, passed - chip.cache_bytes) / chip.memory_bytes_s * chip.devices
-    estimate_s = program["bytes"] / chip.memory_bytes_s * chip.devices
     return {
         "bound_s": max(compute_s, memory_s),
         "bound_by": "operations" if compute_s > memory_s else "memory",
-        "estimate_s": max(compute_s, estimate_s),
+        "estimate_s": max(compute_s, program["bytes"] / chip.memory_bytes_s * chip.devices),
     }
 
 
 def bounds(found: Mapping[str, Any], asked: Target) -> dict[str, float]:
     """The bounds as `time_model.Speeds` takes them; empty where something does not fit."""
-    accumulates = [p for p in found["programs"] if p["name"] == "accumulate" and not p["refused"]]
-    applied = next(p for p in found["programs"] if p["name"] == "apply_update")
-    if not accumulates or applied["refused"]:
+    *accumulates, applied, _ = found["programs"]
+    fit = [p["examples_per_device"] / p["bound_s"] for p in accumulates if not p["refused"]]
+    if not fit or applied["refused"]:
         return {}
-    rate = max(p["examples_per_device"] / p["bound_s"] for p in accumulates)
     sent_bytes_s = asked.chip.sent_bytes_s / asked.chip.devices
     # What an update reads and writes may be hidden behind what it sends.
-    reduced = sum(each["bytes"] for each in applied["collectives"])
-    sent_s = 2 * (asked.devices - 1) / asked.devices * reduced / sent_bytes_s
+    reduced_bytes = sum(each["bytes"] for each in applied["collectives"])
+    sent_s = 2 * (asked.devices - 1) / asked.devices * reduced_bytes / sent_bytes_s
     return {
-        "examples_per_s": rate,
+        "examples_per_s": max(fit),
         "update_s": max(0.0, applied["bound_s"] - sent_s),
         "allreduce_gbps": sent_bytes_s * 8 / 1e9,
     }
@@ -132,29 +110,27 @@ def bounds(found: Mapping[str, Any], asked: Target) -> dict[str, float]:
 
 def text(found: Mapping[str, Any], asked: Target) -> str:
     """The programs as a table, and the bounds in words."""
-    chip = asked.chip
+    chip, limit = asked.chip, found["device_memory_bytes"] / _MIB
     each = " or ".join(map(str, found["devices_per_host"]))
-    rows = [_row(program) for program in found["programs"]]
     lines = [
-        f"compiled for {asked.asked}: {found['devices']:,} devices ({found['device_kind']}) on "
-        f"{found['hosts']:,} host{'s' * (found['hosts'] > 1)}, {each} on each; nothing was run. "
-        f"A device has {found['device_memory_bytes'] / _MIB:,.0f} MiB:",
+        f"compiled for {asked.asked}: {found['devices']:,} devices ({found['device_kind']}) of "
+        f"{limit:,.0f} MiB on {found['hosts']:,} host{'s' * (found['hosts'] > 1)}, {each} on each; "
+        "nothing was run:",
         "",
-        *aligned([_HEAD, *rows]),
+        *aligned([_HEAD, *map(_row, found["programs"])]),
         "",
     ]
+    peak = f"{chip.bf16_flops_s / 1e12:g} TFLOP/s and {chip.memory_bytes_s / 1e9:g} GB/s"
     for program in found["programs"]:
         if program["name"] != "accumulate" or program["refused"]:
             continue
         if program["collectives"]:
-            waits = ", ".join(map(_collective, program["collectives"]))
             lines.append(
-                f"warning: every microbatch waits for other devices: {waits}. Ghost batches that "
-                "devices share take them; else the task does"
+                f"warning: every microbatch waits for other devices: {_collectives(program)}. "
+                "Ghost batches that devices share take them; else the task does"
             )
         examples = program["examples_per_device"]
         rate, guess = (examples * chip.devices / program[n] for n in ("bound_s", "estimate_s"))
-        peak = f"{chip.bf16_flops_s / 1e12:g} TFLOP/s and {chip.memory_bytes_s / 1e9:g} GB/s"
         lines.append(
             f"bound: with {examples} examples a device no chip of {peak} computes more than "
             f"{rate:,.5g} examples/s ({program['bound_by']}); an estimate by the bytes of XLA's "
@@ -163,43 +139,46 @@ def text(found: Mapping[str, Any], asked: Target) -> str:
     return "\n".join([*lines, f"peaks: {chip.source}"])
 
 
-def _row(program: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(program: Mapping[str, Any]) -> list[str]:
     examples = program.get("examples_per_device")
-    head = program["name"], f"{examples:,}" if examples else ""
+    head = [program["name"], f"{examples:,}" if examples else ""]
     if program["refused"]:
-        return *head, "", "refused", *[""] * (len(_HEAD) - 4)
-    products = [f"{count} {kind}" for kind, count in sorted(program["products"].items())]
-    moves = (program[name] for name in ("copies", "transposes"))
-    return (
+        return [*head, "", "refused", *[""] * (len(_HEAD) - 4)]
+    return [
         *head,
-        ", ".join(map(_collective, program["collectives"])) or "none",
+        _collectives(program),
         f"{program['needed_bytes'] / _MIB:,.4g}",
         f"{program['flops'] / examples / 1e9:.4g}" if examples else "",
         f"{program['kernels']:,}",
-        ", ".join(products),
+        ", ".join(f"{count} {kind}" for kind, count in sorted(program["products"].items())),
         f"{program['reductions']:,}",
-        *(f"{move['count']:,} of {move['bytes'] / _MIB:,.3g} MiB" for move in moves),
+        *(
+            f"{move['count']:,} of {move['bytes'] / _MIB:,.3g} MiB"
+            for move in (program["copies"], program["transposes"])
+        ),
+    ]
+
+
+def _collectives(program: Mapping[str, Any]) -> str:
+    found = (
+        f"{each['count']} {each['kind']} of {each['bytes'] / _MIB:,.4g} MiB in {each['groups']}"
+        for each in program["collectives"]
     )
-
-
-def _collective(found: Mapping[str, Any]) -> str:
-    size = f"{found['bytes'] / _MIB:,.4g} MiB"
-    return f"{found['count']} {found['kind']} of {size} in {found['groups']}"
+    return ", ".join(found) or "none"
 
 
 def misfits(found: Mapping[str, Any]) -> list[Problem]:
     """What does not fit into a device's memory."""
-    problems = []
+    problems, limit = [], found["device_memory_bytes"]
     for program in found["programs"]:
-        needed, limit = program["needed_bytes"], found["device_memory_bytes"]
-        if program["refused"] or needed > limit:
-            field, given = f"{program['name']} on {found['target']}", f"{needed / _MIB:,.0f} MiB"
-            if program["name"] == "accumulate":
-                field = "microbatch_examples_per_device"
-                given = program["examples_per_device"]
-            why = program["refused"] or f"it needs {needed / _MIB:,.0f} MiB"
-            allowed = (
-                f"what fits into {limit / _MIB:,.0f} MiB of a {found['target']} device ({why})"
-            )
-            problems.append(Problem(field, given, allowed))
+        if not program["refused"] and program["needed_bytes"] <= limit:
+            continue
+        why = program["refused"] or f"it needs {program['needed_bytes'] / _MIB:,.0f}"
+        allowed = (
+            f"what fits into the {limit / _MIB:,.0f} MiB of a {found['target']} device ({why})"
+        )
+        field, given = program["name"], program.get("examples_per_device", "as it is")
+        if program["name"] == "accumulate":
+            field = "microbatch_examples_per_device"
+        problems.append(Problem(field, given, allowed))
     return problems
