@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch import cli
+from bigbatch.commands import bench
 from bigbatch.commands.compile import child, chips, read, table
+from bigbatch.config.file import load_config
 from bigbatch.engine import functions
 from bigbatch.errors import RunError, UserError
 from bigbatch.layout import memory
@@ -315,6 +317,34 @@ def test_bounds_by_hand():
     assert (found["bound_s"], found["bound_by"]) == (pytest.approx(4e-9), "operations")
 
 
+def test_published_rates_are_below_the_bound():
+    """ResNet-50 at 224 pixels, in images a second of one chip; evaluations are within the times."""
+    config = load_config("configs/imagenet_resnet50.py:mlperf_lars")
+    task = bench.stand_ins(config, 1)["task"]
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    kinds = {"image": ((224, 224, 3), jnp.uint8), "label": ((), jnp.int32)}
+    kinds |= {"weight": ((), jnp.float32)}
+    examples = {n: jax.ShapeDtypeStruct((64, *shape), kind) for n, (shape, kind) in kinds.items()}
+    examples["ghost_mask"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def loss(params, statistics, examples):
+        return task.loss(task.apply(params, statistics, examples, True)[0], examples)["loss"]
+
+    traced = jax.make_jaxpr(jax.grad(loss))(*shapes, examples)
+    flops = read.model_flops(traced.jaxpr) / 64
+    # 4.1e9 multiplications and additions forward (He et al. 2016), twice as much backward, save for
+    # the gradient by the image.
+    assert flops == pytest.approx(6 * 4.1e9, rel=0.05)
+    epoch = 1_281_167
+    for chip, rate, source in (
+        ("v2", 90 * epoch / (30 * 60) / 256, "the paper: under 30 minutes on a pod"),
+        ("v3", 88 * epoch / (0.47 * 60) / 4096, "MLPerf v0.7"),
+        ("a100", 90 * epoch / (8.75 * 3600), "catalog.ngc.nvidia.com, resnet_mxnet, 22.10"),
+    ):
+        share = rate * flops / chips.CHIPS[chip].bf16_flops_s
+        assert 0.05 < share < 1, source
+
+
 def test_what_can_be_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     places = ("topology", "slices", "devices")
@@ -371,7 +401,10 @@ def test_a_compiler_s_process_that_is_lost(monkeypatch, tmp_path):
         table.compiled("own.py", [], asked)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs the extra tpu")
+needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs extra tpu")
+
+
+@needs_tpu
 def test_the_compiler_of_tpus(config, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     plan, _ = planned(capsys, config, "--compile-for=v5e:2x2")
@@ -383,3 +416,39 @@ def test_the_compiler_of_tpus(config, capsys, tmp_path, monkeypatch):
     assert apply_update["collectives"][0]["bytes"] == 4 * (PARAMETERS + 6)
     assert cli.main(["plan", f"--config={config}", "--compile-for=v5e:3x7"]) == 2
     assert "compile-for: given 'v5e:3x7'; allowed: a topology" in capsys.readouterr().err
+
+
+@needs_tpu
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("experiment", "shape", "options"),
+    [
+        ("imagenet_resnet50.py:mlperf_lars", "v5e:16x16", ()),
+        ("imagenet_resnet50.py:mlperf_lars", "v4:16x16x8", ()),
+        ("imagenet_resnet50.py:decay", "v5e:16x16", ("--config.shard_optimizer=True",)),
+        ("imagenet_resnet50.py:decay", "v5e:16x16", ("--config.reproducible=True",)),
+        ("imagenet_inception_resnet_v2.py:momentum_0.9", "v5e:16x16", ()),
+    ],
+)
+def test_runs_of_pods_wait_once_an_update(experiment, shape, options, capsys):
+    """Minutes each, with microbatches of 64 examples a device."""
+    flags = f"--compile-for={shape}", "--config.model.dtype=bfloat16", *options
+    plan, _ = planned(
+        capsys, f"configs/{experiment}", *flags, "--config.microbatch_examples_per_device=64"
+    )
+    *accumulates, apply_update, evaluate = plan["compiled"]["programs"]
+    for program in (*accumulates, evaluate):
+        assert program["collectives"] == []
+    found = Counter()
+    for each in apply_update["collectives"]:
+        found[each["kind"]] += each["count"]
+    reduced = sum(c["bytes"] for c in apply_update["collectives"] if c["kind"] == "all-reduce")
+    gradients = plan["time"]["gradient_bytes"]
+    if "--config.shard_optimizer=True" in options:
+        assert found["all-gather"] == 1
+    elif "--config.reproducible=True" in options:
+        # The sums in parts, and the largest of their terms.
+        assert found == {"all-reduce": 2}
+    else:
+        assert found == {"all-reduce": 1}
+        assert gradients < reduced < 1.02 * gradients

@@ -68,7 +68,7 @@ class Compiling(NamedTuple):
         """Compiles a program, or reads what is kept of it."""
         if name in _ASIDE:
             return None
-        place = self.asked._replace(asked="", chip=None)
+        place = [self.asked.topology, self.asked.slices, self.asked.card]
         flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
         told = json.dumps([_VERSION, self.version, place, flags, lowered.as_text()])
         fingerprint = hashlib.sha256(told.encode()).hexdigest()[:32]
@@ -100,8 +100,7 @@ def _compiled(lowered: Any) -> dict[str, Any]:
         refused = str(error).splitlines()[0].partition(": ")[2]
         found = _REFUSED_BYTES.search(refused)
         needed = int(float(found[1]) * _UNITS[found[2]]) if found else sys.maxsize
-        memory = {**dict.fromkeys(_SIZES, 0), "temp_size_in_bytes": needed}
-        return {"refused": refused, "memory": memory}
+        return {"refused": refused, "memory": {**dict.fromkeys(_SIZES, 0), _SIZES[-1]: needed}}
     text, analysis = program.as_text(), program.memory_analysis()
     memory = {name: getattr(analysis, name) for name in _SIZES}
     facts = {"refused": None, "memory": memory, "collectives": read.collectives(text)}
@@ -130,7 +129,8 @@ def described(asked: Target) -> tuple[list[Any], str]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         allowed = f"a topology that its compiler knows ({str(error).splitlines()[0]})"
         raise UserError(Problem("compile-for", asked.asked, allowed)) from error
-    return found.devices, f"{jax.__version__} {found.devices[0].client.platform_version}"
+    devices: list[Any] = found.devices
+    return devices, f"{jax.__version__} {devices[0].client.platform_version}"
 
 
 def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -151,11 +151,12 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
         device_memory_bytes=given,
         compiler=Compiling(asked, version, say),
     )
+    made: Any = run.programs
     programs = [
         {**program.facts, "examples_per_device": size // len(devices)}
-        for size, program in run.programs.accumulate.items()
+        for size, program in made.accumulate.items()
     ]
-    programs += [run.programs.apply_update.facts, run.programs.evaluate.facts]
+    programs += [made.apply_update.facts, made.evaluate.facts]
     hosts = Counter((getattr(d, "slice_index", None), d.process_index) for d in devices)
     return {
         "target": asked.asked,

@@ -14,6 +14,7 @@ from bigbatch.errors import Problem, UserError, nearest_name
 
 _GIB = 2**30
 _CLOUD = "docs.cloud.google.com/tpu/docs"
+_NVIDIA = "NVIDIA's data sheet, SXM, 80 GB"
 _TPU_PAPER = "Jouppi et al. 2020, A Domain-Specific Supercomputer for Training Deep Neural Networks"
 # Where a card is described for XLA, among the public figures in it.
 _CARDS = Path(__file__).parent
@@ -56,10 +57,8 @@ CHIPS = {
     "v5p": Chip("tpu", 459e12, 459e12, 95 * _GIB, 2765e9, 600e9, 1, f"{_CLOUD}/v5p"),
     "v6e": Chip("tpu", 918e12, 918e12, 32 * _GIB, 1638e9, 400e9, 1, f"{_CLOUD}/v6e"),
     "tpu7x": Chip("tpu", 2307e12, 2307e12, 192 * _GIB, 7380e9, 600e9, 2, f"{_CLOUD}/tpu7x"),
-    "h100": Chip(
-        *("cuda", 989e12, 495e12, 80 * _GIB, 3352e9, 900e9, 1, "NVIDIA's data sheet of H100 SXM"),
-        cache_bytes=50 * 2**20,
-    ),
+    "a100": Chip("cuda", 312e12, 156e12, 80 * _GIB, 2039e9, 300e9, 1, _NVIDIA, 40 * 2**20),
+    "h100": Chip("cuda", 989e12, 495e12, 80 * _GIB, 3352e9, 900e9, 1, _NVIDIA, 50 * 2**20),
 }
 
 
