@@ -5,8 +5,8 @@ The text is XLA's: a block of lines for every computation, an operation a line.
 >>> text = '''
 ... ENTRY %main (p: f32[8]) -> f32[8] {
 ...   %p = f32[8]{0} parameter(0)
-...   %c = f32[8]{0} copy(%p)
-...   ROOT %sum = f32[8]{0} all-reduce(%c), replica_groups=[1,4]<=[4], to_apply=%add
+...   %copy.1 = f32[8]{0} copy(%p)
+...   ROOT %sum = f32[8]{0} all-reduce(%copy.1), replica_groups=[1,4]<=[4], to_apply=%add
 ... }
 ... '''
 >>> collectives(text)
