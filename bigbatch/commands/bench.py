@@ -114,22 +114,31 @@ def one_device(config: Config) -> Run:
         raise UserError(Problem("microbatch_examples_per_device", limit, allowed, ghost))
     unit = config.unit_examples
     half = max(unit, limit // 2 // unit * unit)
-    noise = {}
+    return prepared(
+        config,
+        config.plan,
+        **stand_ins(config, limit),
+        batch_sizes=np.repeat(np.array([limit, half]), _UPDATES),
+        mesh=functions.data_mesh(jax.devices()[:1]),
+    )
+
+
+def stand_ins(config: Config, examples: int) -> dict[str, Any]:
+    """For `prepared`: noise in place of a config's images, and its task for it, made from facts.
+
+    Args:
+      config: a validated config; data of the user's own stay as they are.
+      examples: so many differ.
+    """
     info = facts_of(config.data)
     if isinstance(info, Info):
         # Of some sets only the images could tell.
         channels = info.image_shape[2]
         mean, std = info.mean or (127.0,) * channels, info.std or (1.0,) * channels
         info = dataclasses.replace(info, mean=mean, std=std)
-    if config.model is not None and isinstance(info, Info | TokenInfo):
-        noise = {"data": Data(_Noise(info, limit)), "task": task_of(config, info)}
-    return prepared(
-        config,
-        config.plan,
-        **noise,
-        batch_sizes=np.repeat(np.array([limit, half]), _UPDATES),
-        mesh=functions.data_mesh(jax.devices()[:1]),
-    )
+    if config.model is None or not isinstance(info, Info | TokenInfo):
+        return {}
+    return {"data": Data(_Noise(info, examples)), "task": task_of(config, info)}
 
 
 class _Noise:

@@ -12,7 +12,13 @@ _MOST_DEVICES = 2**20
 
 def add_arguments(plan: argparse.ArgumentParser) -> None:
     """Adds the verb's flags, save --config, to its parser."""
-    plan.add_argument("--devices", type=int, default=1, help="plan for so many (default 1)")
+    plan.add_argument("--devices", type=int, help="plan for so many (default 1)")
+    plan.add_argument(
+        "--compile-for",
+        metavar="CHIP:SHAPE",
+        help="compile the run's programs for devices that are not here: v5e:16x16, 2*v5e:16x16 for "
+        "two slices, h100:8, FILE.txtpb:8",
+    )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument("--plot", metavar="FILE", help="draw the plan, before and after (.png, .svg)")
     plan.add_argument(
@@ -41,10 +47,11 @@ def run(options: argparse.Namespace) -> None:
     from bigbatch.layout import time_model
 
     config = load_config(options.config, options.overrides)
-    nearest = min(max(options.devices, 1), _MOST_DEVICES)
-    if options.devices != nearest:
+    devices = 1 if options.devices is None else options.devices
+    nearest = min(max(devices, 1), _MOST_DEVICES)
+    if devices != nearest:
         allowed = f"a whole number from 1 to {_MOST_DEVICES:,}"
-        raise UserError(Problem("devices", options.devices, allowed, nearest))
+        raise UserError(Problem("devices", devices, allowed, nearest))
     if options.emit or options.against:
         from bigbatch.commands import plan_others
 
@@ -52,31 +59,53 @@ def run(options: argparse.Namespace) -> None:
         return
     names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
     typed = {name: v for name in names if (v := getattr(options, name)) is not None}
-    speeds = time_model.asked(options.bench, typed, options.devices)
+    compiled: dict[str, Any] = {}
+    if options.compile_for:
+        from bigbatch.commands.compile import chips
+        from bigbatch.commands.compile import table as programs_table
+
+        target = chips.target(options.compile_for)
+        if options.devices not in (None, target.devices):
+            allowed = f"the {target.devices:,} that --compile-for={target.asked} describes"
+            raise UserError(Problem("devices", devices, allowed, target.devices))
+        compiled = programs_table.compiled(options.config, options.overrides, target)
+        devices, found = target.devices, compiled["microbatch_examples_per_device"]
+        config = dataclasses.replace(config, microbatch_examples_per_device=found)
+        if options.bench is None:
+            typed = programs_table.bounds(compiled, target) | typed
+    speeds = time_model.asked(options.bench, typed, devices)
     summary = config.plan.summary() if options.json else {}
     if config.controller is None:
         text = plan_table.text
     else:
         text = ladder_table.text
         summary["adaptive"] = ladder_table.summary(config.controller)
-    lines = [] if options.json else [text(config, devices=options.devices)]
+    lines = [] if options.json else [text(config, devices=devices)]
     if options.critical:
         from bigbatch.commands.critical import limits
 
         controller = config.controller
         asked = config.plan if controller is None else controller.fewest_updates()
-        found = limits.against(limits.read(options.critical), asked)
-        summary["critical"] = dataclasses.asdict(found)
-        lines += [found.text, *([f"warning: {found.warning}"] if found.warning else [])]
+        passed = limits.against(limits.read(options.critical), asked)
+        summary["critical"] = dataclasses.asdict(passed)
+        lines += [passed.text, *([f"warning: {passed.warning}"] if passed.warning else [])]
+    if compiled:
+        summary["compiled"] = compiled
+        lines += ["", programs_table.text(compiled, target)]
     if speeds is not None:
         from bigbatch.commands import plan_time as time_table
 
-        times = time_table.times(config, options.devices, speeds)
+        if compiled and options.bench is None:
+            lines += ["", "at these bounds, which no run reaches:"]
+        times = time_table.times(config, devices, speeds)
         summary["time"] = time_table.summary(times, speeds)
         lines += ["", time_table.text(times, speeds)]
     print(json.dumps(summary) if options.json else "\n".join(lines))
     if options.plot:
         _plot(config, options.plot)
+    problems = programs_table.misfits(compiled) if compiled else []
+    if problems:
+        raise UserError(problems)
 
 
 def _plot(config: Any, path: str) -> None:

@@ -66,7 +66,8 @@ def limit_bytes(mesh: Mesh, given: int | None) -> int:
       UserError: it is not given, and the devices (those of a CPU) report nothing.
     """
     own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    reported = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
+    if given is None:
+        reported = [(device.memory_stats() or {}).get("bytes_limit") for device in own]
     found = given if given is not None else min((r or 0 for r in reported), default=0)
     if jax.process_count() > 1:
         # In MiB, as 32 bits do not hold it in bytes.
@@ -116,6 +117,8 @@ def largest_that_fits(
         a, b = (fits, too_much) if too_much in needs else sorted(needs)[-2:]
         slope = (needs[b] - needs[a]) / (b - a)
         reach = units if slope <= 0 else a + int((allowed - needs[a]) / slope)
+        if len(needs) > 2 and fits == b and reach < fits + max(1, fits // 16):
+            break
         tried = min(max(reach, fits + 1), too_much - 1)
         needs[tried] = needed_bytes(tried * unit)
         if needs[tried] <= allowed:

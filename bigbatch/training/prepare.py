@@ -27,9 +27,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from bigbatch import distributed
 from bigbatch.checks import Checks
 from bigbatch.data.source import Data, TrainingData
 from bigbatch.engine import exact_sums, functions
@@ -43,7 +42,7 @@ from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller, Decisions
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import fitting, microbatches
-from bigbatch.training.programs import Programs, compile_programs
+from bigbatch.training.programs import Compiler, Programs, compile_programs
 from bigbatch.training.run import Run
 from bigbatch.workdir import packing
 
@@ -74,6 +73,7 @@ def prepare(
     mesh: Mesh | None = None,
     identity: Mapping[str, Any] | None = None,
     kept: Path | None = None,
+    compiler: Compiler | None = None,
 ) -> Run:
     """Checks that all fits together, lays the plan out over the devices and compiles everything.
 
@@ -106,6 +106,8 @@ def prepare(
       identity: what decides the result, by dotted name, beside the plan; None for what is seen
         here.
       kept: a file for the microbatch that was found to fit; None to find it anew.
+      compiler: see `programs.compile_programs`; a run of devices that are only described is not
+        trained.
 
     Returns:
       What training and evaluation need.
@@ -167,6 +169,7 @@ def prepare(
             shard_optimizer=shard_optimizer,
             reproducible=reproducible,
             compensated=addends > _COMPENSATED_ADDENDS and not reproducible,
+            compiler=compiler,
         )
 
     evaluation_examples = -(-(evaluation_batch_examples or 0) // mesh.size) * mesh.size or None
@@ -220,7 +223,6 @@ def prepare(
         layout=layout,
         mesh=mesh,
         programs=programs,
-        frozen=distributed.put(task.frozen, NamedSharding(mesh, functions.REPLICATED)),
         seed=seed,
         initial=initial if callable(initial) or initial is None else lambda: initial,
         microbatch=microbatches.of(

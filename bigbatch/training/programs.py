@@ -27,6 +27,9 @@ from bigbatch.training import compilation_cache
 # other's memory; elsewhere too a large network's needs gigabytes.
 _ON_CPU, _ELSEWHERE = 1, 2
 
+# Gives what stands for a program, from its name, what was traced and what was lowered.
+Compiler = Callable[[str, Any, Any], Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
@@ -116,6 +119,7 @@ def compile_programs(
     shard_optimizer: bool,
     reproducible: bool,
     compensated: bool,
+    compiler: Compiler | None = None,
 ) -> Programs:
     """Compiles everything that a run will call.
 
@@ -131,6 +135,7 @@ def compile_programs(
       shard_optimizer: whether the optimizer's state is divided over the devices.
       reproducible: sums exactly, so that no layout changes a bit; see `exact_sums`.
       compensated: keeps what rounding leaves of sums; see `functions.empty_accumulator`.
+      compiler: makes what stands for each program; None for the programs themselves.
 
     Returns:
       The programs.
@@ -177,6 +182,11 @@ def compile_programs(
         examples = microbatch(microbatch_examples[0])
         return state._replace(bounds=functions.first_bounds(task, state, examples, measures_noise))
 
+    def compiled(name: str, function: Any, *shapes: Any) -> Callable[[], Any]:
+        traced = function.trace(*shapes)
+        lowered = traced.lower()
+        return lambda: compiler(name, traced, lowered) if compiler else lowered.compile()
+
     # Called once: on CPU, to compile it well takes seconds and saves milliseconds.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
@@ -188,9 +198,9 @@ def compile_programs(
     where = functions.Whole()
     if shard_optimizer:
         where = parts = Parts(optimizer, mesh)
-        divide = jax.jit(parts.divide).lower(whole).compile()
+        divide = compiled("divide", jax.jit(parts.divide), whole)()
         state = parts.shapes(whole)
-        unite = jax.jit(parts.unite).lower(state).compile()
+        unite = compiled("unite", jax.jit(parts.unite), state)()
     empty = functools.partial(
         functions.empty_accumulator,
         task,
@@ -231,18 +241,18 @@ def compile_programs(
     workers = _ON_CPU if on_cpu or jax.process_count() > 1 else _ELSEWHERE
     with ThreadPoolExecutor(workers, thread_name_prefix="compile") as pool:
 
-        def compiled(lowered: Any) -> Future[Callable]:
-            return pool.submit(lowered.compile)
+        def begun(name: str, function: Any, *shapes: Any) -> Future[Any]:
+            return pool.submit(compiled(name, function, *shapes))
 
         # What takes longest comes first.
         accumulates = {
-            examples: compiled(accumulate.lower(state, accumulator, microbatch(examples), frozen))
-            for examples in microbatch_examples
+            n: begun(f"accumulate {n}", accumulate, state, accumulator, microbatch(n), frozen)
+            for n in microbatch_examples
         }
-        applied = compiled(apply_update.lower(state, accumulator, hyper))
-        initial = compiled(init_state.lower(jax.random.key(0)))
+        applied = begun("apply_update", apply_update, state, accumulator, hyper)
+        initial = begun("init_state", init_state, jax.random.key(0))
         test = microbatch(evaluation_examples, training=False)
-        evaluated = compiled(evaluate.lower(state, test, frozen))
+        evaluated = begun("evaluate", evaluate, state, test, frozen)
         return Programs(
             accumulate={examples: one.result() for examples, one in accumulates.items()},
             apply_update=applied.result(),

@@ -1,6 +1,7 @@
 """A prepared run: everything that stays the same from its first update to its last."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +33,6 @@ class Run:
       layout: how each update is cut into microbatches.
       mesh: the devices.
       programs: the compiled functions.
-      frozen: the task's frozen arrays, on all devices.
       seed: of the state before the first update, and of the order of the examples.
       initial: parameters and running statistics to begin with; None for random ones.
       microbatch: makes one microbatch on the devices, with the number of examples that it computes,
@@ -53,7 +53,6 @@ class Run:
     layout: Layout
     mesh: Mesh
     programs: Programs
-    frozen: PyTree
     seed: int
     initial: Callable[[], tuple[PyTree, PyTree]] | None
     microbatch: Callable[[Request], tuple[int, Examples]]
@@ -63,6 +62,12 @@ class Run:
     again: Callable[..., "Run"]
     smaller: Callable[[], "Run"]
     controller: Controller | None = None
+
+    @functools.cached_property
+    def frozen(self) -> PyTree:
+        """The task's frozen arrays, on all devices."""
+        sharding = NamedSharding(self.mesh, functions.REPLICATED)
+        return distributed.put(self.task.frozen, sharding)
 
     @property
     def microbatch_examples_per_device(self) -> int:

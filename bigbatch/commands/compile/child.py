@@ -1,0 +1,187 @@
+"""The process that compiles for described devices: `python -m bigbatch.commands.compile.child`.
+
+A compiler of TPUs keeps others of this machine away, and takes what it is to do from the
+environment: so it has a process of its own. Its argument is a request as JSON; JSON lines go out,
+first those that say what is being done, at last the result or the mistakes.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from bigbatch.commands.bench import stand_ins
+from bigbatch.commands.compile import read
+from bigbatch.commands.compile.chips import Target, target
+from bigbatch.config.assemble import prepared
+from bigbatch.config.file import load_config
+from bigbatch.engine.functions import data_mesh
+from bigbatch.errors import Problem, UserError
+from bigbatch.layout.memory import program_bytes
+
+# Of what is kept: another number where what is read of a program changes.
+_VERSION = 1
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZES = [f"{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp")]
+_ESTIMATES = {"xla_flops": "flops", "bytes": "bytes accessed"}
+_REFUSED_BYTES = re.compile(r"(?:\(|[Uu]sed )([\d.]+)([KMGT])")
+# What of a program nobody waits for.
+_ASIDE = ("init_state", "divide", "unite")
+
+
+class Program(NamedTuple):
+    """What is known of a program, in its place."""
+
+    facts: Mapping[str, Any]
+
+    def memory_analysis(self) -> SimpleNamespace:
+        """As of a compiled program, for `memory.program_bytes`."""
+        return SimpleNamespace(**self.facts["memory"])
+
+
+class Compiling(NamedTuple):
+    """The compiler of `training.programs` for described devices: gives a `Program` for each.
+
+    Attributes:
+      asked: the devices.
+      version: of the compiler.
+      say: is told what is being done.
+    """
+
+    asked: Target
+    version: str
+    say: Callable[[str], None]
+
+    def __call__(self, name: str, traced: Any, lowered: Any) -> Program | None:
+        """Compiles a program, or reads what is kept of it."""
+        if name in _ASIDE:
+            return None
+        place = [self.asked.topology, self.asked.slices, self.asked.card]
+        flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
+        told = json.dumps([_VERSION, self.version, place, flags, lowered.as_text()])
+        fingerprint = hashlib.sha256(told.encode()).hexdigest()[:32]
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        kept = Path(home) / "bigbatch" / "described" / f"{fingerprint}.json"
+        with contextlib.suppress(OSError, ValueError):
+            return Program(json.loads(kept.read_text("utf-8")))
+        self.say(f"compiling {name} for {self.asked.asked} ...")
+        start_s = time.perf_counter()
+        facts = {"name": name.split()[0], "fingerprint": fingerprint, **_compiled(lowered)}
+        facts |= {"flops": read.model_flops(traced.jaxpr)}
+        facts |= {"compilation_s": round(time.perf_counter() - start_s, 1)}
+        self.say(f"compiled {name} in {facts['compilation_s']:.0f} s")
+        with contextlib.suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            whole = kept.with_suffix(f".{os.getpid()}")
+            whole.write_text(json.dumps(facts), "utf-8")
+            whole.replace(kept)
+        return Program(facts)
+
+
+def _compiled(lowered: Any) -> dict[str, Any]:
+    """What the compiler makes of a lowered program, or why it refuses."""
+    try:
+        program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refused = str(error).splitlines()[0].partition(": ")[2]
+        found = _REFUSED_BYTES.search(refused)
+        needed = int(float(found[1]) * _UNITS[found[2]]) if found else sys.maxsize
+        return {"refused": refused, "memory": {**dict.fromkeys(_SIZES, 0), _SIZES[-1]: needed}}
+    text, analysis = program.as_text(), program.memory_analysis()
+    memory = {name: getattr(analysis, name) for name in _SIZES}
+    facts = {"refused": None, "memory": memory, "collectives": read.collectives(text)}
+    facts |= read.operations(text)
+    # Compilers of cards that are not there do not estimate.
+    with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError):
+        cost = program.cost_analysis() or {}
+        facts |= {name: cost[key] for name, key in _ESTIMATES.items() if key in cost}
+    return facts
+
+
+def described(asked: Target) -> tuple[list[Any], str]:
+    """The devices that a target describes, and their compiler's version.
+
+    Raises:
+      UserError: there are no such.
+    """
+    options: dict[str, Any] = {"topology_name": asked.topology}
+    if asked.card is not None:
+        options = {"topology_name": "card", "topology": asked.topology}
+        options["target_config"] = asked.card
+    elif asked.slices > 1:
+        options["num_slices"] = asked.slices
+    try:
+        found = topologies.get_topology_desc(platform=asked.chip.platform, **options)
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        allowed = f"a topology that its compiler knows ({str(error).splitlines()[0]})"
+        raise UserError(Problem("compile-for", asked.asked, allowed)) from error
+    devices: list[Any] = found.devices
+    return devices, f"{jax.__version__} {devices[0].client.platform_version}"
+
+
+def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The programs of a config's run on described devices, as plain values.
+
+    Args:
+      request: `config`, `overrides`, `target`, as the command was given them.
+      say: is told what is being done.
+    """
+    asked = target(request["target"])
+    config = load_config(request["config"], request["overrides"])
+    devices, version = described(asked)
+    given = config.device_memory_bytes or asked.chip.memory_bytes // asked.chip.devices
+    run = prepared(
+        config,
+        **stand_ins(config, 2),
+        mesh=data_mesh(devices),
+        device_memory_bytes=given,
+        compiler=Compiling(asked, version, say),
+    )
+    made: Any = run.programs
+    programs = [
+        {**program.facts, "examples_per_device": size // len(devices)}
+        for size, program in made.accumulate.items()
+    ]
+    programs += [made.apply_update.facts, made.evaluate.facts]
+    hosts = Counter((getattr(d, "slice_index", None), d.process_index) for d in devices)
+    return {
+        "target": asked.asked,
+        "compiler": version,
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "hosts": len(hosts),
+        "devices_per_host": sorted(set(hosts.values())),
+        "microbatch_examples_per_device": run.microbatch_examples_per_device,
+        "device_memory_bytes": given,
+        "programs": [{**each, "needed_bytes": program_bytes(Program(each))} for each in programs],
+    }
+
+
+def _tell(**values: Any) -> None:
+    print(json.dumps(values, default=str), flush=True)
+
+
+def main() -> None:
+    """Reads one request and answers."""
+    try:
+        _tell(result=compiled(json.loads(sys.argv[1]), lambda text: _tell(line=text)))
+    except UserError as error:
+        _tell(problems=[dataclasses.astuple(problem) for problem in error.problems])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What a compiled program is, read from its text; and what it must compute, from what was traced.
+
+The text is XLA's: a block of lines for every computation, an operation a line.
+
+>>> text = '''
+... ENTRY %main (p: f32[8]) -> f32[8] {
+...   %p = f32[8]{0} parameter(0)
+...   %copy.1 = f32[8]{0} copy(%p)
+...   ROOT %sum = f32[8]{0} all-reduce(%copy.1), replica_groups=[1,4]<=[4], to_apply=%add
+... }
+... '''
+>>> collectives(text)
+[{'kind': 'all-reduce', 'count': 1, 'bytes': 32, 'groups': '1 x 4'}]
+>>> operations(text)["kernels"], operations(text)["copies"]
+(2, {'count': 1, 'bytes': 32})
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_NAME = r"%?([\w.\-]+)"
+_OPERATION = re.compile(rf"\s+(?:ROOT )?{_NAME} = (.*?) ([a-z][\w\-]*)\((.*)")
+_BLOCK = re.compile(rf"(ENTRY )?{_NAME} .*\{{\s*$")
+_ARRAY = re.compile(r"\b(pred|[subf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all)"
+    r"(?:-start)?"
+)
+_CALLED = re.compile(rf"(?:body|condition|calls|to_apply)={_NAME}|branch_computations=\{{(.*?)\}}")
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\[\d+,\d+\]|\{(?:\{[\d,]*\},?)*\})")
+# Their work is that of the computations that they call.
+_CALLS = ("while", "call", "conditional", "async-start")
+# Nothing is done for them, or it is done where they started.
+_FREE = re.compile(
+    "parameter|constant|tuple|get-tuple-element|bitcast|after-all|"
+    r"opt-barrier|[\w\-]+-done|[\w\-]+-update|" + "|".join(_CALLS)
+)
+_MOVES = {"copies": "copy", "transposes": "transpose"}
+
+
+class _Line(NamedTuple):
+    """An operation: its name, what it gives, its kind, and the rest of the line."""
+
+    name: str
+    gives: str
+    kind: str
+    rest: str
+
+
+def collectives(text: str) -> list[dict[str, Any]]:
+    """The collectives of a program, those of one kind and the same groups together.
+
+    Returns:
+      For each: `kind`; `count`, of calls in the text; `bytes` that the calls give on a device; and
+      `groups`, "how many x of how many devices", or "all".
+    """
+    found: dict[tuple[str, str], list[int]] = {}
+    for lines in _blocks(text)[1].values():
+        for line in lines:
+            kind = _COLLECTIVE.fullmatch(line.kind)
+            if kind:
+                groups = _GROUPS.search(line.rest)
+                entry = found.setdefault((kind[1], _shape(groups[1] if groups else "{}")), [0, 0])
+                entry[0] += 1
+                entry[1] += _bytes(line.gives)
+    return [
+        {"kind": kind, "count": count, "bytes": size, "groups": groups}
+        for (kind, groups), (count, size) in sorted(found.items())
+    ]
+
+
+def _shape(groups: str) -> str:
+    if groups.startswith("["):
+        return " x ".join(groups[1:-1].split(","))
+    inner = re.findall(r"\{([\d,]+)\}", groups)
+    return f"{len(inner)} x {len(inner[0].split(','))}" if inner else "all"
+
+
+def operations(text: str) -> dict[str, Any]:
+    """What a program does besides.
+
+    Returns:
+      `kernels`: operations that a device is given, those of a loop once. `products`: convolutions
+      and products of matrices, by the narrowest dtype that they take. `reductions`: fusions that
+      reduce. `copies`, `transposes`: how many, and the bytes that they give. `bytes`: that all
+      kernels take and give, as if nothing stayed on the chip between them.
+    """
+    entry, blocks = _blocks(text)
+    products: dict[str, int] = {}
+    # A fusion holds its product and its reduction in a computation of its own.
+    for lines in blocks.values():
+        known = {line.name: line.gives for line in lines}
+        for line in lines:
+            target = re.search(r'custom_call_target="(__cu[^"]*)"', line.rest)
+            if line.kind in ("convolution", "dot") or target:
+                taken = " ".join(known.get(name, "") for name in _operands(line)[:2])
+                types = [kind for kind, _ in _ARRAY.findall(taken)]
+                kind = min(types, key=_width, default="unknown")
+                products[kind] = products.get(kind, 0) + 1
+    found: dict[str, Any] = {"kernels": 0, "products": products, "reductions": 0, "bytes": 0}
+    found |= {name: {"count": 0, "bytes": 0} for name in _MOVES}
+    for block in _executed(entry, blocks):
+        known = {line.name: line.gives for line in blocks[block]}
+        for line in blocks[block]:
+            if _FREE.fullmatch(line.kind):
+                continue
+            found["kernels"] += 1
+            given = _bytes(line.gives)
+            found["bytes"] += given + sum(_bytes(known.get(name, "")) for name in _operands(line))
+            called = _CALLED.search(line.rest)
+            if line.kind == "fusion" and called:
+                inner = blocks.get(called[1], [])
+                found["reductions"] += any(each.kind == "reduce" for each in inner)
+            for name, move in _MOVES.items():
+                # Fusions are called after what they do; what is started early is on its way into
+                # the chip's own memory.
+                if move in line.name and line.kind != "copy-start":
+                    found[name]["count"] += 1
+                    found[name]["bytes"] += given
+    return found
+
+
+def _blocks(text: str) -> tuple[str, dict[str, list[_Line]]]:
+    """The name of the first computation that is executed, and the lines of all by name."""
+    blocks: dict[str, list[_Line]] = {}
+    entry, name = "", ""
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            head = _BLOCK.match(line)
+            if head:
+                name = head[2]
+                blocks[name] = []
+                entry = name if head[1] else entry
+        elif name:
+            found = _OPERATION.match(line)
+            if found:
+                blocks[name].append(_Line(*found.groups()))
+    return entry, blocks
+
+
+def _executed(entry: str, blocks: dict[str, list[_Line]]) -> Iterator[str]:
+    """The computations that are no part of an operation."""
+    waiting, seen = [entry], set()
+    while waiting:
+        block = waiting.pop()
+        if block in seen or block not in blocks:
+            continue
+        seen.add(block)
+        yield block
+        for line in blocks[block]:
+            if line.kind in _CALLS:
+                for one, several in _CALLED.findall(line.rest):
+                    waiting += [one] if one else re.findall(_NAME, several)
+
+
+def _operands(line: _Line) -> list[str]:
+    inside = re.sub(r"/\*.*?\*/", "", line.rest).split(")")[0]
+    return re.findall(r"%([\w.\-]+)", inside)
+
+
+def _bytes(types: str) -> int:
+    """Of all arrays in a type."""
+    return sum(
+        math.prod(int(n) for n in shape.split(",") if n) * _width(kind)
+        for kind, shape in _ARRAY.findall(types)
+    )
+
+
+def _width(kind: str) -> int:
+    bits = re.search(r"\d+", kind)
+    return max(1, int(bits[0]) // 8) if bits else 1
+
+
+def model_flops(jaxpr: Any) -> int:
+    """Floating-point operations of the convolutions and matrix products of a traced program.
+
+    Of a convolution only those with numbers of its operands count: not those with padding, nor with
+    the zeros that a stride puts between numbers in a gradient. What is under `shard_map` is one
+    device's.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name, options = equation.primitive.name, equation.params
+        if name == "conv_general_dilated":
+            total += _convolution_flops(equation)
+        elif name == "dot_general":
+            (contracted, _), _ = options["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * equation.outvars[0].aval.size * inner
+        inner_programs = [
+            model_flops(getattr(each, "jaxpr", each))
+            for value in options.values()
+            for each in (value if isinstance(value, list | tuple) else [value])
+            if hasattr(getattr(each, "jaxpr", each), "eqns")
+        ]
+        if name == "cond":
+            total += max(inner_programs, default=0)
+        else:
+            total += sum(inner_programs) * options.get("length", 1)
+    return total
+
+
+def _convolution_flops(equation: Any) -> int:
+    options = equation.params
+    image, kernel = (atom.aval.shape for atom in equation.invars)
+    given = equation.outvars[0].aval.shape
+    numbers = options["dimension_numbers"]
+    batch, features, *places = numbers.out_spec
+    taps = 1
+    for i, place in enumerate(places):
+        size, spread = image[numbers.lhs_spec[2 + i]], options["lhs_dilation"][i]
+        reach = np.arange(kernel[numbers.rhs_spec[2 + i]]) * options["rhs_dilation"][i]
+        starts = np.arange(given[place]) * options["window_strides"][i] - options["padding"][i][0]
+        index = starts[:, None] + reach
+        taps *= int(np.sum((index >= 0) & (index <= (size - 1) * spread) & (index % spread == 0)))
+    # A kernel holds the inputs of one group.
+    inputs = kernel[numbers.rhs_spec[1]]
+    return 2 * given[batch] * given[features] * inputs * taps

@@ -1,0 +1,454 @@
+"""`bigbatch plan --compile-for`: what is read of programs, bounds, mistakes; a compiler of TPUs."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bigbatch import cli
+from bigbatch.commands import bench
+from bigbatch.commands.compile import child, chips, read, table
+from bigbatch.config.file import load_config
+from bigbatch.engine import functions
+from bigbatch.errors import RunError, UserError
+from bigbatch.layout import memory
+from tests.hlo import COLLECTIVE
+
+FEATURES, HIDDEN, OUTPUTS = 6, 32, 3
+PARAMETERS = HIDDEN * (FEATURES + OUTPUTS)
+# x @ first, its gradient by first; hidden @ second, and its gradients by both.
+FLOPS = 2 * (2 * FEATURES * HIDDEN + 3 * HIDDEN * OUTPUTS)
+CONFIG = f"""
+import jax, jax.numpy as jnp, numpy as np
+import bigbatch as bb
+
+
+def init(key):
+    first, second = jax.random.split(key)
+    first = jax.random.normal(first, ({FEATURES}, {HIDDEN}))
+    return {{"first": first, "second": jnp.ones(({HIDDEN}, {OUTPUTS}))}}, {{}}
+
+
+def apply(params, statistics, examples, train):
+    return jnp.tanh(examples["x"] @ params["first"]) @ params["second"], {{}}
+
+
+def squares(outputs, examples):
+    loss = jnp.sum(examples["weight"] * jnp.sum(jnp.square(outputs), axis=1))
+    return {{"loss": loss, "count": jnp.sum(examples["weight"])}}
+
+
+def make_task():
+    return bb.Task(init, apply, squares, is_tested=True)
+
+
+def make_data():
+    return bb.Data({{"x": np.ones((512, {FEATURES}), np.float32)}})
+
+
+def get_config(_):
+    return {{
+        "epochs": 2,
+        "task": {{"name": ":make_task"}},
+        "data": {{"name": ":make_data"}},
+        "ghost_batch_examples": 4,
+        "optimizer": {{"name": "momentum"}},
+        "policy": {{"name": "constant", "learning_rate": 0.1, "batch_size": 128, "momentum": 0.9}},
+        "microbatch_examples_per_device": 16,
+        "log_every_epochs": 1,
+        "evaluate_every_epochs": 1,
+        "evaluation_batch_examples": 64,
+        "checkpoint_every_epochs": 1,
+    }}
+"""
+# Lines of programs for four v5e and for two H100, shortened.
+TPU = """
+%fused (a: bf16[8,8], b: f32[8]) -> f32[8,8] {
+  %a = bf16[8,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  ROOT %conv.1 = f32[8,8]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+}
+
+%body (s: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %s = (s32[], f32[8]{0}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%s), index=1
+  %inner = f32[8]{0} all-reduce(%x), replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %t = (s32[], f32[8]{0}) tuple(%x, %inner)
+}
+
+ENTRY %main_spmd (p: f32[8,8], q: f32[8]) -> (f32[8,8], f32[2]) {
+  %p = bf16[8,8]{1,0} parameter(0)
+  %copy.3 = bf16[8,8]{0,1:T(8,128)(2,1)S(1)} copy(%p), metadata={op_name="a(b)"}
+  %fusion.7 = f32[8,8]{1,0} fusion(%p, /*index=1*/%copy.3), kind=kOutput, calls=%fused
+  %all-reduce.1 = (f32[8,8]{1,0}, /*index=1*/f32[2]{0}) all-reduce(%fusion.7, %q), replica_groups=[1,4]<=[4], to_apply=%add
+  %w = (s32[], f32[8]{0}) while(%init), condition=%cond, body=%body
+  ROOT %out = (f32[8,8]{1,0}, f32[2]{0}) tuple(%all-reduce.1)
+}
+"""  # noqa: E501
+GPU = """
+%fused_reduce (a: bf16[4,8]) -> bf16[4] {
+  %a = bf16[4,8]{1,0} parameter(0)
+  ROOT %r = bf16[4]{0} reduce(%a, %zero), dimensions={1}, to_apply=%add
+}
+
+ENTRY %main.39_spmd (p: bf16[4,8]) -> f32[4] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  %wrapped_transpose.2 = bf16[8,4]{1,0} fusion(%p), kind=kInput, calls=%wrapped_transpose_computation
+  %cudnn-conv.1 = (bf16[4,8]{1,0}, u8[64]{0}) custom-call(%p, %wrapped_transpose.2), custom_call_target="__cudnn$convForward"
+  %get-tuple-element.1 = bf16[4,8]{1,0} get-tuple-element(%cudnn-conv.1), index=0
+  %input_reduce_fusion = bf16[4]{0} fusion(%get-tuple-element.1), kind=kInput, calls=%fused_reduce
+  %all-reduce-start = f32[78051]{0} all-reduce-start(%c), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  %all-reduce-done = f32[78051]{0} all-reduce-done(%all-reduce-start)
+  %all-reduce-start.1 = (f32[4]{0}, f32[6]{0}) all-reduce-start(%c, %d), replica_groups={{0,1}}, to_apply=%add
+  ROOT %all-reduce-done.1 = (f32[4]{0}, f32[6]{0}) all-reduce-done(%all-reduce-start.1)
+}
+"""  # noqa: E501
+
+
+def test_the_text_of_a_tpu_s_program():
+    assert read.collectives(TPU) == [
+        {"kind": "all-reduce", "count": 1, "bytes": 4 * 66, "groups": "1 x 4"},
+        {"kind": "all-reduce", "count": 1, "bytes": 32, "groups": "2 x 2"},
+    ]
+    found = read.operations(TPU)
+    # The copy, the fusion, both reductions; the convolution is within the fusion.
+    assert found["kernels"] == 4
+    assert found["products"] == {"bf16": 1}
+    assert found["copies"] == {"count": 1, "bytes": 128}
+    assert found["transposes"] == {"count": 0, "bytes": 0}
+
+
+def test_the_text_of_a_gpu_s_program():
+    expected = {"kind": "all-reduce", "count": 2, "bytes": 4 * (78051 + 10), "groups": "1 x 2"}
+    assert read.collectives(GPU) == [expected]
+    found = read.operations(GPU)
+    assert found["kernels"] == 5
+    assert found["products"] == {"bf16": 1}
+    assert found["reductions"] == 1
+    assert found["transposes"] == {"count": 1, "bytes": 64}
+
+
+@settings(max_examples=15)
+@given(
+    size=st.integers(1, 9),
+    kernel=st.integers(1, 5),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3),
+    spread=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+)
+def test_operations_of_convolutions_and_their_gradients(
+    size, kernel, stride, padding, spread, groups
+):
+    """Against counting the products of ones one by one, in a convolution of ones."""
+    if (kernel - 1) * spread + 1 > size + 2 * padding:
+        return
+    options = {
+        "window_strides": (stride,),
+        "padding": [(padding, padding)],
+        "rhs_dilation": (spread,),
+        "feature_group_count": groups,
+        "dimension_numbers": ("NWC", "WIO", "NWC"),
+    }
+
+    def convolve(image, kernel):
+        return jax.lax.conv_general_dilated(image, kernel, **options)
+
+    image, weights = jnp.ones((3, size, 4)), jnp.ones((kernel, 4 // groups, 6))
+    forward = convolve(image, weights)
+    once = 2 * int(jnp.sum(forward))
+    assert read.model_flops(jax.make_jaxpr(convolve)(image, weights).jaxpr) == once
+    back = jax.make_jaxpr(lambda *inputs: jax.vjp(convolve, *inputs)[1](forward))(image, weights)
+    assert read.model_flops(back.jaxpr) == 3 * once
+
+
+def test_operations_within_loops_and_branches():
+    def program(x):
+        x, _ = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x, jax.jit(jnp.dot)(x, x))
+
+    assert read.model_flops(jax.make_jaxpr(program)(jnp.ones((4, 4))).jaxpr) == 8 * 2 * 4**3
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    """This machine's virtual devices stand for four v5e, and its compiler for theirs."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(child, "described", lambda asked: (jax.devices()[: asked.devices], "1"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def compiled(config, overrides, asked):
+        request = {"config": config, "overrides": overrides, "target": asked.asked}
+        result = child.compiled(request, lambda text: print(text, file=sys.stderr))
+        return table.judged(json.loads(json.dumps(result)), asked)
+
+    monkeypatch.setattr(table, "compiled", compiled)
+
+
+def planned(capsys, config, *flags, status=0):
+    """The plan's JSON and what was said, of one command."""
+    arguments = ["plan", f"--config={config}", "--json", *flags]
+    assert cli.main(arguments) == status
+    said = capsys.readouterr()
+    return json.loads(said.out), said.err
+
+
+def test_a_run_on_four_devices(here, config, capsys):
+    plan, said = planned(capsys, config, "--compile-for=v5e:2x2")
+    accumulate, apply_update, evaluate = plan["compiled"]["programs"]
+    assert accumulate["collectives"] == []
+    assert evaluate["collectives"] == []
+    # The gradients; loss, count and examples, each with what rounding has left.
+    kinds = {found["kind"] for found in apply_update["collectives"]}
+    assert kinds == {"all-reduce"}
+    assert sum(found["bytes"] for found in apply_update["collectives"]) == 4 * (PARAMETERS + 6)
+    assert accumulate["flops"] == 16 * FLOPS
+    # Of a device: parameters and momentum, gradients, examples and what is beside them.
+    state = 4 * (2 * PARAMETERS + 1)
+    assert state < accumulate["needed_bytes"] < 10 * state
+    assert plan["time"]["devices"] == 4
+    assert plan["time"]["speeds"]["examples_per_s"] == 16 / accumulate["bound_s"]
+    assert said.count("compiling") == 3
+    # The second time nothing is compiled, and all is the same.
+    again, said = planned(capsys, config, "--compile-for=v5e:2x2")
+    assert again == plan
+    assert said == ""
+
+
+def test_collectives_are_those_that_a_plain_search_finds(here, config, capsys):
+    plan, _ = planned(capsys, config, "--compile-for=v5e:2x2", "--config.shard_optimizer=True")
+    found = Counter()
+    for each in plan["compiled"]["programs"][1]["collectives"]:
+        found[each["kind"]] += each["count"]
+    asked = chips.target("v5e:2x2")
+    kept = child.Compiling.__call__
+    texts = []
+
+    def reading(self, name, traced, lowered):
+        if name == "apply_update":
+            texts.append(lowered.compile().as_text())
+        return kept(self, name, traced, lowered)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child.Compiling, "__call__", reading)
+        request = {"config": config, "overrides": [("shard_optimizer", "True")]}
+        child.compiled({**request, "target": asked.asked}, print)
+    assert found == Counter(COLLECTIVE.findall(texts[0]))
+    assert set(found) == {"all-reduce", "reduce-scatter", "all-gather"}
+
+
+def test_a_planted_reduction_is_told(here, config, capsys, monkeypatch):
+    add = functions.add
+
+    def waits(total, addend):
+        return add(total, jax.lax.psum(addend, functions.DATA_AXIS))
+
+    monkeypatch.setattr(functions, "add", waits)
+    assert cli.main(["plan", f"--config={config}", "--compile-for=v5e:2x2"]) == 0
+    told = r"every microbatch waits for other devices: \d+ all-reduce"
+    assert len(re.findall(told, capsys.readouterr().out)) == 1
+
+
+def test_what_does_not_fit_is_told_beside_the_plan(here, config, capsys):
+    flags = "--compile-for=v5e:2x2", "--config.device_memory_bytes=4000"
+    plan, said = planned(capsys, config, *flags, status=2)
+    assert plan["compiled"]["device_memory_bytes"] == 4000
+    assert "microbatch_examples_per_device: given 16" in said
+    auto = "--config.microbatch_examples_per_device=auto"
+    assert cli.main(["plan", f"--config={config}", *flags, auto]) == 2
+    assert "device_memory_bytes" in capsys.readouterr().err
+
+
+def test_a_compiler_s_refusal_is_a_need(here, config, capsys, monkeypatch):
+    """In the words of the TPU's compiler."""
+    words = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (120.00G) exceeds available HBM (15.75G)."
+    )
+
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(words)
+
+    facts = child._compiled(Lowered())
+    program = {**facts, "name": "accumulate", "examples_per_device": 64, "flops": 1}
+    assert facts["memory"]["temp_size_in_bytes"] == 120 * 2**30
+    found = {"programs": [{**program, "needed_bytes": 1}], "target": "v5e:2x2"}
+    (problem,) = table.misfits({**found, "device_memory_bytes": 2**34})
+    assert "HLO temporaries (120.00G) exceeds available HBM" in str(problem)
+
+
+def test_auto_takes_two_compilations_and_one_confirmation():
+    tried = []
+
+    def needed(examples):
+        tried.append(examples)
+        return 10_000 + 37 * examples
+
+    found = memory.largest_that_fits(needed, unit=32, most=10**5, limit_bytes=10**6)
+    assert tried == [32, 64, found]
+    assert needed(found) <= 900_000 < needed(found + 32)
+
+
+def test_bounds_by_hand():
+    asked = chips.Target("v4:2x2x1", chips.CHIPS["v4"], "v4:2x2x1", 1, None, 8)
+    sizes = {"argument_size_in_bytes": 700, "output_size_in_bytes": 500}
+    program = {"refused": None, "products": {"bf16": 1}, "flops": 275, "memory": sizes}
+    # A device is half a chip.
+    found = table._bounds({**program, "bytes": 12_000}, asked)
+    assert found["bound_s"] == pytest.approx(2e-9)
+    assert found["bound_by"] == "memory"
+    assert found["estimate_s"] == pytest.approx(20e-9)
+    found = table._bounds({**program, "flops": 550_000, "bytes": 0}, asked)
+    assert (found["bound_s"], found["bound_by"]) == (pytest.approx(4e-9), "operations")
+
+
+def test_published_rates_are_below_the_bound():
+    """ResNet-50 at 224 pixels, in images a second of one chip; evaluations are within the times."""
+    config = load_config("configs/imagenet_resnet50.py:mlperf_lars")
+    task = bench.stand_ins(config, 1)["task"]
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    kinds = {"image": ((224, 224, 3), jnp.uint8), "label": ((), jnp.int32)}
+    kinds |= {"weight": ((), jnp.float32)}
+    examples = {n: jax.ShapeDtypeStruct((64, *shape), kind) for n, (shape, kind) in kinds.items()}
+    examples["ghost_mask"] = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def loss(params, statistics, examples):
+        return task.loss(task.apply(params, statistics, examples, True)[0], examples)["loss"]
+
+    traced = jax.make_jaxpr(jax.grad(loss))(*shapes, examples)
+    flops = read.model_flops(traced.jaxpr) / 64
+    # 4.1e9 multiplications and additions forward (He et al. 2016), twice as much backward, save for
+    # the gradient by the image.
+    assert flops == pytest.approx(6 * 4.1e9, rel=0.05)
+    epoch = 1_281_167
+    for chip, rate, source in (
+        ("v2", 90 * epoch / (30 * 60) / 256, "the paper: under 30 minutes on a pod"),
+        ("v3", 88 * epoch / (0.47 * 60) / 4096, "MLPerf v0.7"),
+        ("a100", 90 * epoch / (8.75 * 3600), "catalog.ngc.nvidia.com, resnet_mxnet, 22.10"),
+    ):
+        share = rate * flops / chips.CHIPS[chip].bf16_flops_s
+        assert 0.05 < share < 1, source
+
+
+def test_what_can_be_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    places = ("topology", "slices", "devices")
+    for asked, expected in {
+        "v5e:16x16": ("v5e:16x16", 1, 256),
+        "v4:16x16x8": ("v4:16x16x8", 1, 4096),
+        "2*v5e:4x4": ("v5e:4x4", 2, 32),
+        "h100:8": ("1x1x8", 1, 8),
+        "h100:4x8": ("1x4x8", 1, 32),
+    }.items():
+        found = chips.target(asked)
+        assert tuple(getattr(found, place) for place in places) == expected
+    described = tmp_path / "card.txtpb"
+    described.write_text(chips.target("h100:8").card)
+    found = chips.target(f"{described}:8")
+    assert found.devices == 8
+    assert found.chip.memory_bytes_s == pytest.approx(chips.CHIPS["h100"].memory_bytes_s, rel=1e-3)
+    assert found.chip.bf16_flops_s == pytest.approx(chips.CHIPS["h100"].bf16_flops_s, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("v5e", "CHIP:SHAPE"),
+        ("v55e:2x2", "nearest: 'v5e'"),
+        ("h100:2x2x2", "CARD:HOSTSxCOUNT"),
+        ("nowhere.txtpb:8", "No such file"),
+    ],
+)
+def test_mistakes_in_what_is_asked_for(asked, words, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=words):
+        chips.target(asked)
+
+
+def test_without_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'bigbatch\[tpu\]'"):
+        chips.target("v5e:2x2")
+    with pytest.raises(UserError, match=r"pip install 'bigbatch\[cuda\]'"):
+        chips.target("h100:8")
+
+
+def test_a_compiler_s_process_that_is_lost(monkeypatch, tmp_path):
+    """Such as one that finds another holder of libtpu."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\necho 'The TPU is already in use by process 7' >&2\nkill -ABRT $$\n"
+    )
+    python.chmod(0o700)
+    monkeypatch.setattr(table, "_CHILD", [str(python)])
+    asked = chips.Target("v5e:2x2", chips.CHIPS["v5e"], "v5e:2x2", 1, None, 4)
+    with pytest.raises(RunError, match=r"status -6 \(The TPU is already in use by process 7\)"):
+        table.compiled("own.py", [], asked)
+
+
+needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs extra tpu")
+
+
+@needs_tpu
+def test_the_compiler_of_tpus(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan, _ = planned(capsys, config, "--compile-for=v5e:2x2")
+    accumulate, apply_update, evaluate = plan["compiled"]["programs"]
+    assert plan["compiled"]["device_kind"] == "TPU v5 lite"
+    assert accumulate["collectives"] == evaluate["collectives"] == []
+    assert [c["kind"] for c in apply_update["collectives"]] == ["all-reduce"]
+    assert apply_update["collectives"][0]["groups"] == "1 x 4"
+    assert apply_update["collectives"][0]["bytes"] == 4 * (PARAMETERS + 6)
+    assert cli.main(["plan", f"--config={config}", "--compile-for=v5e:3x7"]) == 2
+    assert "compile-for: given 'v5e:3x7'; allowed: a topology" in capsys.readouterr().err
+
+
+@needs_tpu
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("experiment", "shape", "options"),
+    [
+        ("imagenet_resnet50.py:mlperf_lars", "v5e:16x16", ()),
+        ("imagenet_resnet50.py:mlperf_lars", "v4:16x16x8", ()),
+        ("imagenet_resnet50.py:decay", "v5e:16x16", ("--config.shard_optimizer=True",)),
+        ("imagenet_resnet50.py:decay", "v5e:16x16", ("--config.reproducible=True",)),
+        ("imagenet_inception_resnet_v2.py:momentum_0.9", "v5e:16x16", ()),
+    ],
+)
+def test_runs_of_pods_wait_once_an_update(experiment, shape, options, capsys):
+    """Minutes each, with microbatches of 64 examples a device."""
+    flags = f"--compile-for={shape}", "--config.model.dtype=bfloat16", *options
+    plan, _ = planned(
+        capsys, f"configs/{experiment}", *flags, "--config.microbatch_examples_per_device=64"
+    )
+    *accumulates, apply_update, evaluate = plan["compiled"]["programs"]
+    for program in (*accumulates, evaluate):
+        assert program["collectives"] == []
+    found = Counter()
+    for each in apply_update["collectives"]:
+        found[each["kind"]] += each["count"]
+    reduced = sum(c["bytes"] for c in apply_update["collectives"] if c["kind"] == "all-reduce")
+    gradients = plan["time"]["gradient_bytes"]
+    if "--config.shard_optimizer=True" in options:
+        assert found["all-gather"] == 1
+    elif "--config.reproducible=True" in options:
+        # The sums in parts, and the largest of their terms.
+        assert found == {"all-reduce": 2}
+    else:
+        assert found == {"all-reduce": 1}
+        assert gradients < reduced < 1.02 * gradients
