@@ -87,9 +87,10 @@ class TokenInfo:
     @property
     def example_shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and type of one example's entries; see `Sequences.read`."""
-        tokens = (self.sequence_tokens + 1,), np.dtype(self.dtype)
-        mask = (self.sequence_tokens,), np.dtype(bool)
-        return {"tokens": tokens} | ({} if self.documents == "packed" else {"mask": mask})
+        kinds = {"tokens": (self.sequence_tokens + 1, self.dtype)}
+        if self.documents != "packed":
+            kinds["mask"] = self.sequence_tokens, "bool"
+        return {name: ((length,), np.dtype(kind)) for name, (length, kind) in kinds.items()}
 
 
 class TokenData(Data):
@@ -233,7 +234,7 @@ class Sequences:
         if ends is None:
             return {"tokens": tokens, "mask": tokens[:, :-1] != self.facts.separator}
         shown = places <= ends[:, None]
-        return {"tokens": np.where(shown, tokens, self.facts.separator), "mask": shown[:, 1:]}
+        return {"tokens": np.where(shown, tokens, self.facts.separator or 0), "mask": shown[:, 1:]}
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
@@ -262,7 +263,9 @@ class Sequences:
         tokens = self.tokens
         if not is_read_whole(tokens):
             return None
-        return f"sha256 {hashlib.sha256(tokens).hexdigest()[:16]} of all {len(tokens):,} tokens"
+        return (
+            f"sha256 {hashlib.sha256(tokens.data).hexdigest()[:16]} of all {len(tokens):,} tokens"
+        )
 
     @functools.cached_property
     def _available(self) -> int:

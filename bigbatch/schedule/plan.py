@@ -154,7 +154,7 @@ class Plan:
         Hyperparameters count to 30 bits (9 digits): processors differ in the last bits of exp.
         """
         digest = hashlib.sha256(json.dumps([self.train_examples, self.epochs]).encode())
-        digest.update(np.ascontiguousarray(self.batch_sizes, "<i8"))
+        digest.update(np.ascontiguousarray(self.batch_sizes, "<i8").data)
         for name in sorted(self.hypers):
             digest.update(name.encode())
             # In parts, as copies of a whole column are large.

@@ -92,9 +92,9 @@ def with_rule(
             allowed = "a number from 0 to below 1, or None"
             checks.number(name, value, allowed, at_least=0, below=1)
     moves = {"b1_floor": b1_floor, "b2_floor": b2_floor, "eps": eps}
-    for name, value in moves.items():
+    for name, moved in moves.items():
         allowed = "None but for square_root, which alone moves b1, b2 and eps"
-        checks.require(value is None or rule == "square_root", name, value, allowed)
+        checks.require(moved is None or rule == "square_root", name, moved, allowed)
     keeps = weight_decay == "time_constant"
     allowed = '"held" in a policy without weight decay; the transformation `adam` gives it one'
     checks.require(not keeps or "weight_decay" in hyper, "weight_decay", weight_decay, allowed)
