@@ -22,6 +22,7 @@ from flax import linen as nn
 from bigbatch.config import assemble
 from bigbatch.config.config import Config
 from bigbatch.errors import StoppedError
+from bigbatch.models import ModelConfig
 from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.models.pool import mean_over_positions
 from bigbatch.training.restore import restore
@@ -54,6 +55,7 @@ class NetworkConfig:
     """As the config holds a model."""
 
     dtype: str
+    task = ModelConfig.task
 
     def module(self, **settings) -> nn.Module:
         return Network(**settings, dtype=jax.numpy.dtype(self.dtype))

@@ -33,7 +33,8 @@ def show(config: Any, options: argparse.Namespace) -> None:
     checks.done()
     plan: Plan = config.plan
     ranks = options.devices or 1
-    sequence_length = options.sequence_length or plan.tokens_per_example or 1
+    told = plan.tokens_per_example or 1
+    sequence_length = told if options.sequence_length is None else options.sequence_length
     if options.against:
         other = read(options.against, plan, ranks, sequence_length)
         print(beside(plan, other))

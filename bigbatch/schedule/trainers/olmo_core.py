@@ -112,14 +112,17 @@ def read(config: str | Mapping[str, Any], sequence_length: int) -> Recipe:
 
 def _reached(thresholds: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
     """Where each size begins: at an update, and where it grows by a ratio after as many batches."""
-    starts, held = [0], [sizes[0]]
+    starts, held, batches = [0], [sizes[0]], 0
     for i, (threshold, size) in enumerate(zip(thresholds, sizes, strict=True)):
-        # Sizes are multiples of one another: those that divide the position wait for nothing.
-        unit = max(size, held[-1])
-        start = max(-(-(threshold - starts[-1]) // held[-1]), 0) * held[-1] + starts[-1]
-        start = -(-start // unit) * unit if size > held[-1] else start
+        last, growth = held[-1], size // held[-1]
+        more = max(-(-(threshold - starts[-1]) // last), 0)
+        # Its counter of batches is divided by the growth, so it waits until that can be done.
+        unit = max(growth, 1)
+        done = -(-(batches + more) // unit) * unit
+        start = starts[-1] + (done - batches) * last
         # The next threshold may come first: then this size is passed over.
         if i and (i + 1 == len(sizes) or start < thresholds[i + 1]):
+            batches = done // growth if growth else done * (last // size)
             starts.append(start)
             held.append(size)
     return starts, held
