@@ -1,6 +1,7 @@
 """The transformer and its loss: against NumPy, of one token after the other, in little memory."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -125,11 +126,11 @@ def test_loss_and_gradients_equal_a_numpy_implementation(name):
     examples = examples_of(config)
     with jax.enable_x64(True):
         task, params = made(config, examples)
-        loss, gradients = jax.value_and_grad(lambda p: loss_of(task, p, examples))(params)
-        host = jax.tree.map(np.asarray, params)
+        gradient = jax.jit(jax.value_and_grad(lambda p: loss_of(task, p, examples)))
+        loss, gradients = jax.device_get(gradient(params))
     tokens = examples["tokens"]
-    np.testing.assert_allclose(loss, numpy_loss(config, host, tokens), rtol=1e-12)
-    flat = flatten_dict(host)
+    np.testing.assert_allclose(loss, numpy_loss(config, params, tokens), rtol=1e-12)
+    flat = flatten_dict(params)
     assert sum(leaf.size for leaf in flat.values()) == config.num_parameters()
     rng = np.random.default_rng(2)
     for path, leaf in flat.items():
@@ -147,6 +148,7 @@ def test_later_tokens_change_nothing_earlier():
     config = dataclasses.replace(SMALL, dtype="float32")
     examples = examples_of(config, count=1, length=12)
     task, params = made(config, examples)
+    params = jax.tree.map(jnp.asarray, params)
     hidden = jax.jit(lambda tokens: task.apply(params, {}, {"tokens": tokens}, True)[0][0][0])
     whole = np.asarray(hidden(examples["tokens"]))
     for position in range(12):
@@ -158,19 +160,19 @@ def test_later_tokens_change_nothing_earlier():
         assert (found[position:] != whole[position:]).any(axis=1).all()
 
 
-def test_rematerialised_blocks_give_the_same_in_less_memory():
-    config = dataclasses.replace(SMALL, layers=3)
-    examples = examples_of(config, count=8, length=64)
-    found, temporaries = [], []
+def test_rematerialised_blocks_give_the_same_and_keep_less():
+    """What is kept for the gradient; XLA's CPU client computes nothing twice, so uses no less."""
+    examples = examples_of(SMALL, length=32)
+    found, kept = [], []
     with jax.enable_x64(True):
         for remat in (False, True):
-            task, params = made(dataclasses.replace(config, remat=remat), examples)
-            gradient = jax.jit(jax.value_and_grad(lambda p, t=task: loss_of(t, p, examples)))
-            compiled = gradient.lower(params).compile()
-            temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
-            found.append(jax.device_get(compiled(params)))
+            task, params = made(dataclasses.replace(SMALL, remat=remat), examples)
+            loss = functools.partial(loss_of, task, examples=examples)
+            found.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(params)))
+            held = jax.eval_shape(lambda p, f=loss: jax.vjp(f, p)[1], params)
+            kept.append(sum(leaf.size for leaf in jax.tree.leaves(held)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), *found)
-    assert temporaries[1] < 0.75 * temporaries[0]
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_other_types_differ_by_their_rounding():
@@ -190,9 +192,12 @@ def test_other_types_differ_by_their_rounding():
 
 
 def test_the_beginning_does_not_grow_with_the_depth():
-    """Hidden states before the last norm, and the loss: that of a guess and half a nat."""
-    for layers in (1, 16):
-        config = TransformerConfig(layers=layers, width=64, heads=4, vocabulary=256)
+    """The loss is that of a guess and half a nat, the gradients of all blocks of one order.
+
+    (Where embeddings are the output matrix too, a token's own logit begins high.)
+    """
+    for layers in (1, 8):
+        config = TransformerConfig(layers=layers, width=64, heads=4, vocabulary=256, tied=False)
         examples = examples_of(config, count=4, length=32)
         shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in examples.items()}
         task = language_model(config).for_examples(shapes)
@@ -276,7 +281,7 @@ class Uneven:
     def __init__(self, count):
         rng = np.random.default_rng(5)
         self.lengths = rng.integers(0, LENGTH + 1, count)
-        self.tokens = rng.integers(0, 11, (count, LENGTH + 1))
+        self.tokens = rng.integers(0, 11, (count, LENGTH + 1), np.int32)
 
     def __len__(self):
         return len(self.lengths)
