@@ -190,7 +190,7 @@ def read_config(
     else:
         # Plans are compared in its place; an adaptive run has none beforehand.
         reader.groups.pop("policy", None)
-    if model is not None and data is not None:
+    if model is not None and data is not None and "task" not in tree:
         found = model.problems(facts_of(data))
         problems += [problem.under("model") for problem in found]
     smooths = isinstance(model, models.ModelConfig | None) and "task" not in tree
