@@ -97,10 +97,14 @@ def test_a_level_of_any_rule_is_the_decay_that_it_stands_for(rule):
         assert kept == pytest.approx(1 / c.decay(index))
 
 
-def test_a_rule_that_cannot_grow_so_far_is_refused():
-    adams = {"momentum": 0.0, "rule": "square_root", "b1": 0.9}
-    with pytest.raises(UserError, match="max_batch_size: given 512"):
-        controller(**adams, max_batch_size=512)
+def test_the_square_root_rule_has_its_caps_here_too():
+    adam = controller(momentum=0.0, rule="square_root", b1=0.9, b2=0.99, max_batch_size=512)
+    hypers = adam.fewest_updates().hypers
+    assert set(hypers["b1"]) == {0.9}
+    np.testing.assert_allclose(np.unique(hypers["b2"]), [0.95, 0.96, 0.98, 0.99])
+
+
+def test_rules_that_are_no_rules_here():
     with pytest.raises(UserError, match="rule: given 'linear_exact'"):
         controller(rule="linear_exact")
     with pytest.raises(UserError, match="rule: given 'sqrt'"):

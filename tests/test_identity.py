@@ -423,7 +423,7 @@ def test_every_hardware_field_has_another_value_here():
     assert HARDWARE_VALUES.keys() == top | data
     others = [*models.MODELS.values(), *OPTIMIZERS.values(), Controller, TokenOptions]
     found = {name for kind in others for name in fields_of(kind, hardware=True)}
-    # The directory as of images; remat in test_language; what tokens are counted by decides nothing.
+    # The directory as of images; remat in test_language; tokens decide nothing.
     assert found == {"directory", "remat", "tokens_per_example"}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bigbatch import cli
+from bigbatch.commands import check_log, plan_verb
 from bigbatch.commands import data as data_verbs
-from bigbatch.commands import plan_verb
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -70,7 +70,8 @@ def test_commands_parse(command, monkeypatch):
     """Every verb is called with the arguments that are printed, but does nothing."""
     monkeypatch.chdir(ROOT)
     called = []
-    monkeypatch.setattr(plan_verb, "run", called.append)
+    for module in (check_log, plan_verb):
+        monkeypatch.setattr(module, "run", called.append)
     for verb in ("_train", "_evaluate", "_compare", "_report", "_bench"):
         monkeypatch.setattr(cli, verb, called.append)
     for verb in ("_prepare", "_info", "_bench"):

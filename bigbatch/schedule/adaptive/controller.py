@@ -213,12 +213,6 @@ class Controller:
             fits = self.rule == "square_root" or given == default
             checks.require(fits, name, given, allowed, default)
         checks.done()
-        hyper = _settings(self, len(self.ladder) - 1).hyper
-        for name in ("b1", "b2"):
-            allowed = f"at most what leaves {name} at 0 or above under the rule {self.rule}"
-            fits = hyper.get(name, 0) >= 0
-            checks.require(bool(fits), "max_batch_size", self.max_batch_size, allowed)
-        checks.done()
 
     @property
     def _cooldown_length_epochs(self) -> float:
