@@ -67,6 +67,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigbatch.checks import HARDWARE, Checks
+from bigbatch.errors import nearest_name
 from bigbatch.schedule.adaptive.gradient_noise import (
     Estimate,
     Measurement,
@@ -76,7 +77,7 @@ from bigbatch.schedule.adaptive.gradient_noise import (
     smooth,
 )
 from bigbatch.schedule.durations import first_example_from
-from bigbatch.schedule.noise_scale import Array
+from bigbatch.schedule.noise_scale import RULES, Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy, Settings, constant
 from bigbatch.schedule.policy.base import check_base
@@ -205,8 +206,11 @@ class Controller:
             allowed = f"a time from 0 to the run's {self.epochs:g} epochs"
             limits = {"at_least": 0, "at_most": self.epochs}
             checks.number("cooldown_epochs", self.cooldown_epochs, allowed, **limits)
-        allowed = "a rule in which a batch may be larger than the training set"
-        checks.require(self.rule != "linear_exact", "rule", self.rule, allowed, "linear")
+        # The exact rule has no batch larger than the training set, as its levels may be.
+        rules = [name for name in RULES if name != "linear_exact"]
+        allowed = "one of " + ", ".join(rules)
+        nearest = nearest_name(str(self.rule), rules)
+        checks.require(self.rule in rules, "rule", self.rule, allowed, nearest)
         for name in ("b1", "b2", "eps"):
             default, given = getattr(Controller, name), getattr(self, name)
             allowed = f"{default:g} but with the rule square_root, which alone reads it"
