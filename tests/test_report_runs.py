@@ -49,7 +49,8 @@ def test_a_run_is_read_as_it_was_written(run_dir):
 def test_the_plan_of_a_real_run_is_read_as_its_summary(run_dir):
     plan = make_plan(policy.constant(0.1, 32, 0.9), train_examples=1000, epochs=3)
     (run_dir / "plan.json").write_text(plan.to_json())
-    assert read_run(run_dir).plan == json.loads(json.dumps(plan.summary()))
+    told = json.loads(json.dumps(plan.summary())) | {"tokens_per_example": None}
+    assert read_run(run_dir).plan == told
 
 
 def test_a_half_written_last_line_is_left_out_and_named(run_dir):
