@@ -291,7 +291,15 @@ class Uneven:
         return {"tokens": self.tokens[numbers], "mask": mask}
 
 
-@pytest.mark.parametrize(("devices", "share"), [(1, 1), (1, 24), (2, 4), (4, 6), (8, 3)])
+# Each compiles for most of a minute.
+@pytest.mark.parametrize(
+    ("devices", "share"),
+    [
+        (1, 24),
+        (2, 4),
+        *(pytest.param(*cut, marks=pytest.mark.long) for cut in [(1, 1), (4, 6), (8, 3)]),
+    ],
+)
 def test_an_update_is_the_mean_over_all_tokens(devices, share):
     config = dataclasses.replace(SMALL, layers=1)
     data, batch, rate = Uneven(40), 24, 0.1
