@@ -42,7 +42,9 @@ def show(config: Any, options: argparse.Namespace) -> None:
     done = plan.emit(options.emit, ranks=ranks, sequence_length=sequence_length)
     print(done.text, end="")
     for limit in done.limits:
-        print(f"bigbatch: {options.emit} cannot express {limit}", file=sys.stderr)
+        is_sentence = limit in FORMATS[options.emit].warnings
+        lacks = ": " if is_sentence else " cannot express "
+        print(f"bigbatch: {options.emit}{lacks}{limit}", file=sys.stderr)
     print(f"bigbatch: {strays(plan, done.plan)}", file=sys.stderr)
 
 

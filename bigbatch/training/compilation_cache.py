@@ -16,6 +16,7 @@ from pathlib import Path
 
 import jax
 
+from bigbatch.caches import cache_directory
 from bigbatch.errors import Problem, UserError
 
 OFF = "off"
@@ -39,12 +40,10 @@ def use(directory: str | None) -> None:
         return
     if directory is None and _current():
         return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if directory is None and home.startswith("~"):
-        # A user without a home.
+    place = cache_directory("programs") if directory is None else Path(directory)
+    if place is None:
         return
-    path = Path(home) / "bigbatch" / "programs" if directory is None else Path(directory)
-    path = path.absolute() / _machine()
+    path = place.absolute() / _machine()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,13 +15,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
+from bigbatch.caches import cache_directory
 from bigbatch.commands.bench import stand_ins
 from bigbatch.commands.compile import read
 from bigbatch.commands.compile.chips import Target, target
@@ -30,6 +30,7 @@ from bigbatch.config.file import load_config
 from bigbatch.engine.functions import data_mesh
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.memory import program_bytes
+from bigbatch.replacing import replacing
 
 # Of what is kept: another number where what is read of a program changes.
 _VERSION = 1
@@ -72,21 +73,22 @@ class Compiling(NamedTuple):
         flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
         told = json.dumps([_VERSION, self.version, place, flags, lowered.as_text()])
         fingerprint = hashlib.sha256(told.encode()).hexdigest()[:32]
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        kept = Path(home) / "bigbatch" / "described" / f"{fingerprint}.json"
-        with contextlib.suppress(OSError, ValueError):
-            return Program(json.loads(kept.read_text("utf-8")))
+        cache = cache_directory("described")
+        kept = cache and cache / f"{fingerprint}.json"
+        if kept:
+            with contextlib.suppress(OSError, ValueError):
+                return Program(json.loads(kept.read_text("utf-8")))
         self.say(f"compiling {name} for {self.asked.asked} ...")
         start_s = time.perf_counter()
         facts = {"name": name.split()[0], "fingerprint": fingerprint, **_compiled(lowered)}
         facts |= {"flops": read.model_flops(traced.jaxpr)}
         facts |= {"compilation_s": round(time.perf_counter() - start_s, 1)}
         self.say(f"compiled {name} in {facts['compilation_s']:.0f} s")
-        with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            whole = kept.with_suffix(f".{os.getpid()}")
-            whole.write_text(json.dumps(facts), "utf-8")
-            whole.replace(kept)
+        if kept:
+            with contextlib.suppress(OSError):
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(kept) as file:
+                    file.write(json.dumps(facts).encode())
         return Program(facts)
 
 

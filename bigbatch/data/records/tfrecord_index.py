@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from bigbatch.caches import cache_directory
 from bigbatch.data.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
 from bigbatch.replacing import replacing
@@ -72,10 +73,8 @@ def _places(files: Sequence[Path]) -> list[Path]:
     directory = files[0].parent
     stem = files[0].name.partition("-00000")[0]
     digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = f"{stem}.bigbatch_index.npz"
-    elsewhere = Path(cache) / "bigbatch" / "record_index" / f"{digest}-{name}"
-    return [directory / name] + [elsewhere] * (not cache.startswith("~"))
+    name, cache = f"{stem}.bigbatch_index.npz", cache_directory("record_index")
+    return [directory / name, *([cache / f"{digest}-{name}"] if cache else [])]
 
 
 def _load(place: Path, sizes: np.ndarray, shard_examples: Sequence[int]) -> Index | None:
