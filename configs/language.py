@@ -1,10 +1,11 @@
-"""A language model with a growing batch, by the policies of today, in minutes on two CPU cores.
+"""A language model with a growing batch, by the policies of today, at the size of two CPU cores.
 
     bigbatch compare --config=configs/language.py --workdir=runs/language --seeds=3
 
 A transformer of 0.33 million parameters on the bytes of the King James Bible, which comes with the
 package: sequences of 128 tokens, 4 million tokens (one pass), batches from 1,024 tokens (8
 sequences) to 16 times as many. The optimizer is AdamW, and Muon with the suffix `-muon`.
+No experiment has been run to its end yet, and the learning rates have not been searched.
 
 | experiment | updates |
 | --- | --- |
