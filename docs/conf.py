@@ -23,7 +23,7 @@ extensions = [
     "generated",
 ]
 exclude_patterns = ["README.md"]
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 # Docstrings say `name` of code.
 default_role = "code"
@@ -35,6 +35,7 @@ python_maximum_signature_line_length = 88
 html_theme = "furo"
 html_title = f"bigbatch {release}"
 html_copy_source = False
+html_static_path, html_css_files = ["static"], ["style.css"]
 html_math_renderer = "mathml"
 pygments_style, pygments_dark_style = "friendly", "github-dark"
 html_theme_options = {

@@ -52,7 +52,7 @@ class Row(typing.NamedTuple):
     Attributes:
       name: in the config.
       type: in words.
-      default: as Python writes it, or "required".
+      default: as Python writes it, or that it is required; in Markdown.
       kind: "statistical" or "hardware".
       text: what it is.
     """
@@ -74,12 +74,13 @@ def rows(constructor: Callable[..., typing.Any], context: set[str]) -> Iterator[
         if name in context or parameter.kind is parameter.VAR_KEYWORD:
             continue
         is_required = parameter.default is parameter.empty
-        default = "required" if is_required else f"`{parameter.default!r}`"
+        default = "*required*" if is_required else f"*default* `{parameter.default!r}`"
         is_hardware = name in fields and fields[name].metadata == HARDWARE
         kind = "hardware" if is_hardware else "statistical"
         # Times are told of once, in the first of their units.
         stem = next((known for known in texts if _stem(known) == _stem(name)), None)
         text = texts.get(name) or (f"see `{stem}`." if stem else "")
+        text = text[:1].upper() + text[1:]
         yield Row(
             name, describe(hints.get(name, typing.Any)), default, kind, " ".join(text.split())
         )
@@ -97,25 +98,24 @@ def _parsed(documented: typing.Any) -> docstring_parser.Docstring:
     )
 
 
-def table(found: list[Row]) -> str:
-    """The fields as a table."""
-    lines = ["| field | type | default | kind | what it is |", "| --- | --- | --- | --- | --- |"]
-    for row in found:
-        cells = (f"`{row.name}`", row.type, row.default, row.kind, row.text)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) if found else "It has no fields."
+def listed(found: list[Row]) -> str:
+    """The fields as a list of definitions."""
+    entries = (
+        f"`{row.name}`\n: *{row.type}; {row.kind};* {row.default}\\\n  {row.text}" for row in found
+    )
+    return "\n\n".join(entries) or "It has no fields."
 
 
 def config() -> str:
     """Every field of a config, group by group."""
-    parts = ["## At the top", table(list(rows(Fields, set())))]
+    parts = ["## At the top", listed(list(rows(Fields, set())))]
     for group, makers in GROUPS.items():
         parts.append(f"## `{group}`")
         for name, maker in makers.items():
             text = _parsed(maker)
             said = [text.short_description, text.long_description]
             parts += [f"### `{group}`: `{name}`", *filter(None, said)]
-            parts.append(table(list(rows(maker, CONTEXT.get(group, set())))))
+            parts.append(listed(list(rows(maker, CONTEXT.get(group, set())))))
     return "\n\n".join(parts)
 
 

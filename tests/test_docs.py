@@ -61,9 +61,7 @@ def test_every_field_of_a_config_is_in_the_reference(site):
     fields |= {name for maker in makers for name in inspect.signature(maker).parameters}
     # What a config does not say.
     fields -= {"policy", "arguments", "kwargs", "tokens_per_example"}
-    shown = set(
-        re.findall(r'<td><p><code[^>]*><span class="pre">(\w+)</span></code></p></td>', text)
-    )
+    shown = set(re.findall(r'<dt><code[^>]*><span class="pre">(\w+)</span></code></dt>', text))
     assert fields - shown == set()
     for name in (*models.MODELS, *OPTIMIZERS, *POLICIES, *TRANSFORMATIONS):
         assert f'<span class="pre">{name}</span>' in text
