@@ -34,7 +34,7 @@ python_maximum_signature_line_length = 88
 
 html_theme = "furo"
 html_title = f"bigbatch {release}"
-html_copy_source = False
+html_copy_source = html_show_search_summary = False
 html_static_path, html_css_files = ["static"], ["style.css"]
 html_math_renderer = "mathml"
 pygments_style, pygments_dark_style = "friendly", "github-dark"
