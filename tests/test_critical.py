@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from bigbatch import cli
 from bigbatch.commands.critical import branches as critical_branches
 from bigbatch.commands.critical import measure as critical
 from bigbatch.commands.critical.fit import Fit, Intervals, spread_sizes
-from bigbatch.commands.critical.table import Noise, Point, SizeResult, section
+from bigbatch.commands.critical.table import Noise, Point, SizeResult, along, section
 from bigbatch.config import assemble
 from bigbatch.workdir.files import Workdir
 from bigbatch.workdir.resume import read_plan
@@ -126,9 +127,6 @@ def test_a_target_in_the_metric_of_the_task(finished, tmp_path, capsys):
     assert set(point["noise"]["geometries"]) == {"l2", "sign", "spectral", "norms"}
     scale, error = point["noise"]["geometries"]["l2"]
     assert abs(scale - point["noise"]["scale"]) < 3 * error + 0.1 * scale
-    table = out.split("## Which noise scale predicts")[1]
-    assert "| epoch | critical batch size | l2 | sign | spectral | norms |" in table
-    assert f"| {scale:,.0f} ± {error:,.0f}: " in table
 
 
 def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
@@ -227,6 +225,27 @@ def test_what_is_said_of_agreement():
     unlimited = Fit(-1.0, 1.0, 8_000.0, 1.0, np.inf, np.inf)
     text = section(point(sizes=sizes, fit=unlimited, intervals=Intervals(*spans, (9e3, np.inf))))
     assert "no limit seen (9,000 to no limit)" in text
+
+
+def test_which_noise_scale_predicts_along_a_run():
+    """Two checkpoints with a fit, of which one knows no Adam; one without a limit is left out."""
+    geometries = {"l2": (100.0, 10.0), "adam": (400.0, 40.0)}, {"l2": (400.0, 0.0)}, {}
+    sizes, intervals = (200.0, 200.0, np.inf), ((160.0, 250.0), (0.0, np.inf), (9e3, np.inf))
+    points = [
+        dataclasses.replace(
+            point(fit=Fit(1, 1, 1, 1, size, 1), intervals=Intervals((1, 2), (1, 2), interval)),
+            noise=Noise(1.0, 100.0, 10.0, "ready", geometries=found),
+        )
+        for found, size, interval in zip(geometries, sizes, intervals, strict=True)
+    ]
+    header, _, first, second, last = along(points).splitlines()[2:]
+    assert header == "| epoch | critical batch size | l2 | adam |"
+    low, high = (math.exp(math.hypot(math.log(1.25), 0.196)) ** sign for sign in (-1, 1))
+    ratios = [f"{ratio:.2f} ({ratio * low:.2f} to {ratio * high:.2f})" for ratio in (2, 0.5)]
+    assert first == f"| 1 | 200 (160 to 250) | 100 ± 10: {ratios[0]} | 400 ± 40: {ratios[1]} |"
+    assert second == "| 1 | 200 (0 to no limit) | 400 ± 0: 0.50 (0.00 to no limit) |  |"
+    assert last == "| all |  | 1.00, within 2.00 | 0.50, within 1.00 |"
+    assert along(points[2:]) == ""
 
 
 def test_sizes_are_spread_about_the_noise_scale():

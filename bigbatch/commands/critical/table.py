@@ -140,9 +140,11 @@ def along(points: Sequence[Point]) -> str:
     for point, size, (low, high) in fitted:
         cells = [f"{point.epoch:.4g}", f"{size:,.0f} ({_span(low, high)})"]
         for name in names:
-            scale, error = point.noise.geometries.get(name, (math.nan, math.nan))
-            if scale > 0:
-                logs[name].append(math.log(size / scale))
+            if name not in point.noise.geometries:
+                cells.append("")
+                continue
+            scale, error = point.noise.geometries[name]
+            logs[name].append(math.log(size / scale))
             spread = _DEVIATIONS * error / scale
             below = math.hypot(math.log(size / low), spread) if low > 0 else math.inf
             above = math.hypot(math.log(high / size), spread)
@@ -227,9 +229,8 @@ def _predicted(point: Point, batch_size: int) -> str:
 def _findings(point: Point) -> list[str]:
     fit, found = point.fit, point.intervals
     if fit is None or found is None:
-        return [
-            "No fit: fewer than three batch sizes reached the loss (--most-epochs, --loss-share)."
-        ]
+        options = "--most-epochs, --loss-share, --target"
+        return [f"No fit: fewer than three batch sizes reached the {point.metric} ({options})."]
     low, high = found.critical_batch_size
     reached = [size for size in point.sizes if size.reached]
     misses = [np.mean(s.reached) / fit.updates(s.batch_size) - 1 for s in reached]
