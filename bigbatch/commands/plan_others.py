@@ -9,6 +9,7 @@ import numpy as np
 
 from bigbatch.checks import Checks, text_of
 from bigbatch.commands.plan import abridged, aligned
+from bigbatch.config.file import load_config
 from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.schedule.plan import Plan, Stage
 from bigbatch.schedule.trainers.emit import FORMATS, stray
@@ -60,31 +61,38 @@ def strays(plan: Plan, other: Plan) -> str:
 
 
 def read(reference: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
-    """Another trainer's schedule, laid out on the training set of a plan.
+    """Another schedule, laid out on the training set of a plan.
 
     Args:
-      reference: "FORMAT:FILE".
+      reference: "FORMAT:FILE" of another trainer, or a config of ours.
       plan: the one to compare with.
       ranks: devices, for MaxText.
       sequence_length: tokens of an example, for OLMo-core.
 
     Raises:
-      UserError: there is no such format or file, or it holds no such schedule.
+      UserError: there is no such format, file or config, or it holds no such schedule.
     """
     name, _, path = reference.partition(":")
-    checks = Checks()
-    allowed = f"FORMAT:FILE, with a format of {', '.join(_READ)}"
-    checks.require(name in _READ, "against", reference, allowed, nearest_name(name, _READ))
-    checks.done()
-    try:
-        text = text_of(path)
-    except (OSError, ValueError) as error:
-        raise UserError(Problem("against", path, f"a file of text ({error})")) from error
-    other = FORMATS[name].run(text, plan, ranks, sequence_length)
-    allowed = f"a plan for the {plan.train_examples:,} training examples of the config"
-    same = other.train_examples == plan.train_examples
-    checks.require(same, "against", other.train_examples, allowed)
-    checks.done()
+    if name in _READ:
+        try:
+            text = text_of(path)
+        except (OSError, ValueError) as error:
+            raise UserError(Problem("against", path, f"a file of text ({error})")) from error
+        other = FORMATS[name].run(text, plan, ranks, sequence_length)
+    else:
+        try:
+            config = load_config(reference)
+        except UserError as error:
+            allowed = f"a config, or FORMAT:FILE with a format of {', '.join(_READ)}"
+            problem = Problem("against", reference, allowed, nearest_name(name, _READ))
+            raise UserError([problem, *error.problems]) from error
+        if config.controller is not None:
+            allowed = "a config whose plan is known beforehand"
+            raise UserError(Problem("against", reference, allowed))
+        other = config.plan
+    if other.train_examples != plan.train_examples:
+        allowed = f"a plan for the {plan.train_examples:,} training examples of the config"
+        raise UserError(Problem("against", other.train_examples, allowed))
     return other
 
 
