@@ -76,13 +76,14 @@ def read(config: str | Mapping[str, Any], ranks: int = 1, sequence_length: int =
     allowed = "shares of warm-up and decay that are at most 1 in all"
     checks.require(0 <= decay <= updates - warmup, "warmup_steps_fraction", warmup, allowed)
     checks.done()
-    # The last update of the decay has its last value, but for a line of one update.
-    start = updates - (2 if decay == 1 and style == "cosine" else decay)
-    at, peak = (warmup, start, max(updates - 1, start)), f["learning_rate"]
+    # The last update of the decay has its last value; a line of one update has its first.
+    at, is_one = (warmup, updates - decay, updates - 1), style == "cosine" and decay == 1
+    peak, floor = f["learning_rate"], f["learning_rate"] * f["learning_rate_final_fraction"]
 
     def rate(positions: Array, done: Array, batch_sizes: Array) -> Array:
-        floor = peak * f["learning_rate_final_fraction"]
-        return np.where(done < updates, course(done, style, peak, 0.0, floor, at), 0.0)
+        rates = course(done, style, peak, 0.0, floor, at)
+        rates = np.where(is_one & (done == updates - 1), floor, rates)
+        return np.where(done < updates, rates, 0.0)
 
     return in_updates(starts, sizes, f["steps"], warmup, rate)
 

@@ -5,6 +5,7 @@ forerunner `--rampup-batch-size` knows equal steps only, and versions after core
 ignore it.
 """
 
+import itertools
 import math
 import re
 import shlex
@@ -95,11 +96,12 @@ def read(flags: str, ranks: int = 1, sequence_length: int = 1) -> Recipe:
     sized = bool(stepped or size)
     checks.require(sized, "--global-batch-size", "nothing", "examples of an update")
     checks.done()
-    starts, sizes = [0], [size]
+    stages = {0: size}
     if stepped:
-        starts, sizes = _steps(checks, stepped, f["seq-length"])
+        stages = _steps(checks, stepped, f["seq-length"])
     elif ramped:
-        starts, sizes = _ramp(checks, ramped, size)
+        stages = _ramp(checks, ramped, size)
+    starts, sizes = [*stages], [*stages.values()]
     check_stages(checks, "--step-batch-size-schedule", starts, sizes)
     each = size if unit == "iters" else 1
     decay, warmup = (f[f"lr-decay-{unit}"] or length) * each, f[f"lr-warmup-{unit}"] * each
@@ -110,7 +112,8 @@ def read(flags: str, ranks: int = 1, sequence_length: int = 1) -> Recipe:
     checks.require((style == "WSD") == bool(wsd), f"--lr-wsd-decay-{unit}", wsd, allowed)
     checks.require(warmup < decay, f"--lr-warmup-{unit}", warmup, f"below the decay's {decay}")
     peak, floor, first = f["lr"], f["min-lr"], f["lr-warmup-init"]
-    checks.number("--min-lr", floor, "at most --lr", at_most=peak)
+    for name in ("min-lr", "lr-warmup-init"):
+        checks.number(f"--{name}", f[name], "at most --lr", at_most=peak)
     checks.done()
     at, shape = (warmup, warmup, decay), style
     if style == "WSD":
@@ -121,7 +124,9 @@ def read(flags: str, ranks: int = 1, sequence_length: int = 1) -> Recipe:
             return course(np.minimum(positions, decay), shape, peak, first, floor, at)
         falling = np.maximum(floor, peak * np.sqrt(max(warmup, 1) / np.maximum(positions, 1)))
         falling = np.where(positions > decay, floor, falling)
-        return np.where(positions < warmup, course(positions, "constant", peak, first, peak, at), falling)
+        return np.where(
+            positions < warmup, course(positions, "constant", peak, first, peak, at), falling
+        )
 
     momentum = f["sgd-momentum"] if f["optimizer"] == "sgd" else 0.0
     return Recipe(starts, sizes, rate, length * each, warmup, momentum, not stepped)
@@ -129,63 +134,61 @@ def read(flags: str, ranks: int = 1, sequence_length: int = 1) -> Recipe:
 
 def _parsed(checks: Checks, flags: str) -> dict[str, Any]:
     """The values by flag."""
-    found: dict[str, list[str]] = {}
     words: list[str] = []
-    parts: list[str] = []
     try:
-        parts = shlex.split(flags.replace("\\\n", " "))
+        words = shlex.split(flags.replace("\\\n", " "))
     except ValueError as error:
         checks.require(False, "flags", flags, f"flags as a shell reads them ({error})")
-    for part in parts:
-        if part.startswith("--"):
-            name, equals, value = part[2:].partition("=")
-            checks.require(name not in found, f"--{name}", part, "each flag once")
-            words = found[name] = [value] if equals else []
-        else:
-            checks.require(bool(found), "flags", part, "flags, which begin with --")
-            words.append(part)
-    for name, given in found.items():
-        is_one = name == "rampup-batch-size" or len(given) == 1
-        checks.require(is_one, f"--{name}", given, "one value")
-    return {n: v if n == "rampup-batch-size" else " ".join(v) for n, v in found.items()}
+    places = [i for i, word in enumerate(words) if word.startswith("--")]
+    checks.require(places[:1] in ([0], words), "flags", flags, "flags, which begin with --")
+    values: dict[str, Any] = {}
+    for start, end in itertools.pairwise([*places, len(words)]):
+        name, equals, value = words[start][2:].partition("=")
+        given = [value] * bool(equals) + words[start + 1 : end]
+        is_list = name == "rampup-batch-size"
+        checks.require(name not in values, f"--{name}", given, "each flag once")
+        checks.require(is_list or len(given) == 1, f"--{name}", given, "one value")
+        values[name] = given if is_list else " ".join(given)
+    return values
 
 
-def _steps(checks: Checks, text: str, sequence_length: int | None) -> tuple[list[int], list[int]]:
-    """Thresholds in examples and batch sizes."""
+def _steps(checks: Checks, text: str, sequence_length: int | None) -> dict[int, int]:
+    """Batch sizes by where they start, in examples."""
     allowed = "the tokens of an example: the thresholds are in tokens (1 where an example is one)"
     checks.require(bool(sequence_length), "--seq-length", sequence_length or "nothing", allowed)
-    pairs = []
+    stages = {}
     for entry in text.replace(",", " ").split():
         found = re.fullmatch(f"{_NUMBER}:{_NUMBER}", entry.upper())
         allowed = "THRESHOLD:SIZE, with K, M, B, T for thousands"
         if checks.require(bool(found), "--step-batch-size-schedule", entry, allowed) and found:
             start, one, size, other = found.groups()
-            pairs.append((int(float(start) * _UNITS[one]), int(float(size) * _UNITS[other])))
+            at = int(float(start) * _UNITS[one]) // (sequence_length or 1)
+            allowed = f"another threshold than {at}"
+            checks.require(at not in stages, "--step-batch-size-schedule", entry, allowed)
+            stages[at] = int(float(size) * _UNITS[other])
     checks.done()
-    pairs.sort()
-    return [start // (sequence_length or 1) for start, _ in pairs], [size for _, size in pairs]
+    return dict(sorted(stages.items()))
 
 
-def _ramp(checks: Checks, given: list[str], last: int) -> tuple[list[int], list[int]]:
+def _ramp(checks: Checks, given: list[str], last: int) -> dict[int, int]:
+    """Batch sizes by where they start, in examples."""
     field = "--rampup-batch-size"
     allowed = "three whole numbers: the first size, the increment, and the samples of the ramp"
     checks.require(len(given) == 3 and all(g.isdigit() for g in given), field, given, allowed)
     checks.done()
     first, increment, samples = map(int, given)
-    way = last - first
+    count, rest = divmod(last - first, increment or 1)
     allowed = f"an increment that is a whole share of the way from {first} to {last}"
-    ok = increment > 0 and way > 0 and way % increment == 0 and samples > 0 and first > 0
+    ok = min(increment, count, samples, first) > 0 and not rest
     checks.require(ok, field, given, allowed)
     checks.done()
-    each = samples / (way // increment)
-    starts = [0]
-    for i in range(1, way // increment + 1):
-        # Divided as it is there, in floats.
-        near = range(max(0, math.floor(i * each) - 1), math.floor(i * each) + 3)
-        starts.append(next(position for position in near if int(position / each) >= i))
-    starts[-1] = min(starts[-1], samples + 1)
-    kept = [i for i, start in enumerate(starts) if starts[i + 1 : i + 2] != [start]]
-    return [starts[i] for i in kept], [first + i * increment for i in kept]
+    stages, each = {0: first}, samples / count
+    for i in range(1, count + 1):
+        # Divided as it is there, in floats; past the samples it is the last size.
+        near = itertools.count(max(0, math.floor(i * each) - 1))
+        start = next(position for position in near if int(position / each) >= i)
+        stages[min(start, samples + 1) if i == count else start] = first + i * increment
+    return stages
 
 
 def write(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:

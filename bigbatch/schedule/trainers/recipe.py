@@ -103,7 +103,9 @@ def course(
     warmup, start, end = at
     done = np.maximum(times - start, 0) / (end - start or 1)
     rising = first + (peak - first) * times / (warmup or 1)
-    return np.where(times < warmup, rising, floor + (peak - floor) * _LEFT[style](done))
+    # A decay may begin before the rise has ended, which then holds to its last update.
+    is_rising = (times <= warmup) & (warmup > 0)
+    return np.where(is_rising, rising, floor + (peak - floor) * _LEFT[style](done))
 
 
 def in_updates(
