@@ -243,7 +243,7 @@ READERS = {
     ),
     "olmo_core": (
         random_olmo_core,
-        lambda text: olmo_core.read(text, LENGTH),
+        lambda text: olmo_core.read(text, 1, LENGTH),
         lambda text: simulators.olmo_core(text, LENGTH),
     ),
 }

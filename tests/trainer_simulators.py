@@ -15,8 +15,8 @@ import math
 import yaml
 
 
-def megatron(flags: str, most_updates=200_000):
-    """Megatron-LM: training.py's loop, the calculator of microbatches, OptimizerParamScheduler."""
+def megatron_args(flags):
+    """Its command line, as argparse reads it."""
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     for name in ("seq-length", "global-batch-size", "train-samples", "train-iters"):
         parser.add_argument(f"--{name}", type=int)
@@ -37,7 +37,12 @@ def megatron(flags: str, most_updates=200_000):
     words = []
     for i, quoted in enumerate(flags.replace("\\\n", " ").split('"')):
         words += [quoted] if i % 2 else quoted.split()
-    args = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def megatron(flags: str, most_updates=200_000):
+    """Megatron-LM: training.py's loop, the calculator of microbatches, OptimizerParamScheduler."""
+    args = megatron_args(flags)
 
     def batch_size(consumed):
         if args.step_batch_size_schedule:

@@ -37,7 +37,7 @@ from bigbatch.training.restore import restore, saved_elsewhere
 from bigbatch.training.run import Run
 from bigbatch.training.updates import updates, waits_for
 from bigbatch.training.watch import STALL_S, Watchdog
-from bigbatch.workdir import metrics, packing, resume, storage
+from bigbatch.workdir import metrics, packing, resume, starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.event_files import EventFiles
 from bigbatch.workdir.files import Workdir, read_json, write_json
@@ -127,9 +127,9 @@ def train(
             course = Course(run.plan, run.controller, progress.controller)
             run = _as_known(run, course, files)
             done, again = progress.updates, progress.evaluation_due
-            distributed.on_first(
-                lambda: metrics.truncate(files.metrics, last_update=done, without_test=again)
-            )
+            cut = functools.partial(metrics.truncate, last_update=done, without_test=again)
+            distributed.on_first(lambda: cut(files.metrics))
+            distributed.on_first(lambda: starts.note(files, sources))
             with (
                 metrics.MetricsLog(
                     files.metrics if distributed.is_first() else None,

@@ -18,6 +18,7 @@ import numpy as np
 from bigbatch.checks import is_number, parsed, text_of
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
+from bigbatch.workdir import starts
 
 POSITION_FIELDS = (
     "update",
@@ -82,6 +83,7 @@ class LoggedRun:
       evaluations: the evaluation records, one float64[records] a field of `POSITION_FIELDS`, the
         test loss and the metrics, each as `test_NAME`.
       result: result.json; None if the run is not finished.
+      starts: when, where and by which command it was started, as starts.json says.
       warnings: what could not be read, one sentence each.
     """
 
@@ -95,6 +97,7 @@ class LoggedRun:
     metrics: tuple[str, ...]
     evaluations: Columns
     result: Mapping[str, Any] | None
+    starts: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
 
     @property
@@ -199,6 +202,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         metrics=metrics,
         evaluations=evaluations,
         result=result,
+        starts=tuple(starts.before(path / "starts.json")),
         warnings=tuple(warnings),
     )
 
