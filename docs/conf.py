@@ -1,5 +1,6 @@
 """The docs site: `python -m sphinx -W --keep-going -b html docs OUT`. It needs no network."""
 
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -54,5 +55,12 @@ def _math(as_block):
     return visit, None
 
 
+def _named(app, page, source):
+    """Links that leave docs/ name a file of the repository, which the site does not hold."""
+    out = re.escape("../" * (page.count("/") + 1))
+    source[0] = re.sub(rf"(?<!!)\[([^\]]*)\]\({out}([^)#]+)[^)]*\)", r"\1 (`\2`)", source[0])
+
+
 def setup(app):
+    app.connect("source-read", _named)
     app.add_html_math_renderer("mathml", _math(as_block=False), _math(as_block=True))
