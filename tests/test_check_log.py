@@ -213,6 +213,19 @@ def test_of_a_sound_log_nothing_is_said(name):
     assert findings(PLAN, log, preset, PRESETS[preset].first_update) == []
 
 
+def test_what_a_tracker_leaves_out_is_no_difference():
+    gaps = [row | {"learning_rate": ""} if row["update"] % 3 else row for row in ROWS]
+    evaluations = [{"_step": row["update"], "lr": None, "loss": 1.0} for row in ROWS]
+    trained = renamed(ROWS, update="_step", learning_rate="lr")
+    both = [each for pair in zip(trained, evaluations, strict=True) for each in pair]
+    for text in (table(gaps), json_lines(both)):
+        log = read_log(text, "wandb", {})
+        assert log["learning_rate"].values[3] == RATES[3]
+        assert findings(PLAN, log, "wandb", 0) == []
+    log = read_log(json_lines([{"step": 5, "lr": float("inf")}]), "table", {})
+    assert findings(PLAN, log, "table", 0)
+
+
 def test_units_that_were_guessed_wrongly():
     (said,) = findings(PLAN, read_log(table(ROWS), "table", {}), "table", 1)
     assert "off by one; does the log count its updates from 0" in said
@@ -242,6 +255,8 @@ def test_a_difference_without_a_name_is_told_with_its_place():
         ("", "table", {}, "columns"),
         ("update,loss\n1,2\n", "table", {}, "columns"),
         ("update,lr\n1,2\n", "megatrom", {}, "preset"),
+        (" iteration 1/ 3 | learning rate: 1E-3 |\n", "table", {}, "preset"),
+        ("step 5\n{\n5\n" + "{" * 100_000, "table", {}, "columns"),
         ("update,lr\n1,2\n", "table", {"learning_rat": "lr"}, "columns"),
         ("update,lr\n1,2\n", "table", {"learning_rate": "rate"}, "columns.learning_rate"),
     ],

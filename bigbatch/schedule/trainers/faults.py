@@ -62,8 +62,8 @@ def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: i
     said += _of_epochs(plan, at, columns, own, meaning)
     if not (said or inside.all()):
         said.append(
-            f"update {updates[~inside][0]:,.0f} is none of the plan's {plan.num_updates:,}, from 0; "
-            f"does the log count from another number than {first_update} (--first-update)?"
+            f"update {updates[~inside][0]:,.0f} is none of the plan's {plan.num_updates:,}, from 0;"
+            f" does the log count from another number than {first_update} (--first-update)?"
         )
     return said
 
