@@ -3,8 +3,6 @@
 import sys
 from typing import Any, Self
 
-from bigbatch.schedule.durations import short
-
 
 class Bar:
     """A bar with its rate and the time that is left. Use it as a context manager.
@@ -64,7 +62,7 @@ def _drawn() -> Any:
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
             speed = task.finished_speed or task.speed
-            rate = f"{short(round(speed))} {task.fields['unit']}/s" if speed else ""
+            rate = f"{speed:,.0f} {task.fields['unit']}/s" if speed else ""
             return Text(rate)
 
     return Progress(
