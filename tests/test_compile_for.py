@@ -89,6 +89,8 @@ ENTRY %main_spmd (p: f32[8,8], q: f32[8]) -> (f32[8,8], f32[2]) {
   %copy.3 = bf16[8,8]{0,1:T(8,128)(2,1)S(1)} copy(%p), metadata={op_name="a(b)"}
   %fusion.7 = f32[8,8]{1,0} fusion(%p, /*index=1*/%copy.3), kind=kOutput, calls=%fused
   %all-reduce.1 = (f32[8,8]{1,0}, /*index=1*/f32[2]{0}) all-reduce(%fusion.7, %q), replica_groups=[1,4]<=[4], to_apply=%add
+  %send.1 = (f32[1,4,128]{2,1,0:T(4,128)}, u32[], token[]) send(%fusion.7, %after-all.2), channel_id=6, is_host_transfer=true
+  %send-done.1 = token[] send-done(%send.1), channel_id=6, is_host_transfer=true
   %w = (s32[], f32[8]{0}) while(%init), condition=%cond, body=%body
   ROOT %out = (f32[8,8]{1,0}, f32[2]{0}) tuple(%all-reduce.1)
 }
@@ -117,10 +119,11 @@ def test_the_text_of_a_tpu_s_program():
     assert read.collectives(TPU) == [
         {"kind": "all-reduce", "count": 1, "bytes": 4 * 66, "groups": "1 x 4"},
         {"kind": "all-reduce", "count": 1, "bytes": 32, "groups": "2 x 2"},
+        {"kind": "send", "count": 1, "bytes": 2048, "groups": "slices"},
     ]
     found = read.operations(TPU)
-    # The copy, the fusion, both reductions; the convolution is within the fusion.
-    assert found["kernels"] == 4
+    # The copy, the fusion, both reductions, the send; the convolution is within the fusion.
+    assert found["kernels"] == 5
     assert found["products"] == {"bf16": 1}
     assert found["copies"] == {"count": 1, "bytes": 128}
     assert found["transposes"] == {"count": 0, "bytes": 0}
@@ -465,7 +468,10 @@ def test_several_slices(config, capsys, tmp_path, monkeypatch):
         assert np.ptp([chip[:2] for chip in host["chips"]], axis=0).tolist() == [1, 1]
     accumulate, apply_update, _ = plan["compiled"]["programs"]
     assert accumulate["collectives"] == []
-    assert apply_update["collectives"]
+    # Within each slice, and from slice to slice.
+    found = {each["kind"]: each for each in apply_update["collectives"]}
+    assert {each["groups"] for each in found.values()} == {"1 x 8", "slices"}
+    assert found["send"]["bytes"] >= 4 * (PARAMETERS + 6) / 8
 
 
 @needs_tpu

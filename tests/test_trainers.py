@@ -33,6 +33,7 @@ SIMULATED = {
     "csv": simulators.table,
     "json": simulators.columns,
     "pytorch": simulators.pytorch,
+    "optax": simulators.optax,
     "megatron": simulators.megatron,
     "megatron_rampup": simulators.megatron,
     "levanter": simulators.levanter,
@@ -88,7 +89,7 @@ def check_round_trip(name, plan):
 
 
 EXACT = {"csv", "json", "pytorch"}
-EXACT_SIZES = EXACT | {"megatron", "levanter"}
+EXACT_SIZES = EXACT | {"optax", "megatron", "levanter"}
 
 
 @pytest.mark.parametrize("name", SIMULATED)

@@ -1,4 +1,4 @@
-"""What is written for other trainers, run by their own code, in an environment of the test's own."""
+"""What is written for other trainers, by their own code, in an environment of the test's own."""
 
 import dataclasses
 import json

@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import struct
 
 import yaml
 
@@ -269,4 +270,20 @@ def pytorch(text):
         rows.append((now["batch_size"], now["learning_rate"], now["momentum"]))
         seen += now["batch_size"]
     assert seen == module["NUM_EXAMPLES"]
+    return rows
+
+
+def optax(text):
+    """A module that is read, not run: values from update starts on, in single precision."""
+    found = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call)
+    }
+    names, rows = ("batch_size", "learning_rate", "momentum"), []
+    for update in range(found["NUM_UPDATES"]):
+        row = []
+        for starts, values in (found["COLUMNS"][name] for name in names):
+            row.append(values[max(i for i, start in enumerate(starts) if start <= update)])
+        rows.append((row[0], *struct.unpack("2f", struct.pack("2f", *row[1:]))))
     return rows

@@ -41,8 +41,9 @@ def flops_an_example(config) -> float:
         "image": jax.ShapeDtypeStruct((EXAMPLES, size, size, 3), np.uint8),
         "label": jax.ShapeDtypeStruct((EXAMPLES,), np.int32),
         "weight": jax.ShapeDtypeStruct((EXAMPLES,), np.float32),
-        "key": jax.ShapeDtypeStruct((EXAMPLES, 2), np.uint32),
     }
+    if task.takes_keys:
+        examples["key"] = jax.ShapeDtypeStruct((EXAMPLES, 2), np.uint32)
 
     def loss(params, statistics, examples):
         outputs, _ = task.apply(params, statistics, examples, True)

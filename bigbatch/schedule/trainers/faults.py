@@ -35,11 +35,13 @@ def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: i
         # By their own sizes where all are there.
         if np.array_equal(at, np.arange(len(at))) and np.isfinite(sizes).all():
             own = np.cumsum(sizes) - sizes
-    planned = {"batch_size": plan.batch_sizes * 1.0, **plan.hypers}
+    bounds = np.r_[plan.first_examples, plan.num_examples] * 1.0
+    planned = {"batch_size": plan.batch_sizes * 1.0, **plan.hypers, "examples": bounds}
+    ahead = {"learning_rate": meaning.next_rate, "examples": meaning.at_end}
     differing: dict[str, _Case] = {}
-    for name in ("batch_size", "learning_rate", "momentum"):
+    for name in ("batch_size", "learning_rate", "momentum", "examples"):
         if name in columns:
-            offset = int(meaning.next_rate and name == "learning_rate")
+            offset = int(ahead.get(name, False))
             # Where the update starts of which this is the setting.
             starts = own + offset * sizes
             case = _Case(plan, name, planned[name], at + offset, *columns[name], starts)
@@ -57,19 +59,18 @@ def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: i
         cause = next((words for words, column in _causes(case) if case.fits(column)), "")
         # What follows from the batch size has been told with that.
         if cause != _FOLLOWS:
-            said.append(f"{name.replace('_', ' ')}: {case.first()}{cause and '; '}{cause}")
-    said += _of_positions(plan, at, columns, sizes, meaning)
+            told = {"examples": "position"}.get(name, name.replace("_", " "))
+            said.append(f"{told}: {case.first()}{cause and '; '}{cause}")
     said += _of_epochs(plan, at, columns, own, meaning)
     if not (said or inside.all()):
         said.append(
-            f"update {updates[~inside][0]:,.0f} is none of the plan's {plan.num_updates:,}, from 0; "
-            f"does the log count from another number than {first_update} (--first-update)?"
+            f"update {updates[~inside][0]:,.0f} is none of the plan's {plan.num_updates:,}, from 0;"
+            f" does the log count from another number than {first_update} (--first-update)?"
         )
     return said
 
 
 _FOLLOWS = "follows from the batch size"
-_LATE, _EARLY = "one update late (off by one)", "one update early (off by one)"
 Causes = Iterator[tuple[str, Array]]
 
 
@@ -125,21 +126,42 @@ def _differ(values: Array, expected: Any, tolerance: Array) -> NDArray[np.bool_]
 
 def _causes(case: _Case) -> Causes:
     """What is known of columns, each with what it would have made of this one."""
-    plan, planned, is_batch = case.plan, case.planned, case.name == "batch_size"
-    firsts = plan.first_examples.astype(np.float64)
+    planned, is_batch, is_position = (
+        case.planned,
+        case.name == "batch_size",
+        case.name == "examples",
+    )
+    firsts = case.plan.first_examples.astype(np.float64)
     if is_batch:
         yield "the ramp is ignored: the last batch size throughout", planned[-1]
-    elif not np.array_equal(case.own, np.r_[firsts, plan.num_examples][case.at]):
-        yield _FOLLOWS, case.near(case.own, firsts)
-    yield "the first stage is held for ever" if is_batch else "it is not moved", planned[0]
-    yield f"it changes {_LATE}", case.shifted(-1)
-    yield f"it changes {_EARLY}", case.shifted(1)
-    unit = "tokens or another unit" if is_batch else "another unit, or scaled once for all"
+        yield "the first stage is held for ever", planned[0]
+    elif not np.array_equal(case.own, np.r_[firsts, case.plan.num_examples][case.at]):
+        yield _FOLLOWS, case.own if is_position else case.near(case.own, firsts)
+    late = early = "it changes"
+    if is_position:
+        late, early = "as if counted before the update,", "as if counted after the update,"
+    yield f"{late} one update late (off by one)", case.shifted(-1)
+    yield f"{early} one update early (off by one)", case.shifted(1)
+    is_one = is_batch or is_position
+    unit = "tokens or another unit" if is_one else "another unit, or scaled once for all"
     yield from _in_another_unit(case.values, case.shifted(0), unit)
     if is_batch:
         yield from _rounded(case, firsts)
-    elif case.name == "learning_rate":
+    elif is_position:
+        yield from _resumed(case)
+    else:
+        yield "it is not moved", planned[0]
+    if case.name == "learning_rate":
         yield from _on_other_clocks(case, firsts)
+
+
+def _resumed(case: _Case) -> Causes:
+    """Examples that are repeated or passed over at one update."""
+    jumps = np.diff(case.values) - np.diff(case.own)
+    bad = np.flatnonzero(np.abs(jumps) > case.tolerance[1:] + case.tolerance[:-1])
+    if bad.size:
+        what = "are repeated" if jumps[bad[0]] < 0 else "are passed over"
+        yield f"{abs(jumps[bad[0]]):,.0f} examples {what} there, as after a resume", case.values
 
 
 def _in_another_unit(values: Array, expected: Array, words: str) -> Causes:
@@ -194,37 +216,6 @@ def _on_other_clocks(case: _Case, firsts: Array) -> Causes:
             words = f"it is {words} times {'as long' if share < 1 else 'as fast'}"
             near = case.near(speed * clock, grid)
             yield f"{words}: counted in updates, or with another total", near
-
-
-def _of_positions(
-    plan: Plan, at: Any, columns: Mapping[str, Column], sizes: Array, meaning: Preset
-) -> Iterator[str]:
-    if "examples" not in columns:
-        return
-    column, after = columns["examples"], int(meaning.at_end)
-    bounds = np.r_[plan.first_examples, plan.num_examples] * 1.0
-    expected = bounds[at + after]
-    for words, then in (
-        ("", expected),
-        (f"{_EARLY}, as if counted after the update", bounds[np.minimum(at + 1, plan.num_updates)]),
-        (f"{_LATE}, as if counted before the update", bounds[np.maximum(at + after - 1, 0)]),
-        *_in_another_unit(column.values, expected, "tokens or another unit"),
-    ):
-        if not _differ(column.values, then, column.tolerance).any():
-            if words:
-                yield f"position: {words}"
-            return
-    taken = np.diff(expected)
-    if (np.diff(at) == 1).all():
-        taken = sizes[1:] if after else sizes[:-1]
-    jumps = np.diff(column.values) - taken
-    bad = np.flatnonzero(np.abs(jumps) > column.tolerance[1:] + column.tolerance[:-1])
-    if bad.size:
-        jump, update = jumps[bad[0]], at[bad[0] + 1]
-        what = "are repeated" if jump < 0 else "are passed over"
-        yield f"position: {abs(jump):,.0f} examples {what} at update {update:,}, as after a resume"
-    elif abs(column.values[0] - expected[0]) > column.tolerance[0]:
-        yield f"position: {column.values[0]:,.0f} at update {at[0]:,}, planned {expected[0]:,.0f}"
 
 
 def _of_epochs(

@@ -95,6 +95,8 @@ def read_log(
     enough = "update" in theirs and len(theirs) > 1
     allowed = f"names of the update and of something else, by --columns; there is {sorted(present)}"
     checks.require(enough, "columns", dict(columns) or "nothing", allowed)
+    is_megatron = preset == "table" and theirs.get("update") == "iteration" and "|" in text
+    checks.require(not is_megatron, "preset", preset, "megatron for its own lines", "megatron")
     checks.done()
     # What was done again after a resume replaces what came before.
     latest: dict[int, dict[str, Any]] = {}
@@ -146,7 +148,7 @@ def _tolerance(texts: list[Any], values: Array) -> Array:
     texts = [str(text) for text in texts if text is not None]
     mantissas = [re.sub(r"[eE].*|[-+.]", "", text).lstrip("0") for text in texts]
     digits = min(7, max(3, *map(len, mantissas), 3))
-    tolerance = np.abs(values) * 0.51 * 10.0 ** (1 - digits)
+    tolerance = np.abs(np.nan_to_num(values, posinf=0, neginf=0)) * 0.51 * 10.0 ** (1 - digits)
     decimals = [len(text.partition(".")[2]) for text in texts if "e" not in text.lower()]
     if len(decimals) == len(texts) and max(decimals, default=0) >= 4:
         tolerance = np.maximum(tolerance, 0.51 * 10.0 ** -max(decimals))

@@ -15,7 +15,7 @@ from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.run_lengths import run_starts
 
-_MODULE = '''"""{updates:,} updates on {examples:,} examples, {epochs:g} epochs of {train_examples:,}.
+_MODULE = '''"""{updates:,} updates on {examples:,} examples, {epochs:g} epochs of {all:,}.
 
 {use}
 """
@@ -79,7 +79,7 @@ def _module(plan: Plan, unit: str, use: str, imports: str) -> str:
         lines += f'    "{name}": ({places[starts].tolist()}, {column[starts].tolist()}),\n'
     return _MODULE.format(
         updates=plan.num_updates, examples=plan.num_examples, epochs=plan.epochs, use=use,
-        train_examples=plan.train_examples, imports=imports, unit=unit, columns=lines,
+        all=plan.train_examples, imports=imports, unit=unit, columns=lines,
     )  # fmt: skip
 
 
