@@ -175,7 +175,7 @@ def escaped(app, what, name, object, options, lines):
     """Bars in docstrings are those of magnitudes, and no markup; nor is a property's colon."""
     lines[:] = [line.replace("|", r"\|") for line in lines]
     if what in ("attribute", "property"):
-        lines[:1] = [line.replace(": ", " – ") for line in lines[:1]]
+        lines[:1] = [line.replace(": ", "; ") for line in lines[:1]]
 
 
 def shortened(app, what, name, object, options, signature, returned):
