@@ -4,6 +4,8 @@ All of those read here take their batch size from a table of stages. The learnin
 from a curve over the examples seen, or over the updates done.
 """
 
+import ast
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -123,7 +125,7 @@ def in_updates(
 
 
 def tree_of(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A config's values: a mapping, a file of YAML or JSON, or the text of one.
+    """A config's values: a mapping, a Python literal, YAML or JSON as a text, or the path of such.
 
     Raises:
       UserError: it is none of them.
@@ -133,11 +135,14 @@ def tree_of(config: str | Mapping[str, Any]) -> dict[str, Any]:
     value: Any = config
     try:
         if isinstance(value, str):
+            with contextlib.suppress(SyntaxError, ValueError):
+                value = ast.literal_eval(value)
+        if isinstance(value, str):
             value = yaml.safe_load(value)
         # A text that is no group of fields is a path.
         if isinstance(value, str):
             value = yaml.safe_load(text_of(value))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
         value = f"{config} ({error})"
     if not isinstance(value, Mapping):
         allowed = "a group of fields: a mapping, its YAML or JSON, or the path of such a file"

@@ -111,11 +111,6 @@ def write_csv(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
     yield text.getvalue()
 
 
-def write_json(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
-    """As `Plan.to_json`."""
-    yield plan.to_json()
-
-
 def run_optax(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
     """What the module's schedules give, called as Optax calls them."""
     module: dict[str, Any] = {}
@@ -133,11 +128,6 @@ def run_pytorch(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan
         rows.append(module["at"](seen))
         seen += rows[-1]["batch_size"]
     return _plan(plan, {name: np.array([row[name] for row in rows]) for name in rows[0]})
-
-
-def run_json(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
-    """What the file says."""
-    return Plan.from_json(text)
 
 
 def run_csv(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
