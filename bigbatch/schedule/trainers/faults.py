@@ -15,6 +15,7 @@ from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.trainers.log import PRESETS, Column, Preset
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: int) -> list[str]:
     """What differs from the plan, in sentences; none where nothing does.
 
@@ -123,7 +124,7 @@ class _Case(NamedTuple):
 
 
 def _of_batch(case: _Case) -> Causes:
-    sizes, known = case.planned, case.values[np.isfinite(case.values)]
+    sizes, known = case.planned, case.values[np.abs(case.values) < 2**53]
     yield "the ramp is ignored: the last batch size throughout", case.constant(sizes[-1])
     yield "the first stage is held for ever", case.constant(sizes[0])
     yield f"it changes {_LATE}", case.shifted(-1)
@@ -192,8 +193,7 @@ _CAUSES = {"batch_size": _of_batch, "learning_rate": _of_rate, "momentum": _of_m
 
 
 def _in_another_unit(values: Array, expected: Array, words: str) -> Causes:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = values / expected
+    ratios = values / expected
     ratio = float(np.median(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else 1.0
     yield f"it is {ratio:.6g} times the plan's throughout: {words}", expected * ratio
 

@@ -1,7 +1,6 @@
 """Logs of trainers and trackers: the settings of each update as they were written down."""
 
 import csv
-import io
 import json
 import math
 import re
@@ -103,7 +102,7 @@ def read_log(
     latest = {
         int(number): record
         for record in records
-        if math.isfinite(number := _number(record.get(theirs["update"], "")))
+        if abs(number := _number(record.get(theirs["update"], ""))) < 2**53
     }
     meaning, updates = PRESETS[preset], sorted(latest)
     found_columns = {"update": Column(np.array(updates) * 1.0, np.zeros(len(updates)))}
@@ -129,14 +128,19 @@ def _records(text: str) -> list[dict[str, str]]:
         for line in lines:
             try:
                 record = json.loads(line[line.find("{") :], parse_float=str, parse_int=str)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            found.append({**record, **record.get("metrics", {})})
+            if isinstance(record, dict):
+                others = record.get("metrics")
+                found.append(record | others if isinstance(others, dict) else record)
         return found
     # A tracker writes the run's name before a column's.
+    try:
+        rows = list(csv.DictReader(lines))
+    except csv.Error:
+        return []
     return [
-        {str(name).rpartition(" - ")[2]: value or "" for name, value in row.items()}
-        for row in csv.DictReader(io.StringIO(text))
+        {str(name).rpartition(" - ")[2]: value or "" for name, value in row.items()} for row in rows
     ]
 
 

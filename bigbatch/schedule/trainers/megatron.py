@@ -151,7 +151,7 @@ def _steps(checks: Checks, text: str, sequence_length: int | None) -> tuple[list
         try:
             pairs.append([_number(part) for part in entry.split(":")])
             ok = len(pairs[-1]) == 2
-        except ValueError:
+        except (ValueError, OverflowError):
             ok = False
         checks.require(ok, field, entry, "THRESHOLD:SIZE, with K, M, B, T for thousands")
     checks.done()
@@ -167,7 +167,7 @@ def _number(text: str) -> int:
 def _ramp(checks: Checks, given: list[str], last: int) -> tuple[list[int], list[int]]:
     field = "--rampup-batch-size"
     allowed = "three whole numbers: the first size, the increment, and the samples of the ramp"
-    checks.require(len(given) == 3 and all(g.isdigit() for g in given), field, given, allowed)
+    checks.require(len(given) == 3 and all(g.isdecimal() for g in given), field, given, allowed)
     checks.done()
     first, increment, samples = map(int, given)
     way = last - first
