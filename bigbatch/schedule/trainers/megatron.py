@@ -168,7 +168,7 @@ def _ramp(checks: Checks, given: list[str], last: int) -> dict[int, int]:
     """Batch sizes by where they start, in examples."""
     field = "--rampup-batch-size"
     allowed = "three whole numbers: the first size, the increment, and the samples of the ramp"
-    checks.require(len(given) == 3 and all(g.isdigit() for g in given), field, given, allowed)
+    checks.require(len(given) == 3 and all(g.isdecimal() for g in given), field, given, allowed)
     checks.done()
     first, increment, samples = map(int, given)
     count, rest = divmod(last - first, increment or 1)

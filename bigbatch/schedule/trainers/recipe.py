@@ -16,6 +16,7 @@ import numpy as np
 
 from bigbatch.checks import Checks, is_number, text_of
 from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.schedule.durations import MOST_UPDATES
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy, Settings, StatedSize
@@ -72,6 +73,9 @@ class Recipe:
         for size, stop in zip(self.batch_sizes, [*self.starts_examples[1:], end], strict=True):
             counts.append(max(0, -(-(min(stop, end) - position) // size)))
             position += counts[-1] * size
+        checks, most = Checks(), f"a run of at most {MOST_UPDATES:,} updates"
+        checks.require(sum(counts) <= MOST_UPDATES, "updates", sum(counts), most, MOST_UPDATES)
+        checks.done()
         sizes = np.repeat(np.array(self.batch_sizes, np.int64), counts)
         if self.leaves_last_out and position > end and len(sizes) > 1:
             sizes = sizes[:-1]
