@@ -191,7 +191,7 @@ def maxtext(text, devices):
 
 def olmo_core(text, sequence_length):
     """OLMo-core: Trainer._fit_epoch, BatchSizeSchedulerCallback, TextDataLoaderBase, Scheduler."""
-    config = yaml.safe_load(text)
+    config = yaml.safe_load(text.replace("None", "null"))
     scheduler = config.get("scheduler") or {"type": "constant"}
     sizes, starts = config["batch_sizes"], [each["value"] for each in config["schedule"]]
     end = config["max_duration"]["value"]

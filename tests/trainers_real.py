@@ -233,7 +233,7 @@ def olmo_core(sequence_length=8):
     }
 
     def rows_of(text):
-        config = yaml.safe_load(text)
+        config = yaml.safe_load(text.replace("None", "null"))
         given = {"type": "constant"} | config.get("scheduler", {})
         kind = given.pop("type")
         scheduler = getattr(schedulers, kinds[kind])(**{"units": "tokens"} | given)

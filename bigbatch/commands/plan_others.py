@@ -84,7 +84,8 @@ def read(reference: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
     except UserError as error:
         allowed = f"a config, or FORMAT:FILE with a format of {', '.join(_READ)}"
         problem = Problem("against", reference, allowed, nearest_name(name, _READ))
-        raise UserError([*[problem] * (name not in _READ), *error.problems]) from error
+        is_neither = name not in _READ and error.problems[0].field == "config"
+        raise UserError([*[problem] * is_neither, *error.problems]) from error
     except (OSError, ValueError) as error:
         raise UserError(Problem("against", path, f"a file of text ({error})")) from error
     if other.train_examples != plan.train_examples:

@@ -179,7 +179,11 @@ FORMATS = {
     "optax": Format(tables.write_optax, tables.run_optax, is_table=True),
     "pytorch": Format(tables.write_pytorch, tables.run_pytorch, is_table=True),
     "csv": Format(tables.write_csv, tables.run_csv, is_table=True),
-    "json": Format(tables.write_json, tables.run_json, is_table=True),
+    "json": Format(
+        lambda plan, *_: iter([plan.to_json()]),
+        lambda text, *_: Plan.from_json(text),
+        is_table=True,
+    ),
     "megatron": _trainer(megatron, megatron.write, _FALLING),
     "megatron_rampup": _trainer(megatron, megatron.write_ramp, _FALLING | _IGNORED),
     "levanter": _trainer(levanter, levanter.write),

@@ -15,6 +15,7 @@ from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.trainers.log import PRESETS, Column, Preset
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: int) -> list[str]:
     """What differs from the plan, in sentences; none where nothing does.
 
@@ -165,8 +166,7 @@ def _resumed(case: _Case) -> Causes:
 
 
 def _in_another_unit(values: Array, expected: Array, words: str) -> Causes:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = values / expected
+    ratios = values / expected
     ratio = float(np.median(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else 1.0
     yield f"it is {ratio:.6g} times the plan's throughout: {words}", expected * ratio
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import io
 import json
 import math
 import re
@@ -130,6 +129,10 @@ def _records(text: str) -> list[dict[str, Any]]:
     if found:
         return found
     # A tracker writes the run's name before a column's.
+    try:
+        rows = list(csv.DictReader(lines))
+    except csv.Error:
+        return []
     return [
         {str(name).rpartition(" - ")[2]: value for name, value in row.items()}
         for row in csv.DictReader(io.StringIO(text))

@@ -23,28 +23,22 @@ from bigbatch.schedule.trainers.recipe import Recipe, check_stages, course, fiel
 
 _DECAYS = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 _WSD_STYLES = ("exponential", "linear", "cosine", "minus_sqrt")
-_FLAGS = {
-    "seq-length": (int, None),
+_FLAGS: dict[str, tuple[Any, Any]] = {
     "step-batch-size-schedule": (str, None),
     "rampup-batch-size": (list, None),
-    "global-batch-size": (int, None),
-    "train-samples": (int, None),
-    "train-iters": (int, None),
     "lr": (float, ...),
     "min-lr": (float, 0.0),
     "lr-decay-style": (_DECAYS, "linear"),
-    "lr-decay-samples": (int, None),
-    "lr-decay-iters": (int, None),
     "lr-warmup-init": (float, 0.0),
-    "lr-warmup-samples": (int, 0),
-    "lr-warmup-iters": (int, 0),
     "lr-warmup-fraction": (float, None),
     "lr-wsd-decay-style": (_WSD_STYLES, "exponential"),
-    "lr-wsd-decay-samples": (int, None),
-    "lr-wsd-decay-iters": (int, None),
     "optimizer": (("adam", "sgd"), "adam"),
     "sgd-momentum": (float, 0.9),
+    "seq-length": (int, None),
+    "global-batch-size": (int, None),
 }
+for _part in ("train", "lr-decay", "lr-warmup", "lr-wsd-decay"):
+    _FLAGS |= {f"{_part}-samples": (int, None), f"{_part}-iters": (int, None)}
 _NUMBER = r"(\d+\.?\d*(?:E\d+)?)([KMBT]?)"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -104,7 +98,7 @@ def read(flags: str, ranks: int = 1, sequence_length: int = 1) -> Recipe:
     starts, sizes = [*stages], [*stages.values()]
     check_stages(checks, "--step-batch-size-schedule", starts, sizes)
     each = size if unit == "iters" else 1
-    decay, warmup = (f[f"lr-decay-{unit}"] or length) * each, f[f"lr-warmup-{unit}"] * each
+    decay, warmup = (f[f"lr-decay-{unit}"] or length) * each, (f[f"lr-warmup-{unit}"] or 0) * each
     if f["lr-warmup-fraction"] is not None:
         warmup = f["lr-warmup-fraction"] * decay
     wsd, style = f[f"lr-wsd-decay-{unit}"], f["lr-decay-style"]
@@ -174,7 +168,7 @@ def _ramp(checks: Checks, given: list[str], last: int) -> dict[int, int]:
     """Batch sizes by where they start, in examples."""
     field = "--rampup-batch-size"
     allowed = "three whole numbers: the first size, the increment, and the samples of the ramp"
-    checks.require(len(given) == 3 and all(g.isdigit() for g in given), field, given, allowed)
+    checks.require(len(given) == 3 and all(g.isdecimal() for g in given), field, given, allowed)
     checks.done()
     first, increment, samples = map(int, given)
     count, rest = divmod(last - first, increment or 1)

@@ -4,6 +4,8 @@ All of those read here take their batch size from a table of stages. The learnin
 from a curve over the examples seen, or over the updates done.
 """
 
+import ast
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -14,6 +16,7 @@ import numpy as np
 
 from bigbatch.checks import Checks, is_number, text_of
 from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.schedule.durations import MOST_UPDATES
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy, Settings, StatedSize
@@ -70,6 +73,9 @@ class Recipe:
         for size, stop in zip(self.batch_sizes, [*self.starts_examples[1:], end], strict=True):
             counts.append(max(0, -(-(min(stop, end) - position) // size)))
             position += counts[-1] * size
+        checks, most = Checks(), f"a run of at most {MOST_UPDATES:,} updates"
+        checks.require(sum(counts) <= MOST_UPDATES, "updates", sum(counts), most, MOST_UPDATES)
+        checks.done()
         sizes = np.repeat(np.array(self.batch_sizes, np.int64), counts)
         if self.leaves_last_out and position > end and len(sizes) > 1:
             sizes = sizes[:-1]
@@ -123,7 +129,7 @@ def in_updates(
 
 
 def tree_of(config: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A config's values: a mapping, a file of YAML or JSON, or the text of one.
+    """A config's values: a mapping, a Python literal, YAML or JSON as a text, or the path of such.
 
     Raises:
       UserError: it is none of them.
@@ -133,11 +139,14 @@ def tree_of(config: str | Mapping[str, Any]) -> dict[str, Any]:
     value: Any = config
     try:
         if isinstance(value, str):
+            with contextlib.suppress(SyntaxError, ValueError):
+                value = ast.literal_eval(value)
+        if isinstance(value, str):
             value = yaml.safe_load(value)
         # A text that is no group of fields is a path.
         if isinstance(value, str):
             value = yaml.safe_load(text_of(value))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError, yaml.YAMLError) as error:
         value = f"{config} ({error})"
     if not isinstance(value, Mapping):
         allowed = "a group of fields: a mapping, its YAML or JSON, or the path of such a file"

@@ -111,11 +111,6 @@ def write_csv(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
     yield text.getvalue()
 
 
-def write_json(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
-    """As `Plan.to_json`."""
-    yield plan.to_json()
-
-
 def run_optax(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
     """What the module's schedules give, called as Optax calls them."""
     module: dict[str, Any] = {}
@@ -135,11 +130,6 @@ def run_pytorch(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan
     return _plan(plan, {name: np.array([row[name] for row in rows]) for name in rows[0]})
 
 
-def run_json(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
-    """What the file says."""
-    return Plan.from_json(text)
-
-
 def run_csv(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
     """The plan of a table with a line an update.
 
@@ -152,14 +142,13 @@ def run_csv(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
     Raises:
       UserError: the text is no such table.
     """
-    rows = list(csv.DictReader(io.StringIO(text)))
     try:
         names = [name for name in (rows[0] if rows else ()) if name not in _PLACES]
         columns = {name: np.array([float(row[name]) for row in rows]) for name in names}
         sizes, rates = columns["batch_size"], columns["learning_rate"]
-        if not (sizes.min() >= 1 and (sizes % 1 == 0).all() and np.isfinite(rates).all()):
+        if not (1 <= sizes.min() <= sizes.sum() < 2**53 and (sizes % 1 == 0).all() and np.isfinite(rates).all()):
             raise ValueError("batch sizes are whole numbers from 1 on, learning rates are finite")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         allowed = f"a table with batch_size and learning_rate, a line an update ({error})"
         raise UserError(Problem("csv", text[:40], allowed)) from error
     return _plan(plan, {"momentum": np.zeros(len(rows)), **columns})
