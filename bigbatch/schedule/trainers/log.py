@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import io
 import json
 import math
 import re
