@@ -29,6 +29,9 @@ myst_heading_anchors = 3
 # Docstrings say `name` of code.
 default_role = "code"
 napoleon_use_ivar = True
+napoleon_use_rtype = napoleon_attr_annotations = False
+# What the engine calls of an optimizer.
+autodoc_default_options = {"exclude-members": "links, check"}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 python_maximum_signature_line_length = 88

@@ -8,6 +8,7 @@ Each part is a function of this file that gives Markdown.
 
 import argparse
 import inspect
+import re
 import typing
 from collections.abc import Callable, Iterator
 
@@ -171,8 +172,17 @@ def _documented(module: str, name: str, value: typing.Any) -> str:
 
 
 def escaped(app, what, name, object, options, lines):
-    """Bars in docstrings are those of magnitudes, and no markup."""
+    """Bars in docstrings are those of magnitudes, and no markup; nor is a property's colon."""
     lines[:] = [line.replace("|", r"\|") for line in lines]
+    if what in ("attribute", "property"):
+        lines[:1] = [line.replace(": ", "; ") for line in lines[:1]]
+
+
+def shortened(app, what, name, object, options, signature, returned):
+    """Defaults that are no literals, such as <function ...>, are dots; ArrayLike has its name."""
+    short = re.sub(r"<(?:[^<>]|<[^<>]*>)*>", "...", signature or "")
+    short = re.sub(r"[^,:(]*_Buffer \|.*?\[complex \| bytes \| str\]", " ArrayLike", short)
+    return signature and (short, returned)
 
 
 class Generated(SphinxDirective):
@@ -188,5 +198,7 @@ class Generated(SphinxDirective):
 
 def setup(app):
     app.add_directive("generated", Generated)
-    app.connect("autodoc-process-docstring", escaped)
+    # Before napoleon, which reads sections.
+    app.connect("autodoc-process-docstring", escaped, priority=400)
+    app.connect("autodoc-process-signature", shortened)
     return {"parallel_read_safe": True}

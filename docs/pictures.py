@@ -81,13 +81,13 @@ def architecture():
         said = said.replace("\n", " ").replace("`", "").partition(". ")[0].rstrip(".")
         first, _, second = said.partition(": ")
         said = (second or first).partition(";")[0]
-        parts += [box(10, y - 20, 565, 36, colours.get(room, "var(--soft)"))]
-        parts += [text(20, y + 3, room, "name"), text(104, y + 3, said, "small soft")]
+        parts += [box(10, y - 20, 573, 36, colours.get(room, "var(--soft)"))]
+        parts += [text(20, y + 3, room, "name"), text(112, y + 3, said, "small soft")]
     for room, other in sorted(known):
         if room in y_of and other in y_of and room != other:
             high, low, colour = y_of[room], y_of[other] - 6, colours.get(other, "var(--soft)")
-            reach = 575 + 0.4 * (low - high)
-            d = f"M575 {high}C{reach:.0f} {high} {reach:.0f} {low} 577 {low}m7 -3 -7 3 7 4"
+            reach = 583 + 0.4 * (low - high)
+            d = f"M583 {high}C{reach:.0f} {high} {reach:.0f} {low} 585 {low}m7 -3 -7 3 7 4"
             parts.append(path(d, colour, 1.2, 'opacity="0.75"'))
     y = max(y_of.values()) + 44
     ground = ", ".join(layers[len(rooms) :])
