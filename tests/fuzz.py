@@ -212,7 +212,10 @@ def samples(root: Path):
 
     def told(directory):
         # Figures would take seconds.
-        summary = summarise([read_run(directory)])
+        run = read_run(directory)
+        if not run.usable:
+            return
+        summary = summarise([run])
         table.markdown(summary)
         page(summary)
 

@@ -83,7 +83,15 @@ def _inner(node):
         # No caller gives other lengths: it is an assertion.
         return
     for field, value in ast.iter_fields(node):
-        if field not in ("annotation", "returns", "decorator_list", "op", "ops", "ctx", "type_params"):
+        if field not in (
+            "annotation",
+            "returns",
+            "decorator_list",
+            "op",
+            "ops",
+            "ctx",
+            "type_params",
+        ):
             yield from (n for n in (value if isinstance(value, list) else [value])
                         if isinstance(n, ast.AST))  # fmt: skip
 
@@ -174,7 +182,9 @@ def changed(path, which):
     before = ast.unparse(statement).splitlines()
     how()
     after = ast.unparse(ast.fix_missing_locations(statement)).splitlines()
-    differ = [f"{a.strip()}  =>  {b.strip()}" for a, b in zip(before, after, strict=False) if a != b]
+    differ = [
+        f"{a.strip()}  =>  {b.strip()}" for a, b in zip(before, after, strict=False) if a != b
+    ]
     place = statement.lineno if hasattr(statement, "lineno") else 0
     told = {"line": place, "what": words, "code": differ[0] if differ else "removed"}
     return tree, line, told

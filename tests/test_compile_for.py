@@ -474,24 +474,48 @@ def test_several_slices(config, capsys, tmp_path, monkeypatch):
     assert found["send"]["bytes"] >= 4 * (PARAMETERS + 6) / 8
 
 
+needs_cuda = pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, chips._PACKAGES["cuda"])), reason="needs extra cuda"
+)
+
+
+@needs_cuda
+def test_the_compiler_of_cards(config, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    described = tmp_path / "card.txtpb"
+    described.write_text(chips.target("h100:2").card)
+    plan, _ = planned(capsys, config, f"--compile-for={described}:2")
+    accumulate, apply_update, evaluate = plan["compiled"]["programs"]
+    assert accumulate["collectives"] == evaluate["collectives"] == []
+    assert {each["kind"] for each in apply_update["collectives"]} == {"all-reduce"}
+    assert {each["groups"] for each in apply_update["collectives"]} == {"1 x 2"}
+    assert sum(each["bytes"] for each in apply_update["collectives"]) == 4 * (PARAMETERS + 6)
+    # This compiler refuses nothing: what it says is needed is compared.
+    flags = f"--compile-for={described}:2", "--config.device_memory_bytes=4000"
+    _, said = planned(capsys, config, *flags, status=2)
+    assert "what fits into the 0 MiB" in said
+
+
+RESNET, INCEPTION = "imagenet_resnet50.py", "imagenet_inception_resnet_v2.py"
+SHARE = "--config.microbatch_examples_per_device"
+
+
 @needs_tpu
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("experiment", "shape", "options"),
+    ("experiment", "shape", "share", "options"),
     [
-        ("imagenet_resnet50.py:mlperf_lars", "v5e:16x16", ()),
-        ("imagenet_resnet50.py:mlperf_lars", "v4:16x16x8", ()),
-        ("imagenet_resnet50.py:decay", "v5e:16x16", ("--config.shard_optimizer=True",)),
-        ("imagenet_resnet50.py:decay", "v5e:16x16", ("--config.reproducible=True",)),
-        ("imagenet_inception_resnet_v2.py:momentum_0.9", "v5e:16x16", ()),
+        (f"{RESNET}:mlperf_lars", "v4:16x16x16", 16, ("--config.ghost_batch_examples=16",)),
+        (f"{RESNET}:mlperf_lars", "v5e:16x16", 64, ()),
+        (f"{RESNET}:decay", "v5e:16x16", 32, ("--config.shard_optimizer=True",)),
+        (f"{RESNET}:decay", "v5e:16x16", 32, ("--config.reproducible=True",)),
+        (f"{INCEPTION}:momentum_0.9", "v5e:16x16", 64, ()),
     ],
 )
-def test_runs_of_pods_wait_once_an_update(experiment, shape, options, capsys):
-    """Minutes each, with microbatches of 64 examples a device."""
+def test_runs_of_pods_wait_once_an_update(experiment, shape, share, options, capsys):
+    """Minutes of two cores each; what was compiled before is read from the user's cache."""
     flags = f"--compile-for={shape}", "--config.model.dtype=bfloat16", *options
-    plan, _ = planned(
-        capsys, f"configs/{experiment}", *flags, "--config.microbatch_examples_per_device=64"
-    )
+    plan, _ = planned(capsys, f"configs/{experiment}", *flags, f"{SHARE}={share}")
     *accumulates, apply_update, evaluate = plan["compiled"]["programs"]
     for program in (*accumulates, evaluate):
         assert program["collectives"] == []
@@ -508,3 +532,43 @@ def test_runs_of_pods_wait_once_an_update(experiment, shape, options, capsys):
     else:
         assert found == {"all-reduce": 1}
         assert gradients < reduced < 1.02 * gradients
+
+
+@needs_tpu
+@pytest.mark.long
+def test_shared_ghost_batches_wait_for_neighbours_only(capsys):
+    """MLPerf's ghost batch of 64, of 16 examples on each of 4 chips."""
+    flags = "--compile-for=v4:16x16x16", "--config.model.dtype=bfloat16", f"{SHARE}=16"
+    plan, _ = planned(capsys, f"configs/{RESNET}:mlperf_lars", *flags)
+    accumulate = plan["compiled"]["programs"][0]
+    assert {each["groups"] for each in accumulate["collectives"]} == {"1024 x 4"}
+    assert sum(each["bytes"] for each in accumulate["collectives"]) < 2**21
+
+
+@needs_tpu
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("experiment", "batch_size"),
+    [
+        ("fashion_mnist_wrn16_4.py:decay", 2**18),
+        (f"{RESNET}:decay", 2**13),
+        (f"{INCEPTION}:decay", 2**13),
+    ],
+)
+def test_the_largest_microbatch_of_16_gb(experiment, batch_size, capsys):
+    """A tenth more, in whole ghost batches, is refused by the compiler."""
+
+    def compiled(batch_size, share, status=0):
+        flags = "--compile-for=v5e:2x2", f"{SHARE}={share}", "--config.model.dtype=bfloat16"
+        size = f"--config.policy.batch_size={batch_size}"
+        return planned(capsys, f"configs/{experiment}", *flags, size, status=status)
+
+    found = compiled(batch_size, "auto")[0]["compiled"]
+    largest, ghost = found["largest_examples_per_device"], load_config(f"configs/{experiment}")
+    ghost = ghost.ghost_batch_examples
+    assert found["microbatch_examples_per_device"] < largest
+    compiled(4 * largest, largest)
+    more = largest + max(ghost, largest // 10 // ghost * ghost)
+    plan, said = compiled(4 * more, more, status=2)
+    assert plan["compiled"]["programs"][0]["refused"]
+    assert f"microbatch_examples_per_device: given {more}" in said

@@ -213,13 +213,11 @@ def _events(
     """The TensorBoard files of a run that goes on from there; process 0 writes them."""
     if not distributed.is_first():
         return None
-    done = progress.updates
-    examples = int(run.plan.batch_sizes[:done].sum())
     tested = ["loss", *metric_names] if run.data.test_examples else []
     with storage.writing(files.tensorboard):
         return EventFiles(
             files.tensorboard,
-            last={"update": done, "examples": examples, **run.tokens(examples)},
+            last_update=progress.updates,
             config=resume.plain(record),
             metrics=[*(f"test_{name}" for name in tested), "train_loss"],
         )

@@ -1,6 +1,6 @@
 """The report as one HTML page: no network, its own small script, readable on a phone and a desk."""
 
-import importlib.resources
+import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -198,9 +198,10 @@ def _file(name: str) -> str:
 
 def _bokeh() -> str:
     """The library's own script: a page that is opened needs no network."""
-    folder = importlib.resources.files("bokeh") / "server/static/js"
-    texts = [(folder / f"bokeh{part}.min.js").read_text("utf-8") for part in ("", "-api")]
-    return "\n".join(texts)
+    # The package is not imported: that takes a second, and a home.
+    locate = importlib.metadata.distribution("bokeh").locate_file
+    names = [f"bokeh/server/static/js/bokeh{part}.min.js" for part in ("", "-api")]
+    return "\n".join(Path(str(locate(name))).read_text("utf-8") for name in names)
 
 
 def _json(data: Mapping[str, Any]) -> str:

@@ -36,6 +36,8 @@ TRAINING_FIELDS = (
     "input_wait_s",
     "gradient_noise_scale",
     "gradient_noise_scale_error",
+    "gradient_square",
+    "gradient_variance",
 )
 
 _STAGE_FIELDS = (
@@ -180,7 +182,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         state = "damaged" if (path / "result.json").exists() else "missing"
         warnings.append(f"result.json is {state}: the run counts as not finished")
     metrics = _metrics(path / "run.json", warnings)
-    training, evaluations, population, log_warnings = _read_log(path / "metrics.jsonl", metrics)
+    training, evaluations, population, log_warnings = read_log(path / "metrics.jsonl", metrics)
     warnings.extend(log_warnings)
     if training["train_loss"].size == 0:
         warnings.append("there are no training records")
@@ -242,8 +244,13 @@ def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     return summary if plan and plan["train_examples"] > 0 < plan["epochs"] else None
 
 
-def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str, list[str]]:
-    """Training columns, evaluation columns, noise population and warnings of a metrics.jsonl."""
+def read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str, list[str]]:
+    """Training columns, evaluation columns, noise population and warnings of a metrics.jsonl.
+
+    Args:
+      path: of the file.
+      metrics: whose `test_NAME` the evaluation columns hold.
+    """
     population = DATA_DISTRIBUTION
     training = _Table(TRAINING_FIELDS, needed=("update", "examples", "train_loss"))
     tested = dict.fromkeys(f"test_{name}" for name in ("loss", *metrics))

@@ -166,14 +166,15 @@ def _resumed(case: _Case) -> Causes:
 
 
 def _in_another_unit(values: Array, expected: Array, words: str) -> Causes:
-    ratios = values / expected
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = values / expected
     ratio = float(np.median(ratios[np.isfinite(ratios)])) if np.isfinite(ratios).any() else 1.0
     yield f"it is {ratio:.6g} times the plan's throughout: {words}", expected * ratio
 
 
 def _rounded(case: _Case, firsts: Array) -> Causes:
     """Batch sizes rounded for ranks; between two updates the nearer of theirs."""
-    known = case.values[np.isfinite(case.values)].astype(np.int64)
+    known = case.values[np.abs(case.values) < 2**53].astype(np.int64)
     unit = int(np.gcd.reduce(known)) if known.size else 0
     i = np.searchsorted(firsts, case.own, side="right") - 1
     for ranks in (ranks for ranks in range(min(unit, 2**16), 1, -1) if unit % ranks == 0):

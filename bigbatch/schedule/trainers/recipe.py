@@ -203,14 +203,15 @@ def _as_kind(value: Any, kind: Any) -> tuple[Any, ...]:
         return None, words
     if kind is float:
         return float(number), words
-    whole = int(str(value)) if str(value).isdigit() else round(number)
+    whole = int(str(value)) if str(value).isdecimal() else round(number)
     return whole if whole == number else None, words, whole
 
 
 def check_stages(checks: Checks, field: str, starts: list[Any], sizes: list[Any]) -> None:
     """Ends the checks, with a problem unless the starts rise from 0 and the sizes are sizes."""
-    rising = starts[:1] == [0] and all(a < b for a, b in itertools.pairwise(starts))
-    checks.require(rising, field, starts, "starts that rise from 0", sorted({0, *starts}))
-    sized = all(size >= 1 for size in sizes)
+    rising = starts[:1] == [0] and all(a < b for a, b in itertools.pairwise([*starts, 2**53]))
+    nearest = sorted({0, *(start for start in starts if 0 < start < 2**53)})
+    checks.require(rising, field, starts, "starts that rise from 0 to below 2^53", nearest)
+    sized = all(1 <= size <= 2**53 for size in sizes)
     checks.require(sized, field, sizes, "batch sizes of at least 1 example")
     checks.done()
