@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 
@@ -113,6 +115,18 @@ ENTRY %main.39_spmd (p: bf16[4,8]) -> f32[4] {
   ROOT %all-reduce-done.1 = (f32[4]{0}, f32[6]{0}) all-reduce-done(%all-reduce-start.1)
 }
 """  # noqa: E501
+
+ATTENTION = """
+import jax, jax.numpy as jnp
+from bigbatch.commands.compile import child, chips
+from bigbatch.engine import functions
+from bigbatch.models.transformer import _attention
+
+devices, _ = child.described(chips.target("h100:1"))
+replicated = jax.sharding.NamedSharding(functions.data_mesh(devices), functions.REPLICATED)
+x = jax.ShapeDtypeStruct((2, 64, 2, 32), jnp.bfloat16, sharding=replicated)
+assert "__cudnn$fmhaSoftmax" in jax.jit(_attention).lower(x, x, x).compile().as_text()
+"""
 
 
 def test_the_text_of_a_tpu_s_program():
@@ -242,10 +256,10 @@ def test_collectives_are_those_that_a_plain_search_finds(here, config, capsys):
     kept = child.Compiling.__call__
     texts = []
 
-    def reading(self, name, traced, lowered):
+    def reading(self, name, traced, lowered, options):
         if name == "apply_update":
             texts.append(lowered.compile().as_text())
-        return kept(self, name, traced, lowered)
+        return kept(self, name, traced, lowered, options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(child.Compiling, "__call__", reading)
@@ -311,10 +325,10 @@ def test_a_compiler_s_refusal_is_a_need(here, config, capsys, monkeypatch):
     )
 
     class Lowered:
-        def compile(self):
+        def compile(self, options):
             raise jax.errors.JaxRuntimeError(words)
 
-    facts = child._compiled(Lowered())
+    facts = child._compiled(Lowered(), {})
     program = {**facts, "name": "accumulate", "examples_per_device": 64, "flops": 1}
     assert facts["memory"]["temp_size_in_bytes"] == 120 * 2**30
     found = {"programs": [{**program, "needed_bytes": 1}], "target": "v5e:2x2"}
@@ -452,6 +466,21 @@ def test_the_compiler_of_tpus(config, capsys, tmp_path, monkeypatch):
     assert apply_update["collectives"][0]["bytes"] == 4 * (PARAMETERS + 6)
     assert cli.main(["plan", f"--config={config}", "--compile-for=v5e:3x7"]) == 2
     assert "compile-for: given 'v5e:3x7'; allowed: a topology" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    not any(map(importlib.util.find_spec, chips._PACKAGES["cuda"])), reason="needs extra cuda"
+)
+def test_the_compiler_of_gpus(config, capsys, tmp_path, monkeypatch):
+    """Takes the options that training gives it, and cuDNN's attention for bfloat16."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    plan, _ = planned(capsys, config, "--compile-for=h100:2")
+    accumulate, apply_update, evaluate = plan["compiled"]["programs"]
+    assert plan["compiled"]["device_kind"] == "NVIDIA H100 80GB HBM3"
+    assert accumulate["collectives"] == evaluate["collectives"] == []
+    assert [(c["kind"], c["count"]) for c in apply_update["collectives"]] == [("all-reduce", 1)]
+    environment = os.environ | table._ENVIRONMENT
+    subprocess.run([sys.executable, "-c", ATTENTION], env=environment, check=True)
 
 
 @needs_tpu

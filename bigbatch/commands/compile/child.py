@@ -67,7 +67,9 @@ class Compiling:
     say: Callable[[str], None]
     made: dict[str, Program]
 
-    def __call__(self, name: str, traced: Any, lowered: Any) -> Program | None:
+    def __call__(
+        self, name: str, traced: Any, lowered: Any, options: Mapping[str, Any]
+    ) -> Program | None:
         """Compiles a program, or reads what is kept of it."""
         if name in _ASIDE:
             return None
@@ -77,7 +79,7 @@ class Compiling:
     def _facts(self, name: str, traced: Any, lowered: Any) -> dict[str, Any]:
         place = [self.asked.topology, self.asked.slices, self.asked.card]
         flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-        told = json.dumps([_VERSION, self.version, place, flags, lowered.as_text()])
+        told = json.dumps([_VERSION, self.version, place, flags, options, lowered.as_text()])
         fingerprint = hashlib.sha256(told.encode()).hexdigest()[:32]
         cache = cache_directory("described")
         kept = cache and cache / f"{fingerprint}.json"
@@ -86,7 +88,7 @@ class Compiling:
                 return dict(json.loads(kept.read_text("utf-8")))
         self.say(f"compiling {name} for {self.asked.asked} ...")
         start_s = time.perf_counter()
-        facts = {"name": name.split()[0], "fingerprint": fingerprint, **_compiled(lowered)}
+        facts = {"name": name.split()[0], "fingerprint": fingerprint, **_compiled(lowered, options)}
         facts |= {"flops": read.model_flops(traced.jaxpr)}
         facts |= {"compilation_s": round(time.perf_counter() - start_s, 1)}
         self.say(f"compiled {name} in {facts['compilation_s']:.0f} s")
@@ -98,10 +100,10 @@ class Compiling:
         return facts
 
 
-def _compiled(lowered: Any) -> dict[str, Any]:
+def _compiled(lowered: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the compiler makes of a lowered program, or why it refuses."""
     try:
-        program = lowered.compile()
+        program = lowered.compile(dict(options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
