@@ -472,6 +472,8 @@ LEVANTER, MAXTEXT, OLMO = (GOLDEN[name][0] for name in ("levanter", "maxtext", "
 
 NO_TABLES = [
     "",
+    "batch_size,learning_rate\n1e300,1\n",
+    'batch_size,learning_rate\n"' + "1" * 200_000,
     "batch_size,learning_rate\n",
     "batch_size\n3\n",
     "batch_size,learning_rate\n2.5,1\n",
@@ -485,6 +487,7 @@ def problems(read, text):
 
 
 STEP = '--seq-length 8 --step-batch-size-schedule "0:4" --train-samples 100 --lr 0.1 '
+RAMP_FLAGS = "--global-batch-size 32 --train-samples 900 --lr 1 --rampup-batch-size {}"
 MISTAKES = [
     ("megatron", STEP + "--lr-warmup-sample 10", "--lr-warmup-sample", "lr-warmup-samples"),
     ("megatron", STEP + "--global-batch-size 8", "--global-batch-size", None),
@@ -501,6 +504,13 @@ MISTAKES = [
     ("megatron", "--lr 1 --train-samples 9", "--global-batch-size", None),
     ("megatron", STEP.replace("--lr 0.1", ""), "--lr", None),
     ("megatron", '--lr "0', "flags", None),
+    ("megatron", STEP.replace("0:4", "0:4 1e999:8"), "--step-batch-size-schedule", None),
+    ("megatron", RAMP_FLAGS.format("8 0 100"), "--rampup-batch-size", None),
+    ("megatron", RAMP_FLAGS.format("8 \u00b2 100"), "--rampup-batch-size", None),
+    ("megatron", RAMP_FLAGS.format("8 8 0"), "--rampup-batch-size", None),
+    ("megatron", RAMP_FLAGS.format("0 8 100"), "--rampup-batch-size", None),
+    ("megatron", RAMP_FLAGS.format("32 8 100"), "--rampup-batch-size", None),
+    ("levanter", LEVANTER.replace("15", "1" + 20 * "0"), "trainer.train_batch_size", [0, 10]),
     ("levanter", "[1, 2]", "config", None),
     ("levanter", "{trainer: 3, optimizer: {}}", "trainer", None),
     ("levanter", "no_such_file.yaml", "config", None),
@@ -521,6 +531,12 @@ def test_mistakes(name, text, field, nearest):
     (problem,) = [each for each in found if each.field == field]
     assert problem.nearest == nearest
     assert problem.allowed
+
+
+def test_a_run_without_end_is_refused():
+    recipe = megatron.read("--global-batch-size 4 --lr 1 --train-samples 1_000_000_000_000")
+    with pytest.raises(UserError, match=r"^updates: given 250000000000; .* 16,777,216 updates"):
+        recipe.plan(100)
 
 
 @pytest.mark.parametrize("text", NO_TABLES)

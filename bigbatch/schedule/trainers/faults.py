@@ -15,6 +15,7 @@ from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.trainers.log import PRESETS, Column, Preset
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: int) -> list[str]:
     """What differs from the plan, in sentences; none where nothing does.
 
@@ -174,7 +175,7 @@ def _in_another_unit(values: Array, expected: Array, words: str) -> Causes:
 
 def _rounded(case: _Case, firsts: Array) -> Causes:
     """Batch sizes rounded for ranks; between two updates the nearer of theirs."""
-    known = case.values[np.isfinite(case.values)].astype(np.int64)
+    known = case.values[np.abs(case.values) < 2**53].astype(np.int64)
     unit = int(np.gcd.reduce(known)) if known.size else 0
     i = np.searchsorted(firsts, case.own, side="right") - 1
     for ranks in (ranks for ranks in range(min(unit, 2**16), 1, -1) if unit % ranks == 0):

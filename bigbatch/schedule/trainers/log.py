@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import io
 import json
 import math
 import re
@@ -130,10 +129,9 @@ def _records(text: str) -> list[dict[str, Any]]:
     if found:
         return found
     # A tracker writes the run's name before a column's.
-    return [
-        {str(name).rpartition(" - ")[2]: value for name, value in row.items()}
-        for row in csv.DictReader(io.StringIO(text))
-    ]
+    with contextlib.suppress(csv.Error):
+        found = list(csv.DictReader(lines))
+    return [{str(n).rpartition(" - ")[2]: value for n, value in row.items()} for row in found]
 
 
 def _number(text: Any) -> float:

@@ -39,7 +39,7 @@ _FLAGS: dict[str, tuple[Any, Any]] = {
 }
 for _part in ("train", "lr-decay", "lr-warmup", "lr-wsd-decay"):
     _FLAGS |= {f"{_part}-samples": (int, None), f"{_part}-iters": (int, None)}
-_NUMBER = r"(\d+\.?\d*(?:E\d+)?)([KMBT]?)"
+_NUMBER = r"(\d+\.?\d*(?:E\d{1,2})?)([KMBT]?)"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -131,7 +131,7 @@ def _parsed(checks: Checks, flags: str) -> dict[str, Any]:
     words: list[str] = []
     try:
         words = shlex.split(flags.replace("\\\n", " "))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         checks.require(False, "flags", flags, f"flags as a shell reads them ({error})")
     places = [i for i, word in enumerate(words) if word.startswith("--")]
     checks.require(places[:1] in ([0], words), "flags", flags, "flags, which begin with --")
@@ -168,7 +168,7 @@ def _ramp(checks: Checks, given: list[str], last: int) -> dict[int, int]:
     """Batch sizes by where they start, in examples."""
     field = "--rampup-batch-size"
     allowed = "three whole numbers: the first size, the increment, and the samples of the ramp"
-    checks.require(len(given) == 3 and all(g.isdigit() for g in given), field, given, allowed)
+    checks.require(len(given) == 3 and all(g.isdecimal() for g in given), field, given, allowed)
     checks.done()
     first, increment, samples = map(int, given)
     count, rest = divmod(last - first, increment or 1)

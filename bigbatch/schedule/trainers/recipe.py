@@ -16,6 +16,7 @@ import numpy as np
 
 from bigbatch.checks import Checks, is_number, text_of
 from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.schedule.durations import MOST_UPDATES
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy, Settings, StatedSize
@@ -72,6 +73,9 @@ class Recipe:
         for size, stop in zip(self.batch_sizes, [*self.starts_examples[1:], end], strict=True):
             counts.append(max(0, -(-(min(stop, end) - position) // size)))
             position += counts[-1] * size
+        checks, most = Checks(), f"a run of at most {MOST_UPDATES:,} updates"
+        checks.require(sum(counts) <= MOST_UPDATES, "updates", sum(counts), most, MOST_UPDATES)
+        checks.done()
         sizes = np.repeat(np.array(self.batch_sizes, np.int64), counts)
         if self.leaves_last_out and position > end and len(sizes) > 1:
             sizes = sizes[:-1]
@@ -206,14 +210,15 @@ def _as_kind(value: Any, kind: Any) -> tuple[Any, ...]:
         return None, words
     if kind is float:
         return float(number), words
-    whole = int(str(value)) if str(value).isdigit() else round(number)
+    whole = int(str(value)) if str(value).isdecimal() else round(number)
     return whole if whole == number else None, words, whole
 
 
 def check_stages(checks: Checks, field: str, starts: list[Any], sizes: list[Any]) -> None:
     """Ends the checks, with a problem unless the starts rise from 0 and the sizes are sizes."""
-    rising = starts[:1] == [0] and all(a < b for a, b in itertools.pairwise(starts))
-    checks.require(rising, field, starts, "starts that rise from 0", sorted({0, *starts}))
-    sized = all(size >= 1 for size in sizes)
+    rising = starts[:1] == [0] and all(a < b for a, b in itertools.pairwise([*starts, 2**53]))
+    nearest = sorted({0, *(start for start in starts if 0 < start < 2**53)})
+    checks.require(rising, field, starts, "starts that rise from 0 to below 2^53", nearest)
+    sized = all(1 <= size <= 2**53 for size in sizes)
     checks.require(sized, field, sizes, "batch sizes of at least 1 example")
     checks.done()

@@ -142,14 +142,15 @@ def run_csv(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
     Raises:
       UserError: the text is no such table.
     """
-    rows = list(csv.DictReader(io.StringIO(text)))
     try:
+        rows = list(csv.DictReader(text.splitlines()))
         names = [name for name in (rows[0] if rows else ()) if name not in _PLACES]
         columns = {name: np.array([float(row[name]) for row in rows]) for name in names}
         sizes, rates = columns["batch_size"], columns["learning_rate"]
-        if not (sizes.min() >= 1 and (sizes % 1 == 0).all() and np.isfinite(rates).all()):
+        whole = 1 <= sizes.min() <= sizes.sum() < 2**53 and (sizes % 1 == 0).all()
+        if not (whole and np.isfinite(rates).all()):
             raise ValueError("batch sizes are whole numbers from 1 on, learning rates are finite")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         allowed = f"a table with batch_size and learning_rate, a line an update ({error})"
         raise UserError(Problem("csv", text[:40], allowed)) from error
     return _plan(plan, {"momentum": np.zeros(len(rows)), **columns})
