@@ -115,7 +115,7 @@ def read(flags: str, ranks: int = 1, sequence_length: int = 1) -> Recipe:
 
     def rate(positions: Array, updates: Array, batch_sizes: Array) -> Array:
         if style != "inverse-square-root":
-            return course(np.minimum(positions, decay), shape, peak, first, floor, at)
+            return course(positions, shape, peak, first, floor, at)
         falling = np.maximum(floor, peak * np.sqrt(max(warmup, 1) / np.maximum(positions, 1)))
         falling = np.where(positions > decay, floor, falling)
         return np.where(

@@ -7,6 +7,7 @@ done are a multiple of the ratio. The learning rate of an update is that of the 
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -115,8 +116,8 @@ def read(config: str | Mapping[str, Any], ranks: int = 1, sequence_length: int =
         floor = curve["decay_min_lr"] if is_wsd else curve.get("alpha_f", 1.0) * peak
         after = (positions + batch_sizes) * sequence_length
         # Its wsd goes on below its end, to which a last update may lead.
-        times = after if is_wsd else np.minimum(after, stop)
-        return course(times, style, peak, curve.get("warmup_min_lr", 0.0), floor, at)
+        most, first = math.inf if is_wsd else 1.0, curve.get("warmup_min_lr", 0.0)
+        return course(after, style, peak, first, floor, at, most)
 
     return Recipe(starts, sizes, rate, -(-end // sequence_length), warmup / sequence_length)
 
@@ -162,11 +163,12 @@ def write(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
         common = {"units": "tokens", "warmup": round(curve.warmup), "warmup_min_lr": curve.first}
         alpha = {"alpha_f": curve.floor / curve.peak, "t_max": round(curve.end)}
         decay = {"decay": round(curve.end - curve.start), "decay_fraction": None}
-        for kind, others in {
+        kinds: dict[str, dict[str, dict[str, Any]]] = {
             "constant": {"constant_with_warmup": {}},
             "cosine": {"cos_with_warmup": alpha},
             "linear": {"linear_with_warmup": alpha, "wsd": decay | {"decay_min_lr": curve.floor}},
-        }[curve.style].items():
+        }
+        for kind, others in kinds[curve.style].items():
             scheduler = {"type": kind} | others | common
             whole = config | {"lr": curve.peak, "scheduler": scheduler}
             lines = [f'  "{name}": {json.dumps(value)}' for name, value in whole.items()]

@@ -94,20 +94,27 @@ _LEFT: dict[str, Callable[[Array], Array]] = {
 
 
 def course(
-    times: Array, style: str, peak: Any, first: float, floor: Any, at: tuple[float, float, float]
+    times: Array,
+    style: str,
+    peak: Any,
+    first: float,
+    floor: Any,
+    at: tuple[float, float, float],
+    most: float = 1.0,
 ) -> Array:
     """A learning rate that rises on a line, holds, and decays.
 
     Args:
-      times: in the trainer's unit. Past the end of the decay its formula goes on.
+      times: in the trainer's unit.
       style: of the decay.
       peak: the largest, float64[n] or one for all.
       first: that of time 0.
       floor: that of the decay's end, likewise.
       at: the times at which the rise ends, the decay starts, and the decay ends.
+      most: the share of the decay at which it stops.
     """
     warmup, start, end = at
-    done = np.maximum(times - start, 0) / (end - start or 1)
+    done = np.minimum(np.maximum(times - start, 0) / (end - start or 1), most)
     rising = first + (peak - first) * times / (warmup or 1)
     # A decay may begin before the rise has ended, which then holds to its last update.
     is_rising = (times <= warmup) & (warmup > 0)
