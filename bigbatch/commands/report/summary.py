@@ -169,7 +169,7 @@ def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric])
     losses = np.array(
         [bin_means(run.training, "train_loss", edges * run.train_examples) for run in used]
     )
-    loss_curve, noise_scale = _loss_curve(used)
+    curve, noise_scale = loss_curve(used)
     return Experiment(
         name=name,
         runs=tuple(used),
@@ -180,9 +180,9 @@ def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric])
         examples_per_s=MeanSd.of([_examples_per_s(run) for run in used]),
         seconds=MeanSd.of([run.final("seconds", math.nan) for run in used]),
         epoch_losses=losses,
-        loss_curve=loss_curve,
+        loss_curve=curve,
         noise_scale=noise_scale,
-        metric_curve=_metric_curve(used, metrics),
+        metric_curve=metric_curve(used, metrics),
     )
 
 
@@ -193,7 +193,7 @@ def _examples_per_s(run: LoggedRun) -> float:
     return float(sizes[timed].sum() / (sizes[timed] / rates[timed]).sum()) if any(timed) else np.nan
 
 
-def _loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
+def loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
     """The curve of the training loss, and the noise scale of its bins."""
     epochs = max(run.epochs for run in runs)
     # Over a whole epoch each run has seen each example once, so the curve has the least scatter.
@@ -226,7 +226,7 @@ def _loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
     return Curve(centres, np.mean(updates, axis=0), *bands), noise_scale
 
 
-def _metric_curve(runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Curve:
+def metric_curve(runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Curve:
     """The main metric at the evaluations that most runs share, by the update.
 
     Runs of one plan evaluate at the same updates. Runs that decide their plans evaluate at

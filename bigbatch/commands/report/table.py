@@ -129,8 +129,18 @@ def explanation(summary: Summary) -> str:
         f"p: the share of all ways to deal the same runs into two groups of n and m that "
         f"give a gap at least as large. Largest gap: of one epoch, counted from 0; positive where "
         f"the loss is higher than {name}'s. Epochs in which runs of the same seed are still the "
-        f"same run do not count."
+        f"same run do not count.{_tests(summary)}"
     )
+
+
+def _tests(summary: Summary) -> str:
+    """How many tests there are, and how small a p so few runs can give."""
+    gaps = [experiment.gap for experiment in summary.experiments if experiment.gap is not None]
+    if not gaps:
+        return ""
+    least = max(gap.smallest_p for gap in gaps)
+    count = "One test" if len(gaps) == 1 else f"{len(gaps)} tests, not corrected for their number"
+    return f" {count}; with so few runs no p can be below {least:.2g}."
 
 
 def notes(summary: Summary) -> str:
