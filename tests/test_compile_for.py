@@ -503,6 +503,36 @@ def test_several_slices(config, capsys, tmp_path, monkeypatch):
     assert found["send"]["bytes"] >= 4 * (PARAMETERS + 6) / 8
 
 
+REFUSED = """
+import json, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from bigbatch.commands.compile import child, chips
+from bigbatch.engine.functions import data_mesh
+
+for shape in ("v2:2x2", "v3:2x2", "v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"):
+    asked = chips.target(shape)
+    devices, _ = child.described(asked)
+    assert len(devices) == asked.devices
+    whole = NamedSharding(data_mesh(devices), PartitionSpec())
+    x = jax.ShapeDtypeStruct((50 * 2**30,), jnp.float32, sharding=whole)
+    facts = child._compiled(jax.jit(lambda x: (jnp.sin(x), jnp.sum(x))).lower(x))
+    print(json.dumps([shape, facts["refused"], facts["memory"]["temp_size_in_bytes"]]))
+"""
+
+
+@needs_tpu
+def test_chips_have_the_devices_and_the_memory_that_their_compiler_says():
+    command, environment = [sys.executable, "-c", REFUSED], os.environ | table._ENVIRONMENT
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('["')]
+    assert [shape.partition(":")[0] for shape, _, _ in told] == list(chips.CHIPS)[:7]
+    for shape, refused, needed_bytes in told:
+        chip = chips.CHIPS[shape.partition(":")[0]]
+        assert needed_bytes == 400 * 2**30
+        gib = float(re.search(r"exceeds available HBM \(([\d.]+)G\)", refused)[1])
+        assert chip.memory_bytes == pytest.approx(gib * 2**30 * chip.devices)
+
+
 needs_cuda = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, chips._PACKAGES["cuda"])), reason="needs extra cuda"
 )
