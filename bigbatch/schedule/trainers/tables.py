@@ -167,7 +167,8 @@ def read_csv(text: str, plan: Plan) -> Plan:
             if name not in ("update", "first_example")
         }
         sizes, rates = columns["batch_size"], columns["learning_rate"]
-        if not (1 <= sizes.min() <= sizes.sum() < 2**53 and (sizes % 1 == 0).all() and np.isfinite(rates).all()):
+        whole = (sizes % 1 == 0).all() and np.isfinite(rates).all()
+        if not (whole and 1 <= sizes.min() <= sizes.sum() < 2**53):
             raise ValueError("batch sizes are whole numbers from 1 on, learning rates are finite")
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         allowed = f"a table with batch_size and learning_rate, a line an update ({error})"
