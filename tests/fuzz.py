@@ -1,7 +1,7 @@
 """Inputs that nobody means, for the tests: whatever they are, they end in a sentence.
 
-`python -m tests.fuzz configs|files|figures|texts COUNT` tries so many, seeded, in bounded memory and
-time.
+`python -m tests.fuzz configs|files|figures|texts COUNT` tries so many, seeded, in bounded memory
+and time.
 """
 
 import contextlib

@@ -109,8 +109,9 @@ def steady(process: subprocess.Popen, directory: Path) -> str:
     early = [counts for step in sorted(held)[:3] for counts in held[step]]
     # At its end a process closes one after the other: the first look after the last checkpoint.
     late = held[max(held)][0] if held else (0, 0)
-    for kind, before, after in zip(("descriptors", "threads"), zip(*early), late, strict=False):
-        assert after <= max(before) + SPARE, f"{after} {kind}, {max(before)} at first"
+    for place, kind in enumerate(("descriptors", "threads")):
+        most = max((counts[place] for counts in early), default=0)
+        assert late[place] <= most + SPARE, f"{late[place]} {kind}, {most} at first"
     return f"{len(held)} checkpoints: {max(early, default=0)} at first, {late} at the end"
 
 
