@@ -73,10 +73,12 @@ class Compiling:
         """Compiles a program, or reads what is kept of it."""
         if name in _ASIDE:
             return None
-        self.made[name] = Program(self._facts(name, traced, lowered))
+        self.made[name] = Program(self._facts(name, traced, lowered, options))
         return self.made[name]
 
-    def _facts(self, name: str, traced: Any, lowered: Any) -> dict[str, Any]:
+    def _facts(
+        self, name: str, traced: Any, lowered: Any, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         place = [self.asked.topology, self.asked.slices, self.asked.card]
         flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
         told = json.dumps([_VERSION, self.version, place, flags, options, lowered.as_text()])

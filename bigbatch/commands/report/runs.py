@@ -392,11 +392,8 @@ def _without_repeats(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _since_examples(examples: np.ndarray, line: np.ndarray, damaged: list[int]) -> np.ndarray:
     """The first example of each record's range; NaN where a line before it was lost."""
-    if examples.size == 0:
-        return np.empty(0)
-    since = np.append(0.0, examples[:-1])
+    since = np.append(0.0, examples)[:-1]
     if damaged:
-        lost = np.unique(damaged)
-        lost_before = np.searchsorted(lost, line)
+        lost_before = np.searchsorted(np.unique(damaged), line)
         since[np.diff(lost_before, prepend=0) > 0] = np.nan
     return since
