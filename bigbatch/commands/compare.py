@@ -1,7 +1,8 @@
 """Several experiments of one config file, each with several seeds, and reports on them.
 
-Experiments named SCHEDULE-VARIANT, as in "increase-adam", are compared with "decay-VARIANT" where
-that is among them: one report a variant, beside the report on the names without one.
+Experiments named SCHEDULE-VARIANT, as in "increase-adam", are compared with "decay-VARIANT", or
+with that of the first experiment, where it is among them: one report a variant, beside the report
+on the names without one.
 """
 
 import sys
@@ -113,6 +114,6 @@ def families(names: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         variant = name.partition("-")[2]
-        own = variant and f"{REFERENCE_NAME}-{variant}" in names
+        own = variant and {f"{n}-{variant}" for n in (REFERENCE_NAME, names[0])} & {*names}
         found.setdefault(variant if own else "", []).append(name)
     return found

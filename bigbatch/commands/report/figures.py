@@ -123,7 +123,7 @@ def _curve_gap(axes: "Axes", summary: Summary) -> None:
     """The curve gap d/s in each epoch, with the band that it keeps to without a difference."""
     gaps = [(e.gap, style) for e, style in _styled(summary) if e.gap is not None]
     for gap, style in gaps:
-        axes.plot(gap.epochs + 0.5, gap.gaps, **_line(style))
+        axes.plot(gap.centres, gap.gaps, **_line(style))
     for band in {round(gap.expected_rms, 6) for gap, _ in gaps}:
         axes.axhspan(-2 * band, 2 * band, color=REFERENCE_COLOUR, alpha=0.18, linewidth=0)
     axes.axhline(0, color=REFERENCE_COLOUR, linewidth=2, zorder=1)

@@ -130,7 +130,7 @@ def _curve(number: int, runs: tuple[LoggedRun, ...], curve: Curve, *, band: bool
 
 def _gap(summary: Summary) -> dict[str, Any]:
     compared = [(i, e.gap) for i, e in enumerate(summary.experiments) if e.gap is not None]
-    series = [_series(i, {"epochs": _plain(gap.epochs + 0.5)}, gap.gaps) for i, gap in compared]
+    series = [_series(i, {"epochs": _plain(gap.centres)}, gap.gaps) for i, gap in compared]
     bands = sorted({round(2 * gap.expected_rms, 4) for _, gap in compared})
     name = summary.reference.name
     title = f"Loss difference from {name}, in standard deviations between seeds"
