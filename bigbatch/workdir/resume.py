@@ -88,7 +88,7 @@ def open_run(
                     files.result.unlink(missing_ok=True)
         described = {"bigbatch": versions["bigbatch"], "metrics": metrics, "identity": identity}
         if metrics is None and files.run.exists():
-            described["metrics"] = read_json(files.run)["metrics"]
+            described["metrics"] = read_json(files.run).get("metrics")
         for path, value in ((files.config, plain(record)), (files.run, plain(described))):
             if not path.exists() or read_json(path) != value:
                 write_json(path, value)
