@@ -30,8 +30,8 @@ def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: i
     inside = (updates >= 0) & (updates < plan.num_updates)
     at = updates[inside].astype(np.int64)
     columns = {name: Column(c.values[inside], c.tolerance[inside]) for name, c in log.items()}
-    own: Array = plan.first_examples[at] * 1.0
-    sizes: Array = plan.batch_sizes[at] * 1.0
+    own = plan.first_examples[at].astype(np.float64)
+    sizes = plan.batch_sizes[at].astype(np.float64)
     if "batch_size" in columns:
         sizes = columns["batch_size"].values
         # By their own sizes where all are there.
