@@ -26,7 +26,8 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--emit", metavar="FORMAT", help="print it for another trainer (megatron, ...)"
     )
-    plan.add_argument("--against", metavar="FORMAT:FILE", help="compare it with another's schedule")
+    text = "compare it with another trainer's schedule, or with another config"
+    plan.add_argument("--against", metavar="FORMAT:FILE", help=text)
     plan.add_argument(
         "--sequence-length", type=int, help="tokens of an example (default: the data's, or 1)"
     )

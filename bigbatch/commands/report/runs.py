@@ -18,6 +18,7 @@ import numpy as np
 from bigbatch.checks import is_number, parsed, text_of
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
+from bigbatch.workdir import starts
 
 POSITION_FIELDS = (
     "update",
@@ -84,6 +85,7 @@ class LoggedRun:
       evaluations: the evaluation records, one float64[records] a field of `POSITION_FIELDS`, the
         test loss and the metrics, each as `test_NAME`.
       result: result.json; None if the run is not finished.
+      starts: when, where and by which command it was started, as starts.json says.
       warnings: what could not be read, one sentence each.
     """
 
@@ -97,6 +99,7 @@ class LoggedRun:
     metrics: tuple[str, ...]
     evaluations: Columns
     result: Mapping[str, Any] | None
+    starts: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
 
     @property
@@ -201,6 +204,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         metrics=metrics,
         evaluations=evaluations,
         result=result,
+        starts=tuple(starts.before(path / "starts.json")),
         warnings=tuple(warnings),
     )
 
@@ -388,11 +392,8 @@ def _without_repeats(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _since_examples(examples: np.ndarray, line: np.ndarray, damaged: list[int]) -> np.ndarray:
     """The first example of each record's range; NaN where a line before it was lost."""
-    if examples.size == 0:
-        return np.empty(0)
-    since = np.append(0.0, examples[:-1])
+    since = np.append(0.0, examples)[:-1]
     if damaged:
-        lost = np.unique(damaged)
-        lost_before = np.searchsorted(lost, line)
+        lost_before = np.searchsorted(np.unique(damaged), line)
         since[np.diff(lost_before, prepend=0) > 0] = np.nan
     return since
