@@ -213,11 +213,10 @@ def samples(root: Path):
     def told(directory):
         # Figures would take seconds.
         run = read_run(directory)
-        if not run.usable:
-            return
-        summary = summarise([run])
-        table.markdown(summary)
-        page(summary)
+        if run.usable:
+            summary = summarise([run])
+            table.markdown(summary)
+            page(summary)
 
     def arrays(directory):
         sets.load("arrays", path=directory / "d.npz")
@@ -306,9 +305,16 @@ def try_figures(rng, directory, files, read):
 def many(what, count, one):
     """Calls a function with a generator of each seed; gives the seeds that ended otherwise."""
     bad = []
+
+    def too_long(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGPROF, too_long)
     for seed in range(count):
         rng = np.random.default_rng([seed, len(what)])
-        signal.alarm(MOST_S)
+        # Of the processor; what waits for ever is ended by the clock.
+        signal.setitimer(signal.ITIMER_PROF, MOST_S)
+        signal.alarm(60 * MOST_S)
         try:
             with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
                 warnings.simplefilter("error")
@@ -319,6 +325,7 @@ def many(what, count, one):
             bad.append(seed)
             lines = [line[:200] for line in traceback.format_exc().splitlines()]
             print(what, seed, *lines[-24:], sep="\n", file=sys.stderr)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     return bad
 

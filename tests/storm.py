@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 EVALUATE_EVERY = 5
 # Records without a stage change until a kill comes all the same.
 PATIENCE = 60
+# What is told to stop has so long, on a machine that may be at work.
+STOP_S = 1_800
 # Descriptors and threads of a checkpoint that is being written.
 SPARE = 10
 # Experiment -> what it changes. An adaptive run decides a growth every few updates here.
@@ -131,6 +133,10 @@ def command_for(experiment: str, directory: Path) -> list[str]:
 def storm(directory: Path, kills: int, seed: int, experiment: str) -> collections.Counter:
     """Kills up to so many processes of one run and lets it end; counts them by kind and moment."""
     moments, counts = random.Random(seed), collections.Counter()
+    # What is ignored where this was started in the background would be ignored by the runs, too.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     command = command_for(experiment, directory)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
@@ -142,7 +148,7 @@ def storm(directory: Path, kills: int, seed: int, experiment: str) -> collection
             moment = wait_for(moment, directory, process, moments)
             if process.poll() is None:
                 process.send_signal(number)
-                status = process.wait(timeout=300)
+                status = process.wait(STOP_S)
                 if status in (-number, 128 + number):
                     counts[f"{signal.Signals(number).name} {moment}"] += 1
         finally:

@@ -178,6 +178,15 @@ def test_going_back_moves_what_came_after(tmp_path):
     assert later == {"2-0", "2-1"}
 
 
+def test_an_error_waits_for_what_is_being_written(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with pytest.raises(ZeroDivisionError), Checkpoints(directory, 2) as checkpoints:
+        checkpoints.save(1, state_of(1), {"run": "this"})
+        raise ZeroDivisionError
+    assert numbers_in(directory) == [1]
+    assert restored(directory).updates == 1
+
+
 def test_a_half_written_checkpoint_is_none(original, tmp_path):
     directory = tmp_path / "checkpoints"
     shutil.copytree(original, directory)

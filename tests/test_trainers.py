@@ -533,6 +533,12 @@ def test_mistakes(name, text, field, nearest):
     assert problem.allowed
 
 
+@pytest.mark.parametrize("name", sorted(SIMULATED.keys() - {"levanter"}))
+def test_a_plan_of_one_update(name):
+    done = check_round_trip(name, plan_of(constant(0.1, 1000, 0.9), epochs=1))
+    assert done.stray.num_updates == 1
+
+
 def test_a_run_without_end_is_refused():
     recipe = megatron.read("--global-batch-size 4 --lr 1 --train-samples 1_000_000_000_000")
     with pytest.raises(UserError, match=r"^updates: given 250000000000; .* 16,777,216 updates"):

@@ -22,7 +22,7 @@ PACKAGES = {
     "megatron_rampup": ["megatron-core==0.16.1"],
     "levanter": ["marin-levanter==0.2.20.dev202606180959"],
     # Its wheel asks for a newer Python than its schedule needs.
-    "maxtext": ["--python-version=3.12", "--only-binary=:all:", "maxtext==0.2.5"],
+    "maxtext": ["--ignore-requires-python", "maxtext==0.2.5"],
     "olmo_core": ["ai2-olmo-core==3.0.0"],
 }
 READ = {

@@ -157,6 +157,7 @@ def _by_epochs_and_updates(panel: Callable[..., None]) -> tuple[Panel, ...]:
     return tuple(functools.partial(panel, against=against) for against in ("epochs", "updates"))
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
     """Writes panels side by side with a legend below them, sharp at 800 pixels and at twice that.
 

@@ -75,6 +75,7 @@ _STAGE_HEAD = (
 )
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def page(summary: Summary) -> str:
     """The whole page as HTML text.
 

@@ -136,6 +136,8 @@ class Summary:
         return self.experiments[0]
 
 
+# Numbers of a damaged log may be of any size; what they give is shown as it is.
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def summarise(runs: Sequence[LoggedRun]) -> Summary:
     """Puts runs together by experiment and compares each experiment with the reference.
 
