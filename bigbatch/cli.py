@@ -196,7 +196,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas; whole ones as int."""
     parts = text.split(",")
     try:
-        return tuple(int(part) if part.strip().isdigit() else float(part) for part in parts)
+        return tuple(int(part) if part.strip().isdecimal() else float(part) for part in parts)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"given {text!r}; allowed: numbers with commas between"
