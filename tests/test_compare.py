@@ -14,6 +14,10 @@ from bigbatch.config.file import compared_names
             ["decay", "decay-adam", "large", "large-adam"],
             {"": ["decay", "large"], "adam": ["decay-adam", "large-adam"]},
         ),
+        (
+            ["cosine", "late", "cosine-muon", "late-muon"],
+            {"": ["cosine", "late"], "muon": ["cosine-muon", "late-muon"]},
+        ),
         # Without a reference of its own a variant is compared with the others.
         (["decay", "increase-adam"], {"": ["decay", "increase-adam"]}),
         (["increase-adam", "decay-adam"], {"adam": ["increase-adam", "decay-adam"]}),

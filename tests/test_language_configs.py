@@ -15,13 +15,13 @@ SPEC = importlib.util.spec_from_file_location("language", FILE)
 LANGUAGE = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(LANGUAGE)
 
-TOKENS, SEQUENCE, SMALL, LARGE, RATE, WARMUP = 4_000_000, 128, 8, 128, 3e-3, 100_000
+TOKENS, SEQUENCE, SMALL, LARGE, RATE, WARMUP = 600_000, 128, 4, 64, 8e-3, 15_000
 # Stages of an experiment: from which token on which batch size, in sequences.
 STATED = {
     "cosine": [(0, SMALL)],
-    "doubling": [(0, 8), (400_000, 16), (1_200_000, 32), (2_000_000, 64), (2_800_000, 128)],
-    "ramp": [(1_000_000 * k / 7, 8 * (k + 1)) for k in range(8)],
-    "late": [(0, SMALL), (2_666_666, LARGE)],
+    "doubling": [(0, 4), (60_000, 8), (180_000, 16), (300_000, 32), (420_000, 64)],
+    "ramp": [(150_000 * k / 7, 4 * (k + 1)) for k in range(8)],
+    "late": [(0, SMALL), (400_000, LARGE)],
     "wsd": [(0, SMALL)],
     "large": [(0, LARGE)],
     "linear": [(0, LARGE)],
@@ -53,7 +53,7 @@ def expected_sizes(name):
         if name == "wsd_growth":
             rate, peak = min(1.0, (TOKENS - tokens) / (0.4 * TOKENS)), 1.0
         grown = min(LARGE, SMALL * (peak / rate) ** power)
-        return int(grown * (1 + 1e-12)) // 4 * 4
+        return int(grown * (1 + 1e-12)) // 2 * 2
 
     return lay_out(growing)
 

@@ -15,7 +15,7 @@ import scipy.stats
 
 from bigbatch.commands.report import read_run, summarise, write_report
 from bigbatch.commands.report.summary import MeanSd, difference
-from bigbatch.commands.report.table import claims
+from bigbatch.commands.report.table import claims, markdown
 from bigbatch.errors import UserError
 from tests.report_runs import DECAY, falling_loss, write_run
 
@@ -159,6 +159,11 @@ def test_the_page_needs_no_network_and_holds_what_the_table_holds(run_dirs, repo
     text = report.page.read_text()
     page = _Page(text)
     assert all(source.startswith("data:") for source in page.sources)
+    assert "default-src 'none'" in text
+    # What the charts' library names it does not ask for: the page's own rule forbids it.
+    before, _, after = text.partition("<script>")
+    text = before + after.partition("<script>")[2]
+    assert "Bokeh.logger" in text
     assert "url(" not in text.replace("url(#", "")
     assert "@import" not in text
     for call in ("fetch(", "XMLHttpRequest", "import(", "http://", "https://"):
@@ -232,6 +237,27 @@ def test_runs_of_other_sizes_are_reported_and_named(tmp_path):
     assert gaps["longer"].epochs.max() == 3
     assert any("small: trained on 500 examples and decay on 1,000" in w for w in summary.warnings)
     assert any("longer: planned for 6 epochs and decay for 4" in w for w in summary.warnings)
+
+
+def test_runs_of_less_than_an_epoch_are_compared_by_their_twentieths(tmp_path):
+    half = [(0.5, 5, 0.1)]
+    for seed in range(3):
+        write_run(tmp_path, "decay", seed, half, falling_loss(seed, epochs=4))
+        write_run(tmp_path, "same", seed, half, falling_loss(10 + seed, epochs=4))
+        control = falling_loss(seed, epochs=4)
+        write_run(tmp_path, "worse", seed, half, lambda epoch, f=control: 2 * f(epoch))
+    summary = summarise([read_run(path) for path in sorted(tmp_path.glob("*/*"))])
+    decay, same, worse = summary.experiments
+    np.testing.assert_allclose(same.gap.centres, np.arange(0.0125, 0.5, 0.025))
+    assert same.gap.rms < 2
+    assert worse.gap.rms > 4
+    assert worse.gap.loss_ratio == pytest.approx(2)
+    last = [[r for r in rows_of(run.path) if r["epoch"] > 0.4751] for run in decay.runs]
+    means = [statistics.fmean(r["train_loss"] for r in rows) for rows in last]
+    assert decay.train_loss.mean == pytest.approx(statistics.fmean(means))
+    text = markdown(summary)
+    assert "mean over the last whole twentieth of the run" in text
+    assert f"(epoch {round(worse.gap.max_epoch, 3):g})" in text
 
 
 def test_runs_that_are_no_repetitions_are_named(tmp_path):

@@ -48,6 +48,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     result = trained.train(run, tmp_path)
     same = ["updates", "examples", "test_accuracy", "test_loss", "train_loss", "params_sha256"]
     assert {k: result[k] for k in same} == {k: expected[k] for k in same}
+    assert len(json.loads((tmp_path / "starts.json").read_text())) == 2
     assert records(tmp_path) == records(expected_directory)
 
 

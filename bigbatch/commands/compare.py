@@ -1,10 +1,12 @@
 """Several experiments of one config file, each with several seeds, and reports on them.
 
-Experiments named SCHEDULE-VARIANT, as in "increase-adam", are compared with "decay-VARIANT" where
-that is among them: one report a variant, beside the report on the names without one.
+Experiments named SCHEDULE-VARIANT, as in "increase-adam", are compared with "decay-VARIANT", or
+with that of the first experiment, where it is among them: one report a variant, beside the report
+on the names without one.
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,6 +73,7 @@ def compare(
     from bigbatch.config.assemble import train
     from bigbatch.training.progress import in_words, main_metric
 
+    trained, start_s = 0, time.monotonic()
     for number, ((name, seed), config) in enumerate(configs.items(), 1):
         files = _files(directory, name, seed)
         print(
@@ -81,6 +84,10 @@ def compare(
         if not is_old:
             shown = in_words(main_metric(result), result[main_metric(result)])
             words = f"{result['updates']} updates, {shown}, {result['seconds']:.1f} s"
+            trained += 1
+            left_s = (time.monotonic() - start_s) / trained * (len(configs) - number)
+            if left_s > 0:
+                words += f"; about {left_s / 60:,.0f} min left" if left_s > 90 else "; soon done"
         print(words, file=sys.stderr)
     return [
         write_report(
@@ -107,6 +114,6 @@ def families(names: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name in names:
         variant = name.partition("-")[2]
-        own = variant and f"{REFERENCE_NAME}-{variant}" in names
+        own = variant and {f"{n}-{variant}" for n in (REFERENCE_NAME, names[0])} & {*names}
         found.setdefault(variant if own else "", []).append(name)
     return found

@@ -78,6 +78,7 @@ class CurveGap:
         large.
       max_p: the same for the largest |d| / s.
       smallest_p: the smallest value that rms_p can take with so few runs.
+      span_epochs: 1; the length of a part where parts of a short run stand in for epochs.
       loss_ratio: exp of the root mean square of d: the typical factor between the two losses.
     """
 
@@ -89,6 +90,7 @@ class CurveGap:
     max_p: float
     smallest_p: float
     loss_ratio: float
+    span_epochs: float = 1.0
 
     @property
     def max(self) -> float:
@@ -96,9 +98,14 @@ class CurveGap:
         return float(self.gaps[np.argmax(np.abs(self.gaps))])
 
     @property
-    def max_epoch(self) -> int:
-        """The epoch of `max`."""
-        return int(self.epochs[np.argmax(np.abs(self.gaps))])
+    def max_epoch(self) -> float:
+        """The epoch of `max`, or where its part begins."""
+        return float(self.epochs[np.argmax(np.abs(self.gaps))] * self.span_epochs)
+
+    @property
+    def centres(self) -> np.ndarray:
+        """Where to draw `gaps`, in epochs."""
+        return (self.epochs + 0.5) * self.span_epochs
 
 
 def curve_gap(

@@ -14,6 +14,8 @@ from bigbatch.commands.report.runs import LoggedRun
 REFERENCE_NAME = "decay"
 # Curves are drawn with one point an epoch, and shorter runs with about this many in all.
 _MIN_POINTS = 40
+# A run that is shorter than an epoch is looked at in so many parts instead.
+_PARTS = 20
 # Noise scales closer than this are one: batch sizes are rounded, and bins straddle stages.
 _EQUAL_NOISE = 0.02
 
@@ -71,10 +73,12 @@ class Experiment:
       num_unfinished: runs that are not finished, whether they are among `runs` or not.
       updates: updates done by the end; runs of an adaptive experiment differ in them.
       metrics: at the end, one for each of `Summary.metrics`.
-      train_loss: mean over the last whole epoch; NaN where there is none.
+      train_loss: mean over the last of `epoch_losses`.
       examples_per_s: training examples per second of training.
       seconds: of a whole run.
-      epoch_losses: float64[runs, epochs], mean training loss in each epoch; NaN where unknown.
+      epoch_losses: float64[runs, epochs], mean training loss in each epoch, or in each twentieth
+        of a run that is shorter than one; NaN where unknown.
+      span_epochs: what a column of it spans.
       loss_curve: the same on a finer grid of bins; its points are their centres.
       noise_scale: float64[bins], mean over each bin of `loss_curve`, of the first run.
       metric_curve: the main metric at each evaluation.
@@ -94,6 +98,7 @@ class Experiment:
     examples_per_s: MeanSd
     seconds: MeanSd
     epoch_losses: np.ndarray
+    span_epochs: float
     loss_curve: Curve
     noise_scale: np.ndarray
     metric_curve: Curve
@@ -167,24 +172,28 @@ def summarise(runs: Sequence[LoggedRun]) -> Summary:
 def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Experiment:
     used = [run for run in runs if run.finished] or list(runs)
     # Numbers are of the epochs that all runs have; finished runs of one plan have the same.
-    edges = np.arange(math.floor(min(run.epochs for run in used) + 1e-9) + 1.0)
+    epochs = min(run.epochs for run in used)
+    edges = np.arange(math.floor(epochs + 1e-9) + 1.0)
+    if len(edges) == 1:
+        edges = np.linspace(0.0, epochs, _PARTS + 1)
     losses = np.array(
         [bin_means(run.training, "train_loss", edges * run.train_examples) for run in used]
     )
-    loss_curve, noise_scale = _loss_curve(used)
+    curve, noise_scale = loss_curve(used)
     return Experiment(
         name=name,
         runs=tuple(used),
         num_unfinished=sum(not run.finished for run in runs),
         updates=MeanSd.of([run.final("updates", run.training["update"][-1]) for run in used]),
         metrics=tuple(MeanSd.of([metric.at_end(run) for run in used]) for metric in metrics),
-        train_loss=MeanSd.of([np.append(math.nan, curve)[-1] for curve in losses]),
+        train_loss=MeanSd.of(list(losses[:, -1])),
         examples_per_s=MeanSd.of([_examples_per_s(run) for run in used]),
         seconds=MeanSd.of([run.final("seconds", math.nan) for run in used]),
         epoch_losses=losses,
-        loss_curve=loss_curve,
+        span_epochs=edges[1],
+        loss_curve=curve,
         noise_scale=noise_scale,
-        metric_curve=_metric_curve(used, metrics),
+        metric_curve=metric_curve(used, metrics),
     )
 
 
@@ -195,7 +204,7 @@ def _examples_per_s(run: LoggedRun) -> float:
     return float(sizes[timed].sum() / (sizes[timed] / rates[timed]).sum()) if any(timed) else np.nan
 
 
-def _loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
+def loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
     """The curve of the training loss, and the noise scale of its bins."""
     epochs = max(run.epochs for run in runs)
     # Over a whole epoch each run has seen each example once, so the curve has the least scatter.
@@ -228,7 +237,7 @@ def _loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
     return Curve(centres, np.mean(updates, axis=0), *bands), noise_scale
 
 
-def _metric_curve(runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Curve:
+def metric_curve(runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Curve:
     """The main metric at the evaluations that most runs share, by the update.
 
     Runs of one plan evaluate at the same updates. Runs that decide their plans evaluate at
@@ -260,12 +269,15 @@ def _compared(experiment: Experiment, reference: Experiment) -> Experiment:
         for j, other in enumerate(reference.runs)
         if run.seed == other.seed
     ]
-    gap = None
-    if experiment.runs[0].train_examples == reference.runs[0].train_examples:
+    gap, span = None, experiment.span_epochs
+    sizes = [each.runs[0].train_examples for each in (experiment, reference)]
+    # Parts of runs are the same ones where the runs are of one length.
+    if sizes[0] == sizes[1] and math.isclose(span, reference.span_epochs):
         epochs = min(experiment.epoch_losses.shape[1], reference.epoch_losses.shape[1])
         gap = curve_gap(
             experiment.epoch_losses[:, :epochs], reference.epoch_losses[:, :epochs], same_seed
         )
+        gap = gap and dataclasses.replace(gap, span_epochs=span)
     return dataclasses.replace(
         experiment,
         gap=gap,

@@ -55,7 +55,7 @@ def _row(experiment: Experiment, metrics: Sequence[Metric], tokens: bool) -> tup
         MISSING if gap is None else f"{gap.rms:.2f}",
         MISSING if gap is None else f"{gap.expected_rms:.2f}",
         MISSING if gap is None else f"{gap.rms_p:.2g}",
-        MISSING if gap is None else f"{_signed(gap.max, 1)} (epoch {gap.max_epoch})",
+        MISSING if gap is None else f"{_signed(gap.max, 1)} (epoch {round(gap.max_epoch, 3):g})",
         _mean_sd(speed, 0, spread=False),
         _mean_sd(experiment.seconds, 1, spread=False),
     )
@@ -119,18 +119,35 @@ def _gap_claim(gap: CurveGap | None) -> str:
 
 def explanation(summary: Summary) -> str:
     """What the columns of the curve gap mean, in a few sentences."""
-    name = summary.reference.name
+    name, (span, spans) = summary.reference.name, _span(summary)
     return (
-        f"Curve gap: in each epoch, the difference between the mean log training losses of the "
+        f"Curve gap: in each {span}, the difference between the mean log training losses of the "
         f"experiment and of {name}, divided by the standard deviation of one run between seeds; "
-        f"its root mean square over the epochs. By chance: about what the gap is where there is "
+        f"its root mean square over the {spans}. By chance: about what the gap is where there is "
         f"no difference, for then it is only the error of two means: sqrt(1/n + 1/m) for n and m "
         f"runs, and a little more, since the spread is an estimate too. "
         f"p: the share of all ways to deal the same runs into two groups of n and m that "
-        f"give a gap at least as large. Largest gap: of one epoch, counted from 0; positive where "
-        f"the loss is higher than {name}'s. Epochs in which runs of the same seed are still the "
-        f"same run do not count."
+        f"give a gap at least as large. Largest gap: of one {span}, counted from 0; positive where "
+        f"the loss is higher than {name}'s. {spans.capitalize()} in which runs of the same seed "
+        f"are still the same run do not count.{_tests(summary)}"
     )
+
+
+def _span(summary: Summary) -> tuple[str, str]:
+    """Of what training losses are means: one, and many."""
+    if summary.reference.span_epochs == 1:
+        return "epoch", "epochs"
+    return "twentieth of the run", "twentieths of the run"
+
+
+def _tests(summary: Summary) -> str:
+    """How many tests there are, and how small a p so few runs can give."""
+    gaps = [experiment.gap for experiment in summary.experiments if experiment.gap is not None]
+    if not gaps:
+        return ""
+    least = max(gap.smallest_p for gap in gaps)
+    count = "One test" if len(gaps) == 1 else f"{len(gaps)} tests, not corrected for their number"
+    return f" {count}; with so few runs no p can be below {least:.2g}."
 
 
 def notes(summary: Summary) -> str:
@@ -138,7 +155,8 @@ def notes(summary: Summary) -> str:
     text = (
         f"Means {_PLUS_MINUS} sample standard deviations over the runs, one a seed. Fewer "
         f"updates: {summary.reference.name}'s updates divided by the experiment's. The training "
-        f"loss at the end is the mean over the last whole epoch, measured during training."
+        f"loss at the end is the mean over the last whole {_span(summary)[0]}, measured during "
+        "training."
     )
     if metric := summary.metric:
         what = "accuracies" if metric.name == "accuracy" else f"test {metric.name}"
