@@ -163,6 +163,9 @@ def _parser() -> argparse.ArgumentParser:
             f"--{name}", type=type(value), default=value, help=f"{text} (default {value:g})"
         )
     critical.add_argument(
+        "--target", type=_target, metavar="METRIC=VALUE", help="in place of a share of the loss"
+    )
+    critical.add_argument(
         "--lr-factors", **numbers, default=(1.0,), help="of the rule's lr; the best counts"
     )
     _add_cache(critical)
@@ -193,11 +196,21 @@ def _numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas; whole ones as int."""
     parts = text.split(",")
     try:
-        return tuple(int(part) if part.strip().isdigit() else float(part) for part in parts)
+        return tuple(int(part) if part.strip().isdecimal() else float(part) for part in parts)
     except ValueError as error:
         raise argparse.ArgumentTypeError(
             f"given {text!r}; allowed: numbers with commas between"
         ) from error
+
+
+def _target(text: str) -> tuple[str, float]:
+    """A metric and what it is to be."""
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError as error:
+        allowed = "loss or a metric, =, and a number, as in perplexity=20"
+        raise argparse.ArgumentTypeError(f"given {text!r}; allowed: {allowed}") from error
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -309,16 +322,17 @@ def _critical(options: argparse.Namespace) -> None:
     compilation_cache.use(options.compilation_cache)
     config = _own_config(options)
     from bigbatch.commands.critical.measure import Asked, measure
-    from bigbatch.commands.critical.table import write
+    from bigbatch.commands.critical.table import along, write
     from bigbatch.commands.saved import run_of
 
-    names = ("sizes", "branches", "loss_share", "most_epochs", "lr_factors")
+    names = ("sizes", "branches", "loss_share", "target", "most_epochs", "lr_factors")
     asked = Asked(**{name: getattr(options, name) for name in names})
     points = []
     run = run_of(files, config)
     for point in measure(run, files, asked, options.at_updates, _say):
         points.append(point)
         print(write(points, files.critical), end="\n\n", flush=True)
+    print(along(points))
     print(files.critical / "critical.md")
 
 

@@ -347,7 +347,7 @@ def _check(given: Mapping[str, Any]) -> None:
     checks.done()
     host, _, port = given["coordinator"].rpartition(":")
     allowed = "HOST:PORT of process 0, with a port from 1 to 65535"
-    fits = bool(host) and port.isdigit() and 1 <= int(port) <= 65535
+    fits = bool(host) and port.isdecimal() and 1 <= int(port) <= 65535
     checks.require(fits, "coordinator", given["coordinator"], allowed)
     count, allowed = given["num-processes"], f"a whole number from 1 to {_MOST_PROCESSES:,}"
     if checks.whole("num-processes", count, allowed) and checks.require(

@@ -22,7 +22,10 @@ file has been run here; the updates are computed from the plan.
 - mlperf_lars: batch size 65,536, learning rate 23.08, momentum 0.954, 33 epochs of warm-up, then
   polynomial decay of power 2, weight decay 1e-4, batch-norm groups of 64, 88 to 92 epochs (read).
   Label smoothing 0.1 and the trust coefficient 0.001 are believed; a warm-up from 0, the decay to
-  0 and 90 epochs are chosen by us.
+  0 and 90 epochs are chosen by us. On 1,024 devices or fewer whole ghost batches lie on one. On
+  4,096 chips with 16 examples each, 4 share one (microbatch_examples_per_device=16), as 8 cores
+  with 8 each did in MLPerf's own run (read in its log: `model_bn_span` 64 on 8,192 cores); with
+  ghost_batch_examples=16 no microbatch waits for another chip, and the recipe is another one.
 
 Images have 224x224 pixels: a random window of 8 to 100 % of the area, mirrored or not; for
 evaluation the middle after resizing to 256.

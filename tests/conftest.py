@@ -24,4 +24,4 @@ def imagenet(tmp_path_factory) -> imagenet_files.Prepared:
 
 
 # They need PyTorch, which the project does not.
-collect_ignore = ["benchmarks/growing_torch.py", "accelerator/torch_wrn.py"]
+collect_ignore = ["benchmarks/growing_torch.py", "accelerator/torch_peers.py"]

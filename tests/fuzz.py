@@ -1,6 +1,7 @@
 """Inputs that nobody means, for the tests: whatever they are, they end in a sentence.
 
-`python -m tests.fuzz configs|files COUNT` tries so many, seeded, in bounded memory and time.
+`python -m tests.fuzz configs|files|figures|texts COUNT` tries so many, seeded, in bounded memory
+and time.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import resource
 import signal
 import sys
@@ -18,13 +20,15 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from bigbatch.commands import plan as plan_table
-from bigbatch.commands import plan_adaptive
+from bigbatch.commands import plan_adaptive, plan_others
 from bigbatch.commands.report import table
 from bigbatch.commands.report.page import page
 from bigbatch.commands.report.runs import read_run
 from bigbatch.commands.report.summary import summarise
+from bigbatch.commands.report.write import write_report
 from bigbatch.config import file as config_file
 from bigbatch.config.config import read_config
 from bigbatch.data import sets
@@ -38,7 +42,10 @@ from bigbatch.layout import time_model
 from bigbatch.schedule.from_file import plan_file
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import constant
-from tests import report_runs, test_images
+from bigbatch.schedule.trainers.emit import FORMATS
+from bigbatch.schedule.trainers.faults import findings
+from bigbatch.schedule.trainers.log import PRESETS, read_log
+from tests import report_runs, test_images, test_trainers
 
 RUN_FILES = ("config.json", "run.json", "plan.json", "result.json", "metrics.jsonl")
 MOST_BYTES, MOST_S = 8 * 2**30, 60
@@ -126,6 +133,16 @@ def damaged(rng, content: bytes) -> bytes:
     return bytes(made)
 
 
+def other_values(rng, name, content: bytes) -> bytes:
+    """JSON with other values: of a log, in one line, or in all of them the same."""
+    lines = content.splitlines() if name.endswith(".jsonl") else [content]
+    seed, one = rng.integers(2**32), rng.integers(len(lines))
+    for number in range(len(lines)) if rng.integers(2) else (one,):
+        value = mutated(np.random.default_rng(seed), json.loads(lines[number]))
+        lines[number] = json.dumps(value).encode()
+    return b"\n".join([*lines, b""])
+
+
 def try_config(rng, known):
     tree = mutated(rng, known[rng.integers(len(known))])
     config = read_config(tree, "fuzz")
@@ -195,9 +212,11 @@ def samples(root: Path):
 
     def told(directory):
         # Figures would take seconds.
-        summary = summarise([read_run(directory)])
-        table.markdown(summary)
-        page(summary)
+        run = read_run(directory)
+        if run.usable:
+            summary = summarise([run])
+            table.markdown(summary)
+            page(summary)
 
     def arrays(directory):
         sets.load("arrays", path=directory / "d.npz")
@@ -220,8 +239,8 @@ def try_file(rng, directory, files, read):
     """One of the files is damaged, as bytes or as the values that it holds; then it is read."""
     name = [*files][rng.integers(len(files))]
     content = files[name]
-    if name.endswith(".json") and rng.integers(2):
-        content = json.dumps(mutated(rng, json.loads(content))).encode()
+    if name.endswith((".json", ".jsonl")) and rng.integers(2):
+        content = other_values(rng, name, content)
     else:
         content = damaged(rng, content)
     (directory / name).write_bytes(content)
@@ -231,12 +250,71 @@ def try_file(rng, directory, files, read):
         (directory / name).write_bytes(files[name])
 
 
+def texts():
+    """Schedules and logs of other trainers, each with what reads it."""
+    plan = make_plan(constant(0.1, 20, 0.9), train_examples=100, epochs=3)
+
+    def against(name):
+        run = FORMATS[name].run
+        return lambda text: plan_others.beside(plan, run(text, plan, 2, test_trainers.LENGTH))
+
+    def log(text):
+        for preset in PRESETS:
+            findings(plan, read_log(text, preset, {}), preset, 0)
+
+    rows = [{"update": i, "batch_size": 20, "learning_rate": 0.1, "loss": 1.0} for i in range(15)]
+    table = [",".join(map(str, row)) for row in ([*rows[0]], *(row.values() for row in rows))]
+    line = " iteration {}/ 15 | learning rate: 1.0E-01 | global batch size: 20 |"
+    megatron = [line.format(i) for i in range(15)]
+    found = [(text, against(name)) for name, (text, _) in test_trainers.GOLDEN.items()]
+    ramp = "--rampup-batch-size 8 8 100 --global-batch-size 32 --train-samples 900 --lr 1 "
+    found += [(ramp + "--lr-warmup-samples 30 --lr-decay-style WSD", against("megatron"))]
+    found += [(next(FORMATS[name].write(plan, 1, 1)), against(name)) for name in ("csv", "json")]
+    lines = "\n".join(map(json.dumps, rows)), "\n".join(table), "\n".join(megatron)
+    return found + [(text, log) for text in lines]
+
+
+def try_text(rng, known):
+    """A text with another number or word, damaged, or with other values where it is YAML."""
+    text, read = known[rng.integers(len(known))]
+    how = rng.integers(3)
+    if how == 0:
+        text = damaged(rng, text.encode()).decode(errors="replace")
+    elif how == 1 and text.startswith("{") and "\n" not in text:
+        text = json.dumps(mutated(rng, yaml.safe_load(text)))
+    else:
+        words = re.split(r"([\w.+-]+)", text)
+        for _ in range(rng.integers(1, 4)):
+            words[rng.integers(len(words))] = str(VALUES[rng.integers(len(VALUES))])
+        text = "".join(words)
+    read(text)
+
+
+def try_figures(rng, directory, files, read):
+    """One to three of a run's files hold other values; its report is drawn beside a sound run's."""
+    run = directory / "other"
+    run.mkdir(exist_ok=True)
+    told = rng.choice(RUN_FILES, rng.integers(1, 4), replace=False)
+    for name in RUN_FILES:
+        content = files[name]
+        (run / name).write_bytes(other_values(rng, name, content) if name in told else content)
+        (directory / name).write_bytes(files[name])
+    write_report([directory, run], directory / "report")
+
+
 def many(what, count, one):
     """Calls a function with a generator of each seed; gives the seeds that ended otherwise."""
     bad = []
+
+    def too_long(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGPROF, too_long)
     for seed in range(count):
         rng = np.random.default_rng([seed, len(what)])
-        signal.alarm(MOST_S)
+        # Of the processor; what waits for ever is ended by the clock.
+        signal.setitimer(signal.ITIMER_PROF, MOST_S)
+        signal.alarm(60 * MOST_S)
         try:
             with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
                 warnings.simplefilter("error")
@@ -247,6 +325,7 @@ def many(what, count, one):
             bad.append(seed)
             lines = [line[:200] for line in traceback.format_exc().splitlines()]
             print(what, seed, *lines[-24:], sep="\n", file=sys.stderr)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
     return bad
 
@@ -256,6 +335,8 @@ def main(what, count):
     with tempfile.TemporaryDirectory() as root:
         if what == "configs":
             arguments = (trees(),)
+        elif what == "texts":
+            arguments = (texts(),)
         else:
             files, read = samples(Path(root))
             directory = Path(root) / "tried"
@@ -263,7 +344,8 @@ def main(what, count):
             for name, content in files.items():
                 (directory / name).write_bytes(content)
             arguments = directory, files, read
-        one = {"configs": try_config, "files": try_file}[what]
+        tries = {"configs": try_config, "files": try_file, "figures": try_figures}
+        one = {**tries, "texts": try_text}[what]
         print(json.dumps(many(what, int(count), lambda rng: one(rng, *arguments))))
 
 

@@ -5,10 +5,12 @@
 Every process that is started is killed while it lives, at a moment drawn at random: some at fixed
 events (compilation, the writing of a checkpoint, an evaluation, a stage change), some at any time.
 Only processes that were really killed count. A run that ends before there were enough is followed
-by another one, in a new working directory. Each is compared with an undisturbed one.
+by another one, in a new working directory. Each is compared with an undisturbed one. Descriptors
+and threads of the processes that end by themselves are counted: checkpoints leave none behind.
 """
 
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -24,6 +26,10 @@ ROOT = Path(__file__).parents[1]
 EVALUATE_EVERY = 5
 # Records without a stage change until a kill comes all the same.
 PATIENCE = 60
+# What is told to stop has so long, on a machine that may be at work.
+STOP_S = 1_800
+# Descriptors and threads of a checkpoint that is being written.
+SPARE = 10
 # Experiment -> what it changes. An adaptive run decides a growth every few updates here.
 OVERRIDES = {
     "increase": ("--config.policy.boundaries_epochs=(5,9,12)",),
@@ -88,6 +94,29 @@ def wait_for(
     return moment
 
 
+def steady(process: subprocess.Popen, directory: Path) -> str:
+    """Waits for a process; makes sure that it ends with what it held after three checkpoints.
+
+    Returns:
+      The descriptors and threads that it held, in words.
+    """
+    held: dict[int, list[tuple[int, int]]] = {}
+    while process.poll() is None:
+        steps = [int(p.name) for p in directory.glob("checkpoints/*") if p.name.isdigit()]
+        with contextlib.suppress(OSError):
+            counts = [len(os.listdir(f"/proc/{process.pid}/{kind}")) for kind in ("fd", "task")]
+            if steps:
+                held.setdefault(max(steps), []).append((counts[0], counts[1]))
+        time.sleep(0.01)
+    early = [counts for step in sorted(held)[:3] for counts in held[step]]
+    # At its end a process closes one after the other: the first look after the last checkpoint.
+    late = held[max(held)][0] if held else (0, 0)
+    for place, kind in enumerate(("descriptors", "threads")):
+        most = max((counts[place] for counts in early), default=0)
+        assert late[place] <= most + SPARE, f"{late[place]} {kind}, {most} at first"
+    return f"{len(held)} checkpoints: {max(early, default=0)} at first, {late} at the end"
+
+
 def command_for(experiment: str, directory: Path) -> list[str]:
     """The command of the short run."""
     return [
@@ -104,6 +133,10 @@ def command_for(experiment: str, directory: Path) -> list[str]:
 def storm(directory: Path, kills: int, seed: int, experiment: str) -> collections.Counter:
     """Kills up to so many processes of one run and lets it end; counts them by kind and moment."""
     moments, counts = random.Random(seed), collections.Counter()
+    # What is ignored where this was started in the background would be ignored by the runs, too.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     command = command_for(experiment, directory)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL}
@@ -115,15 +148,18 @@ def storm(directory: Path, kills: int, seed: int, experiment: str) -> collection
             moment = wait_for(moment, directory, process, moments)
             if process.poll() is None:
                 process.send_signal(number)
-                status = process.wait(timeout=300)
+                status = process.wait(STOP_S)
                 if status in (-number, 128 + number):
                     counts[f"{signal.Signals(number).name} {moment}"] += 1
         finally:
             process.kill()
             process.wait()
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, **options)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
+    with tempfile.TemporaryFile("w+") as said:
+        done = subprocess.Popen(command, stderr=said, **options)
+        print(f"{directory.name}, descriptors and threads: {steady(done, directory)}", flush=True)
+        said.seek(0)
+        if done.returncode:
+            raise RuntimeError(said.read())
     return counts
 
 

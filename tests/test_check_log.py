@@ -106,7 +106,7 @@ FAULTS = {
     "lr late": (lambda: trained(rate=lambda k, p: before(RATES, k)), "learning rate", LATE),
     "lr in microsteps": (lambda: trained(rate=microsteps), "learning rate", "2 an update"),
     "epoch cut short": (lambda: trained(epoch_examples=lambda p: 800), "epoch", "810 of 1,003"),
-    "repeated": (after_a_resume, "position", "60 examples are repeated at update 100"),
+    "repeated": (after_a_resume, "position", "60 examples are repeated there"),
     "batch late": (lambda: trained(size=lambda k, p: before(SIZES, k)), "batch size", LATE),
     "momentum": (lambda: trained(momentum=lambda k: 0.9), "momentum", "it is not moved"),
     "partial batch": (without_partial_batches, "epoch", "its last partial batch, 13 of 1,003"),
@@ -128,6 +128,7 @@ def test_a_fault_is_named(fault, form):
     (said,) = findings(PLAN, log, "table", 0)
     assert said.startswith(f"{column}: ")
     assert words in said
+    assert fault != "repeated" or "from update 100 on" in said
 
 
 def json_lines(rows, **names):
@@ -213,12 +214,26 @@ def test_of_a_sound_log_nothing_is_said(name):
     assert findings(PLAN, log, preset, PRESETS[preset].first_update) == []
 
 
+def test_what_a_tracker_leaves_out_is_no_difference():
+    gaps = [row | {"learning_rate": ""} if row["update"] % 3 else row for row in ROWS]
+    evaluations = [{"_step": row["update"], "lr": None, "loss": 1.0} for row in ROWS]
+    trained = renamed(ROWS, update="_step", learning_rate="lr")
+    both = [each for pair in zip(trained, evaluations, strict=True) for each in pair]
+    for text in (table(gaps), json_lines(both)):
+        log = read_log(text, "wandb", {})
+        assert log["learning_rate"].values[3] == RATES[3]
+        assert findings(PLAN, log, "wandb", 0) == []
+    log = read_log(json_lines([{"step": 5, "lr": float("inf")}]), "table", {})
+    assert findings(PLAN, log, "table", 0)
+
+
 def test_units_that_were_guessed_wrongly():
     (said,) = findings(PLAN, read_log(table(ROWS), "table", {}), "table", 1)
     assert "off by one; does the log count its updates from 0" in said
     in_tokens = [row | {"examples": row["examples"] * LENGTH} for row in ROWS]
     (said,) = findings(PLAN, read_log(table(in_tokens), "table", {}), "table", 0)
-    assert said.startswith("position: it is 16 times the plan's throughout: tokens")
+    assert "position: from update 1 on" in said
+    assert "it is 16 times the plan's throughout: tokens" in said
     scaled = [row | {"learning_rate": row["learning_rate"] * 1000} for row in ROWS]
     (said,) = findings(PLAN, read_log(table(scaled), "table", {}), "table", 0)
     assert "it is 1000 times the plan's throughout" in said
@@ -242,6 +257,8 @@ def test_a_difference_without_a_name_is_told_with_its_place():
         ("", "table", {}, "columns"),
         ("update,loss\n1,2\n", "table", {}, "columns"),
         ("update,lr\n1,2\n", "megatrom", {}, "preset"),
+        (" iteration 1/ 3 | learning rate: 1E-3 |\n", "table", {}, "preset"),
+        ("step 5\n{\n5\n" + "{" * 100_000, "table", {}, "columns"),
         ("update,lr\n1,2\n", "table", {"learning_rat": "lr"}, "columns"),
         ("update,lr\n1,2\n", "table", {"learning_rate": "rate"}, "columns.learning_rate"),
     ],

@@ -171,7 +171,20 @@ def test_going_back_moves_what_came_after(tmp_path):
             checkpoints.go_back(3)
         checkpoints.go_back(1)
     assert restored(directory).updates == 1
-    assert [path.name for path in (tmp_path / "later-checkpoints").iterdir()] == ["2-0"]
+    save(directory, 2)
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.go_back(1)
+    later = {path.name for path in (tmp_path / "later-checkpoints").iterdir()}
+    assert later == {"2-0", "2-1"}
+
+
+def test_an_error_waits_for_what_is_being_written(tmp_path):
+    directory = tmp_path / "checkpoints"
+    with pytest.raises(ZeroDivisionError), Checkpoints(directory, 2) as checkpoints:
+        checkpoints.save(1, state_of(1), {"run": "this"})
+        raise ZeroDivisionError
+    assert numbers_in(directory) == [1]
+    assert restored(directory).updates == 1
 
 
 def test_a_half_written_checkpoint_is_none(original, tmp_path):

@@ -76,7 +76,7 @@ def test_plan_table(capsys):
     assert "planned for 8 devices" in out
     # 128 examples are one ghost batch: seven of eight devices have nothing to do at first.
     rows = [line.split() for line in out.splitlines() if line.strip()[:1].isdigit()]
-    assert [row[4] for row in rows[:4]] == ["128", "640", "3,200", "5,120"]
+    assert [row[3] for row in rows[:4]] == ["128", "640", "3,200", "5,120"]
 
 
 def test_plan_starts_no_backend_and_imports_nothing_heavy():

@@ -3,10 +3,14 @@
 import collections
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import linen as nn
 
 from bigbatch.layout import layout
 from bigbatch.training import loop as train
+from bigbatch.training.programs import gpu_options
 from tests import trained
 from tests.test_adaptive import ADAPTIVE, FIELDS
 
@@ -65,3 +69,24 @@ def test_nothing_is_traced_or_compiled_after_the_first_update(seen, changes, tmp
     # What there is would have been seen.
     jax.jit(lambda x: x + 1)(1.0)
     assert {event for event, _ in seen} == EVENTS
+
+
+def test_what_the_compiler_of_gpus_is_told(monkeypatch):
+    """All of it; not of large scattered sums; and what the user's flags name is left to them."""
+
+    def options(function, *shape):
+        x = jax.ShapeDtypeStruct(shape, np.float32)
+        return list(gpu_options(jax.jit(function).lower(x).as_text()))
+
+    def pool(x):
+        return jnp.sum(nn.max_pool(x, (3, 3), (2, 2)))
+
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    combine, exclude = options(pool, 32, 224, 224, 3)
+    assert options(jax.grad(pool), 2, 224, 224, 3) == [combine, exclude]
+    assert options(jax.grad(pool), 32, 224, 224, 3) == [combine]
+    taken = jax.grad(lambda x: jnp.sum(x[jnp.arange(2048) % 7]))
+    assert options(taken, 7, 512) == [combine, exclude]
+    assert options(taken, 7, 513) == [combine]
+    monkeypatch.setenv("XLA_FLAGS", f"--{combine}=1 --xla_dump_to=texts")
+    assert options(pool, 2, 8, 8, 3) == [exclude]

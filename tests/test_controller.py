@@ -58,6 +58,17 @@ def rolled_out(controller, gradient_square_of, seed=None, variance=1.0):
         state = controller.observe(state, measured(row.batch_size, square, variance, random))
 
 
+def test_the_memory_is_a_share_of_what_was_seen():
+    c, state, weight = controller(smoothing=0.5), Decisions(), 0.0
+    for update in range(40):
+        state = c.observe(state, measured(32, 1.0, 1e-6))
+        # Of all updates so far, this one's examples are 1 in update + 1.
+        fresh = min(1 - math.exp(-1 / (0.5 * (update + 1))), 0.1)
+        weight += fresh * (1 - weight)
+        assert state.smoothed.weight == pytest.approx(weight, rel=1e-9)
+    assert state.growths == ()
+
+
 def hovering(ratio):
     """|G|^2 where training hovers: B_noise is a multiple of the batch that makes the noise."""
     return lambda row: 1 / (ratio * row.batch_size * 0.1 / row.hyper["learning_rate"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from bigbatch import cli
 from bigbatch.commands.critical import branches as critical_branches
 from bigbatch.commands.critical import measure as critical
 from bigbatch.commands.critical.fit import Fit, Intervals, spread_sizes
-from bigbatch.commands.critical.table import Noise, Point, SizeResult, section
+from bigbatch.commands.critical.table import Noise, Point, SizeResult, along, section
 from bigbatch.config import assemble
 from bigbatch.workdir.files import Workdir
 from bigbatch.workdir.resume import read_plan
@@ -100,6 +101,34 @@ def test_a_size_that_does_not_get_there_is_left_out(finished, tmp_path, capsys):
     assert "No fit: fewer than three batch sizes reached the loss" in out
 
 
+def test_a_target_in_the_metric_of_the_task(finished, tmp_path, capsys):
+    directory = tmp_path / "run"
+    shutil.copytree(finished, directory)
+    asked = (f"--workdir={directory}", "--branches=2", "--sizes=32,64,128", "--most-epochs=6")
+    status, out, err = run(*asked, "--target=acuracy=0.9", capsys=capsys)
+    assert status == 2
+    assert "target: given 'acuracy'; allowed: one of loss, accuracy; nearest: 'accuracy'" in err
+    status, out, err = run(*asked, "--target=accuracy=0.95", capsys=capsys)
+    assert status == 0
+    assert err.count("accuracy 0.95 after") == 6
+    assert "Branches to a training accuracy of 0.95:" in out
+    [point] = json.loads((directory / "critical" / "critical.json").read_text())
+    assert 0.3 < point["noise"]["metrics"]["accuracy"] < 0.95 == point["target_loss"]
+    # What a branch was at, beside the updates that it is said to have needed.
+    for size in (32, 64, 128):
+        [path, _] = sorted((directory / "critical" / "update_24").glob(f"batch_{size}_*"))
+        accuracies = np.array(json.loads(path.read_text())["answer"]["losses"])
+        assert np.all((accuracies >= 0) & (accuracies <= 1))
+        [found] = [each for each in point["sizes"] if each["batch_size"] == size]
+        after = found["updates"][0]
+        near = accuracies[int(0.7 * after) : int(1.3 * after) + 2]
+        assert np.mean(near) == pytest.approx(0.95, abs=0.04)
+    # Of every geometry beside the branches; the network's optimizer has no second moments.
+    assert set(point["noise"]["geometries"]) == {"l2", "sign", "spectral", "norms"}
+    scale, error = point["noise"]["geometries"]["l2"]
+    assert abs(scale - point["noise"]["scale"]) < 3 * error + 0.1 * scale
+
+
 def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
     begun = read_plan(Workdir(finished))
     prepared = trained.prepared(
@@ -110,9 +139,10 @@ def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
     assert (plan.num_updates, set(plan.batch_sizes.tolist())) == (7, {64})
     assert set(plan.hypers["momentum"]) == {0.9}
     state = prepared.init_state()
-    first = critical_branches.branch(prepared, state, plan, 1, 0.0)
-    again = critical_branches.branch(prepared, state, plan, 1, 0.0)
-    other = critical_branches.branch(prepared, state, plan, 2, 0.0)
+    target = critical_branches.Target("loss", 0.0)
+    first, again, other = (
+        critical_branches.branch(prepared, state, plan, seed, target) for seed in (1, 1, 2)
+    )
     assert first == again
     assert len(first.losses) == len(first.variances) == 7
     assert first.losses != other.losses
@@ -131,6 +161,7 @@ def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
         (["--loss-share=1"], "loss_share: given 1.0; allowed: a share above 0 and below 1"),
         (["--most-epochs=0"], "most_epochs: given 0.0; allowed: a number of epochs above 0"),
         (["--lr-factors=1,0"], "lr_factors: given 0; allowed: numbers above 0"),
+        (["--target=loss=nan"], "target: given nan; allowed: a finite number"),
         (["--at-updates=20"], "at_updates: given 20; allowed: updates with a checkpoint: 24 (keep"),
         (["--config.seed=1"], "config.seed: given '1'; allowed: nothing without --config"),
     ],
@@ -194,6 +225,27 @@ def test_what_is_said_of_agreement():
     unlimited = Fit(-1.0, 1.0, 8_000.0, 1.0, np.inf, np.inf)
     text = section(point(sizes=sizes, fit=unlimited, intervals=Intervals(*spans, (9e3, np.inf))))
     assert "no limit seen (9,000 to no limit)" in text
+
+
+def test_which_noise_scale_predicts_along_a_run():
+    """Two checkpoints with a fit, of which one knows no Adam; one without a limit is left out."""
+    geometries = {"l2": (100.0, 10.0), "adam": (400.0, 40.0)}, {"l2": (400.0, 0.0)}, {}
+    sizes, intervals = (200.0, 200.0, np.inf), ((160.0, 250.0), (0.0, np.inf), (9e3, np.inf))
+    points = [
+        dataclasses.replace(
+            point(fit=Fit(1, 1, 1, 1, size, 1), intervals=Intervals((1, 2), (1, 2), interval)),
+            noise=Noise(1.0, 100.0, 10.0, "ready", geometries=found),
+        )
+        for found, size, interval in zip(geometries, sizes, intervals, strict=True)
+    ]
+    header, _, first, second, last = along(points).splitlines()[2:]
+    assert header == "| epoch | critical batch size | l2 | adam |"
+    low, high = (math.exp(math.hypot(math.log(1.25), 0.196)) ** sign for sign in (-1, 1))
+    ratios = [f"{ratio:.2f} ({ratio * low:.2f} to {ratio * high:.2f})" for ratio in (2, 0.5)]
+    assert first == f"| 1 | 200 (160 to 250) | 100 ± 10: {ratios[0]} | 400 ± 40: {ratios[1]} |"
+    assert second == "| 1 | 200 (0 to no limit) | 400 ± 0: 0.50 (0.00 to no limit) |  |"
+    assert last == "| all |  | 1.00, within 2.00 | 0.50, within 1.00 |"
+    assert along(points[2:]) == ""
 
 
 def test_sizes_are_spread_about_the_noise_scale():

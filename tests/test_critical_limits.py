@@ -3,14 +3,16 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bigbatch import cli
 from bigbatch.commands.critical.fit import Fit, Intervals
-from bigbatch.commands.critical.limits import Limit, against, read
+from bigbatch.commands.critical.limits import Limit, against, later, read
 from bigbatch.commands.critical.table import Noise, Point, write
 from bigbatch.schedule.plan import make_plan
-from bigbatch.schedule.policy import step_decay
-from bigbatch.schedule.transform import grow_batch
+from bigbatch.schedule.policy import constant, step_decay
+from bigbatch.schedule.transform import batch_stages, grow_batch
 
 EXAMPLES = 10_000
 
@@ -41,10 +43,17 @@ def by_hand(found, plan):
 @pytest.mark.parametrize(
     ("pairs", "way_out"),
     [
-        (((0.5, 120), (3, 300), (5, 2_000)), "grow_batch with from_epoch=5"),
-        (((0.5, 120), (3, 300)), "set max_batch_size to about 300"),
-        (((0.5, 120), (3, 9_000), (5, 700)), "set max_batch_size to about 9,000"),
-        (((1, 50),), "set max_batch_size to about 50"),
+        (
+            ((0.5, 120), (3, 300), (5, 2_000)),
+            'let it grow later (batch_stages "0:100 50000_examples:1600", or grow_batch with '
+            "from_epoch=5), or set max_batch_size to about 2,000",
+        ),
+        (((0.5, 120), (3, 300)), "updates saved; set max_batch_size to about 300"),
+        (
+            ((0.5, 120), (3, 9_000), (5, 700)),
+            'later (batch_stages "0:100 30000_examples:400"), or set max_batch_size to about 700',
+        ),
+        (((1, 50),), "updates saved; set max_batch_size to about 50"),
     ],
 )
 def test_where_and_by_how_much_a_plan_passes(pairs, way_out):
@@ -55,6 +64,28 @@ def test_where_and_by_how_much_a_plan_passes(pairs, way_out):
     past = [epoch for ratio, epoch in ratios if ratio > 1]
     assert f"from epoch {past[0]:.4g} to {past[-1]:.4g}, in {len(past):,} updates" in told.warning
     assert way_out in told.warning
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 5.9), st.floats(100, 5_000)),
+        min_size=1,
+        max_size=5,
+        unique_by=lambda pair: pair[0],
+    )
+)
+def test_the_later_stages_stay_below_what_was_measured(pairs):
+    found = limits(*sorted(pairs))
+    stages = later(found, plan())
+    text = " ".join(f"{first}_examples:{size}" if first else f"0:{size}" for first, size in stages)
+    recipe = batch_stages(constant(0.1, 100, 0.9), text, train_examples=EXAMPLES)
+    late = make_plan(recipe, train_examples=EXAMPLES, epochs=6)
+    assert against(found, late).warning is None
+    # None of them is later than it need be.
+    for first, size in stages[1:]:
+        before = [limit for limit in found if limit.epoch * EXAMPLES < first]
+        assert not before or min(limit.examples for limit in found[len(before) - 1 :]) < size
 
 
 def test_a_plan_below_them_all_is_not_warned_of():

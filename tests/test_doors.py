@@ -15,6 +15,15 @@ from tests import trained
 from tests.test_distributed import ROOT
 
 PLAN = ["plan", "--config=digits:decay"]
+# Whoever runs it is in no list of users, as in a container with a number for a user.
+NOBODY = """
+import pwd, sys
+from bigbatch.cli import main
+def nobody(_):
+    raise KeyError
+pwd.getpwuid = pwd.getpwnam = nobody
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def command(*arguments, environment=None, **options):
@@ -73,3 +82,19 @@ def test_platforms_that_are_not_there(tmp_path, platform):
 def test_programs_that_are_not_to_be_compiled():
     with jax.disable_jit(), pytest.raises(UserError, match="JAX_DISABLE_JIT: given True"):
         trained.prepared(trained.config(), 1)
+
+
+def test_a_user_without_home_or_passwd_entry(tmp_path):
+    run, lacks = tmp_path / "run", ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    environment = {k: v for k, v in os.environ.items() if k not in lacks}
+    train = ["train", "--config=digits:decay", "--config.epochs=0.05", f"--workdir={run}"]
+    for arguments in (train, ["report", str(run), f"--out={tmp_path / 'report'}"]):
+        command = [sys.executable, "-c", NOBODY, *arguments]
+        environment["PYTHONPATH"] = str(ROOT)
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["report", "run"]
+    assert (tmp_path / "report" / "growing_batch.png").exists()

@@ -24,8 +24,12 @@ from tests.test_distributed import ROOT
     [
         ("configs", 150),
         ("files", 150),
+        ("figures", 4),
+        ("texts", 150),
         pytest.param("configs", 4_000, marks=pytest.mark.long),
         pytest.param("files", 2_000, marks=pytest.mark.long),
+        pytest.param("figures", 300, marks=pytest.mark.long),
+        pytest.param("texts", 4_000, marks=pytest.mark.long),
     ],
 )
 def test_whatever_is_read_ends_in_a_sentence(what, count):

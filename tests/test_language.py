@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,27 @@ def test_a_loss_in_chunks_equals_the_plain_one(chunk):
         largest = [np.abs(leaf).max() for leaf in jax.tree.leaves(expected)]
         for a, b, scale in zip(*map(jax.tree.leaves, (found, expected)), largest, strict=True):
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_in_bfloat16_all_products_are_of_bfloat16_numbers():
+    """As lowered; and what they give is near that of float64."""
+    rng = np.random.default_rng(0)
+    hidden, output = rng.normal(size=(4, 16)), rng.normal(size=(60, 16))
+    targets = rng.integers(0, 60, 4)
+
+    def gradient(hidden, output):
+        losses = lambda *a: jnp.sum(cross_entropy(*a, targets, chunk_tokens=20))  # noqa: E731
+        return jax.jit(jax.grad(losses, (0, 1))).lower(hidden, output)
+
+    narrow = gradient(*(jnp.asarray(x, jnp.bfloat16) for x in (hidden, output)))
+    products = re.findall(r"dot_general.*: \((.*)\) ->", narrow.as_text())
+    assert len(products) >= 3
+    assert not [types for types in products if "f32" in types]
+    found = narrow.compile()(*(jnp.asarray(x, jnp.bfloat16) for x in (hidden, output)))
+    with jax.enable_x64(True):
+        expected = gradient(hidden, output).compile()(hidden, output)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.astype(np.float32), b, atol=0.03 * np.abs(b).max())
 
 
 def test_a_large_vocabulary_takes_less_than_a_third_of_the_memory():

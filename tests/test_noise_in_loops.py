@@ -260,6 +260,43 @@ def test_few_small_batches_bias_no_deviation(batches):
     assert abs(found.mean() - expected) < 3 * found.std(ddof=1) / math.sqrt(SEEDS)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "batches"), [(1, 1, 8), (2, 2, 8), (4, 16, 8), (16, 16, 8), (16, 16, 2)]
+)
+def test_the_bias_of_a_spectral_length_is_as_stated(rows, columns, batches):
+    """Normal noise, and no signal, one strong direction, or all at the worst strength."""
+    updates = min(2_000, 80_000 // (rows * columns * batches))
+    noises = np.random.default_rng(8).normal(size=(updates, batches, rows, columns))
+    examples = batches * SMALL
+    # The noise's length in the unit of an update's mean gradient.
+    length, unit = rows * math.sqrt(columns), rows * math.sqrt(columns / examples)
+
+    @jax.jit
+    @jax.vmap
+    def lengths(small):
+        sums = noise.empty(small[0], noise.SPECTRAL)
+        for each in small:
+            sums = noise.add(sums, each, SMALL, geometry=noise.SPECTRAL)
+        mean = jnp.sum(small, axis=0) / examples
+        solved = gradient_noise.solved(noise.measure(sums, mean, geometry=noise.SPECTRAL))
+        return jnp.sqrt(jnp.maximum(jnp.array(solved), 0))
+
+    highest = 0.41 if batches > 2 else 0.50
+    for directions, strength in ((0, 0.0), (1, 4.0), (rows, 1.5)):
+        signal = np.zeros((rows, columns))
+        np.fill_diagonal(signal[:directions], strength * math.sqrt(columns / examples))
+        small = np.float32(SMALL * signal + math.sqrt(SMALL) * noises)
+        signals, spreads = np.float64(lengths(small)).T
+        error = signals.std() / math.sqrt(updates) / unit
+        bias = (signals.mean() - np.trace(signal)) / unit
+        assert -0.34 - 3 * error < bias < highest + 3 * error
+        if not directions and rows == columns > 1:
+            assert bias > 0.3
+        stated = (rows + 1) / (8 * (batches - 1) * columns) * (1 if batches > 2 else 1.25)
+        error = spreads.std() / math.sqrt(updates) / length
+        assert spreads.mean() / length == pytest.approx(1 - stated, abs=0.002 + 3 * error)
+
+
 def test_the_standard_error_covers_the_truth():
     draw, (square, variance) = regression()
     averages = averages_of_seeds(draw, noise.L2, 300, updates=60)

@@ -159,6 +159,11 @@ def test_the_page_needs_no_network_and_holds_what_the_table_holds(run_dirs, repo
     text = report.page.read_text()
     page = _Page(text)
     assert all(source.startswith("data:") for source in page.sources)
+    assert "default-src 'none'" in text
+    # What the charts' library names it does not ask for: the page's own rule forbids it.
+    before, _, after = text.partition("<script>")
+    text = before + after.partition("<script>")[2]
+    assert "Bokeh.logger" in text
     assert "url(" not in text.replace("url(#", "")
     assert "@import" not in text
     for call in ("fetch(", "XMLHttpRequest", "import(", "http://", "https://"):

@@ -1,7 +1,9 @@
 """The interactive page: its data against the runs, and the page itself in a browser."""
 
+import dataclasses
 import html
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -11,8 +13,9 @@ import subprocess
 import numpy as np
 import pytest
 
-from bigbatch.commands.report import linear_scaling, read_run, write_report
+from bigbatch.commands.report import figures, linear_scaling, read_run, write_report
 from bigbatch.commands.report.metric import Metric
+from bigbatch.commands.report.summary import summarise
 from bigbatch.commands.report.timing import equal_budgets, seconds_at, stage_speeds
 from tests.report_runs import DECAY, falling_loss, write_run
 
@@ -88,25 +91,28 @@ def test_the_data_are_what_the_runs_logged(report, run_dirs):
         "throughput",
     ]
     for number, experiment in enumerate(report.summary.experiments):
-        series = charts["loss"]["series"][number]
-        assert series["experiment"] == number
+        series, *seeds = [s for s in charts["loss"]["series"] if s["experiment"] == number]
+        assert [one["seed"] for one in seeds] == ["seed 0", "seed 1", "seed 2"]
+        logs = np.log([one["y"] for one in seeds])
+        np.testing.assert_allclose(np.exp(logs.mean(axis=0)), series["y"], rtol=1e-4)
         curve = experiment.loss_curve
         for field in ("mean", "low", "high"):
             shown = series["y" if field == "mean" else field]
             assert shown == pytest.approx(getattr(curve, field).tolist(), rel=1e-4)
-        assert series["x"]["epochs"] == pytest.approx(curve.epochs.tolist(), rel=1e-4)
-        assert series["x"]["examples"] == pytest.approx(
-            [1000 * epoch for epoch in series["x"]["epochs"]], rel=1e-4
-        )
+        grid = data["grids"][series["grid"]]
+        assert grid["epochs"] == pytest.approx(curve.epochs.tolist(), rel=1e-4)
+        assert grid["examples"] == pytest.approx([1000 * e for e in grid["epochs"]], rel=1e-4)
     sizes = charts["batch_size"]["series"][1]
     run = read_run(run_dirs[3])
     assert (sizes["y"][0], sizes["y"][-1]) == (20, 100)
     change = sizes["y"].index(100)
-    assert sizes["x"]["examples"][change - 1] == 2000
-    assert sizes["x"]["seconds"][-1] == pytest.approx(2000 / 120 + 2000 / 200, rel=1e-4)
+    grid = data["grids"][sizes["grid"]]
+    assert grid["examples"][change - 1] == 2000
+    assert grid["seconds"][-1] == pytest.approx(2000 / 120 + 2000 / 200, rel=1e-4)
     measured, beside = charts["gradient_noise"]["series"][2:]
-    assert measured["x"]["epochs"][0] == 1
-    assert measured["y"] == pytest.approx([50 * e for e in measured["x"]["epochs"]], rel=1e-4)
+    epochs = data["grids"][measured["grid"]]["epochs"]
+    assert epochs[0] == 1
+    assert measured["y"] == pytest.approx([50 * e for e in epochs], rel=1e-4)
     low, high = np.array(measured["low"]), np.array(measured["high"])
     np.testing.assert_allclose(high - low, 14, atol=0.02)
     assert (beside["label"], beside["y"][-1]) == ("batch size", 100)
@@ -155,6 +161,23 @@ def test_the_tables_say_what_was_measured(report):
     assert "<td>16.7</td><td>120</td>" in text
 
 
+def test_what_was_run(run_dirs, tmp_path):
+    """One row for the starts that share command, commit, hardware and versions; none is needed."""
+    paths = [shutil.copytree(path, tmp_path / str(n)) for n, path in enumerate(run_dirs[:3])]
+    start = {"command": "bigbatch compare", "commit": "abc-dirty", "hardware": "8 x <TPU>"}
+    for hour, path in enumerate(paths[:2]):
+        dates = [{"date": f"2026-01-0{day}T0{hour}:00:00+00:00"} for day in (2, 1)]
+        starts = [start | date | {"versions": {"jax": "0.10.2"}} for date in dates]
+        (path / "starts.json").write_text(json.dumps(starts))
+    (paths[2] / "starts.json").write_text("[1")
+    text = write_report(paths, tmp_path / "out").page.read_text()
+    cells = ["decay</th>", "4</td>", "2026-01-01T00:00:00+00:00</td>", "2026-01-02T01:00:00+00:00"]
+    row = next(line for line in text.splitlines() if cells[0] in line and "compare" in line)
+    row = row[row.index("What was run") if "What was run" in row else 0 :]
+    assert all(cell in row for cell in cells)
+    assert "abc-dirty</td><td>8 x &lt;TPU&gt;</td><td>jax 0.10.2</td>" in row
+
+
 def test_where_linear_scaling_ends(report):
     """The medians of 50 times the epoch, and lr_max / (1 + B_noise / B) by hand."""
     rows = linear_scaling.rows(report.summary)
@@ -180,49 +203,165 @@ def test_a_name_cannot_leave_the_data(report):
     parser.handle_starttag = lambda tag, attributes: parser.found.append(tag)
     parser.feed(report.page.read_text())
     assert "b" not in parser.found
-    assert parser.found.count("script") == 2
+    assert parser.found.count("script") == 3
 
 
 PROBE = """
 <script>
-const count = (id) => document.querySelectorAll(`#chart-${id} path`).length;
-const label = () => document.querySelector("#chart-loss svg").getAttribute("aria-label");
-const seen = [label(), count("loss")];
-document.querySelector("input[value=seconds]").click();
-seen.push(label(), document.querySelector("#chart-gap svg").getAttribute("aria-label"));
-document.querySelectorAll("button[data-experiment]")[0].click();
-seen.push(count("loss"));
-document.querySelectorAll("button[data-experiment]")[1].click();
-seen.push(document.querySelector("#chart-loss svg").textContent);
-document.querySelectorAll("button[data-experiment]")[0].click();
-const svg = document.querySelector("#chart-batch_size svg");
-const box = svg.getBoundingClientRect();
-const at = { clientX: box.left + box.width / 2, clientY: box.top + 50, bubbles: true };
-svg.dispatchEvent(new PointerEvent("pointermove", at));
-const tip = document.querySelector("#chart-batch_size .tip");
-seen.push(tip.hidden, tip.textContent, document.body.scrollWidth <= innerWidth);
-document.title = JSON.stringify(seen);
+const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+const element = (id) => document.getElementById(id);
+const texts = (root) => [...root.querySelectorAll("*")].flatMap((node) =>
+  node.shadowRoot ? texts(node.shadowRoot) : node.matches(".bk-tooltip-row-value, b ~ span") ?
+  [node.parentNode.textContent.trim()] : []);
+async function hover(id) {
+  const view = await drawn[id].view;
+  const area = view.canvas_view.events_el;
+  const box = area.getBoundingClientRect();
+  const at = { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 };
+  area.dispatchEvent(new PointerEvent("pointermove", { ...at, bubbles: true, isPrimary: true }));
+  await wait(300);
+  return texts(document);
+}
+const key = (id, name) => {
+  element(`chart-${id}`).dispatchEvent(new KeyboardEvent("keydown", { key: name }));
+  const { start, end } = drawn[id].figure.x_range;
+  return [start, end];
+};
+const isLine = (renderer) => renderer.glyph instanceof Models.Line;
+const lines = (id) => drawn[id].figure.renderers.filter(isLine).length;
+const label = (id) => element(`chart-${id}`)?.getAttribute("aria-label");
+(async () => {
+  await wait(3000);
+  const seen = { label: label("loss"), lines: [lines("loss")] };
+  seen.hover = await hover("loss");
+  seen.keys = [key("loss", "+"), key("loss", "ArrowRight"), key("loss", "0")];
+  document.querySelector("input[value=seconds]").click();
+  seen.labels = [label("loss"), label("gap")];
+  element("seeds")?.click();
+  seen.lines.push(lines("loss"));
+  element("seeds")?.click();
+  const first = document.querySelector("button[data-experiment]");
+  first.click();
+  seen.lines.push(lines("loss"));
+  first.click();
+  const scale = element("scale-loss");
+  seen.scales = [scale.textContent, (scale.click(), drawn.loss.figure.y_scale.type)];
+  seen.fixed = element("scale-gap")?.hidden;
+  const filter = element("filter");
+  if (filter) {
+    filter.value = "E1";
+    filter.dispatchEvent(new Event("input"));
+    seen.filtered = lines("loss");
+  }
+  await wait(1000);
+  seen.fits = document.documentElement.scrollWidth <= innerWidth;
+  document.title = JSON.stringify(seen);
+})();
 </script></body>"""
+
+
+def in_browser(page, tmp_path, width):
+    """What the probe saw, and that the page has no word for the console."""
+    probe = tmp_path / "probe.html"
+    probe.write_text(page.read_text().replace("</body>", PROBE))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=30000", "--dump-dom", probe.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ":CONSOLE" not in done.stderr
+    title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL).group(1)
+    return json.loads(html.unescape(title))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_the_page_works_in_a_browser(report, tmp_path):
+    seen = in_browser(report.page, tmp_path, 1280)
+    assert seen["label"] == "Training loss, by epochs"
+    assert seen["labels"] == [
+        "Training loss, by seconds",
+        "Loss difference from decay, in standard deviations between seeds, by epochs",
+    ]  # it has no other axis
+    assert seen["lines"] == [2, 2 + 6, 1]
+    assert [text.split(":")[0] for text in seen["hover"]] == ["\u25a0 decay", f"\u25a0 {NAME}"]
+    assert re.search(r": \S+ \(\S+ to \S+\) at \S+ epochs$", seen["hover"][0])
+    zoomed, moved, whole = seen["keys"]
+    assert whole == pytest.approx([0, zoomed[1] / 0.8])
+    assert zoomed == pytest.approx([0.2 * whole[1], 0.8 * whole[1]])
+    assert moved == pytest.approx([0.26 * whole[1], 0.86 * whole[1]])
+    assert seen["scales"] == ["log", "LinearScale"]
+    assert seen["fixed"]  # a difference has no logarithm
+    assert seen["fits"]
 
 
 @pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("width", [1280, 420])
-def test_the_page_works_in_a_browser(report, tmp_path, width):
-    page = tmp_path / "probe.html"
-    page.write_text(report.page.read_text().replace("</body>", PROBE))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
-    done = subprocess.run(
-        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True
-    )
-    assert ":CONSOLE" not in done.stderr
-    title = re.search(r"<title>(\[.*?\])</title>", done.stdout, re.DOTALL).group(1)
-    before, two, after, gap, one, none, hidden, tip, fits = json.loads(html.unescape(title))
-    assert (before, after) == ("Training loss, by epochs", "Training loss, by seconds")
-    assert gap.endswith("by epochs")  # it has no other axis
-    assert (two, one, none) == (2, 1, "every experiment is hidden")
-    assert not hidden
-    assert tip.startswith("seconds ")
-    assert "decay: 20" in tip
-    assert fits
+def test_twenty_long_runs_on_a_telephone(tmp_path):
+    """20 runs of 10,000 updates each: a page below 2 MB that fits 360 pixels."""
+    run_dirs = [
+        write_run(tmp_path, f"e{n}", 0, [(10, 1, 0.1)], falling_loss(n, epochs=10))
+        for n in range(20)
+    ]
+    made = write_report(run_dirs, tmp_path / "out")
+    assert made.page.stat().st_size < 2e6
+    seen = in_browser(made.page, tmp_path, 360)
+    assert seen["lines"][0] == 20
+    assert seen["filtered"] == 11  # e1 and e10 to e19
+    assert seen["fits"]
+
+
+# Machado, Oliveira and Fernandes (2009), the whole of each deficiency, on linear sRGB.
+VISION = {
+    "usual": np.eye(3),
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+}
+XYZ = [
+    [0.4124564, 0.3575761, 0.1804375],
+    [0.2126729, 0.7151522, 0.0721750],
+    [0.0193339, 0.1191920, 0.9503041],
+]
+
+
+def lab(linear):
+    """CIE L*a*b* of linear sRGB, under D65."""
+    xyz = np.array(XYZ) @ np.clip(linear, 0, 1) / [0.95047, 1, 1.08883]
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_colours_are_told_apart(vision):
+    colours = [figures.REFERENCE_COLOUR, *figures.COLOURS]
+    seen = []
+    for colour in colours:
+        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        seen.append(lab(np.array(VISION[vision]) @ linear))
+    distances = [np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)]
+    assert min(distances) > 12  # 2.3 is just noticed
+
+
+def test_a_colour_goes_with_a_name(run_dirs):
+    def look(names):
+        runs = [dataclasses.replace(read_run(run_dirs[0]), experiment=name) for name in names]
+        return figures.styles(summarise(runs))
+
+    alone = look(["decay", "increase", "e1"])
+    among = look(["decay", "adaptive", "e1", "large", "hybrid", "increase"])
+    for name in ("decay", "increase", "e1"):
+        assert alone[name].colour == among[name].colour
+    many = look(["decay", *(f"e{n}" for n in range(16))])
+    assert len({(style.colour, style.dash) for style in many.values()}) == 17

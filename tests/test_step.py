@@ -69,6 +69,7 @@ def assert_trees_close(a, b, tolerance):
         (2, 96, (96, 32)),
         (4, 64, (64, 32)),
         (8, 32, (32,)),
+        *(pytest.param(n, 32, (32,), marks=pytest.mark.long) for n in (3, 5, 6, 7)),
     ],
 )
 def test_devices_and_microbatches_change_nothing(

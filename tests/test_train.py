@@ -48,6 +48,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     result = trained.train(run, tmp_path)
     same = ["updates", "examples", "test_accuracy", "test_loss", "train_loss", "params_sha256"]
     assert {k: result[k] for k in same} == {k: expected[k] for k in same}
+    assert len(json.loads((tmp_path / "starts.json").read_text())) == 2
     assert records(tmp_path) == records(expected_directory)
 
 
@@ -159,14 +160,16 @@ def test_when_finished_updates_are_read_changes_nothing(
     assert dict(reads) == late
 
 
-def test_truncate(tmp_path):
+def test_truncate(tmp_path, capsys):
     log = tmp_path / "metrics.jsonl"
     truncate(log, last_update=3)
     assert not log.exists()
     lines = [json.dumps({"update": update}) for update in (1, 3, 3, 4)]
-    log.write_text("\n".join([*lines[:3], "damaged", lines[3], '{"update": 5, "trai']))
+    damaged = "damaged", "[" * 100_000
+    log.write_text("\n".join([*lines[:3], *damaged, lines[3], '{"update": 5, "trai']))
     truncate(log, last_update=3)
     assert log.read_text().splitlines() == lines[:3]
+    assert capsys.readouterr().err.endswith("left out damaged lines: [4, 5]\n")
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ import csv
 import io
 import json
 import math
+import struct
 
 import yaml
 
 
-def megatron(flags: str, most_updates=200_000):
-    """Megatron-LM: training.py's loop, the calculator of microbatches, OptimizerParamScheduler."""
+def megatron_args(flags):
+    """Its command line, as argparse reads it."""
     parser = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
     for name in ("seq-length", "global-batch-size", "train-samples", "train-iters"):
         parser.add_argument(f"--{name}", type=int)
@@ -37,7 +38,12 @@ def megatron(flags: str, most_updates=200_000):
     words = []
     for i, quoted in enumerate(flags.replace("\\\n", " ").split('"')):
         words += [quoted] if i % 2 else quoted.split()
-    args = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def megatron(flags: str, most_updates=200_000):
+    """Megatron-LM: training.py's loop, the calculator of microbatches, OptimizerParamScheduler."""
+    args = megatron_args(flags)
 
     def batch_size(consumed):
         if args.step_batch_size_schedule:
@@ -185,7 +191,7 @@ def maxtext(text, devices):
 
 def olmo_core(text, sequence_length):
     """OLMo-core: Trainer._fit_epoch, BatchSizeSchedulerCallback, TextDataLoaderBase, Scheduler."""
-    config = yaml.safe_load(text)
+    config = yaml.safe_load(text.replace("None", "null"))
     scheduler = config.get("scheduler") or {"type": "constant"}
     sizes, starts = config["batch_sizes"], [each["value"] for each in config["schedule"]]
     end = config["max_duration"]["value"]
@@ -264,4 +270,20 @@ def pytorch(text):
         rows.append((now["batch_size"], now["learning_rate"], now["momentum"]))
         seen += now["batch_size"]
     assert seen == module["NUM_EXAMPLES"]
+    return rows
+
+
+def optax(text):
+    """A module that is read, not run: values from update starts on, in single precision."""
+    found = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse(text).body
+        if isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call)
+    }
+    names, rows = ("batch_size", "learning_rate", "momentum"), []
+    for update in range(found["NUM_UPDATES"]):
+        row = []
+        for starts, values in (found["COLUMNS"][name] for name in names):
+            row.append(values[max(i for i, start in enumerate(starts) if start <= update)])
+        rows.append((row[0], *struct.unpack("2f", struct.pack("2f", *row[1:]))))
     return rows

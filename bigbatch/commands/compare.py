@@ -6,6 +6,7 @@ on the names without one.
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def compare(
     from bigbatch.config.assemble import train
     from bigbatch.training.progress import in_words, main_metric
 
+    trained, start_s = 0, time.monotonic()
     for number, ((name, seed), config) in enumerate(configs.items(), 1):
         files = _files(directory, name, seed)
         print(
@@ -82,6 +84,10 @@ def compare(
         if not is_old:
             shown = in_words(main_metric(result), result[main_metric(result)])
             words = f"{result['updates']} updates, {shown}, {result['seconds']:.1f} s"
+            trained += 1
+            left_s = (time.monotonic() - start_s) / trained * (len(configs) - number)
+            if left_s > 0:
+                words += f"; about {left_s / 60:,.0f} min left" if left_s > 90 else "; soon done"
         print(words, file=sys.stderr)
     return [
         write_report(

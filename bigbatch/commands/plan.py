@@ -1,7 +1,8 @@
 """The plan as a table of text, for `bigbatch plan`."""
 
+import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,6 @@ from bigbatch.schedule.diagnostics import diagnose, floors
 from bigbatch.schedule.durations import short
 from bigbatch.schedule.plan import Plan, Stage
 
-_HEADER = (
-    "first update",
-    "updates",
-    "first example",
-    "epoch",
-    "batch size",
-    "learning rate",
-    "momentum",
-    "noise scale",
-    "microbatches",
-)
-_TOKENS = ("tokens", "batch tokens")
 # A plan whose every update differs has thousands of stages.
 _MAX_ROWS = 40
 
@@ -42,18 +31,23 @@ def text(config: Config, *, devices: int) -> str:
     layout = config.layout(plan, devices)
     shares = (f"{layout.devices * shape // devices}" for shape in layout.shapes)
     source, rule = config.source_plan, config.policy.rule
-    # What moves beside the learning rate, as Adam's do.
-    moving = [n for n, c in plan.hypers.items() if n not in Stage._fields and np.ptp(c)]
-    header = (*_HEADER, *(_TOKENS if plan.tokens_per_example else ()), *moving)
+    columns = {"learning rate": plan.hypers["learning_rate"], "noise scale": plan.noise_scales}
+    columns |= {n: c for n, c in plan.hypers.items() if n != "learning_rate"}
+    constant = [n for n, c in columns.items() if n != "learning rate" and not np.ptp(c)]
+    fixed = ", ".join(f"{name} {_number(columns.pop(name)[0])}" for name in constant)
+    header = ("update", "updates", "epoch", "batch size", *columns, "microbatches")
+    if plan.tokens_per_example:
+        header = (*header[:3], "tokens", "batch size", "in tokens", *header[4:])
     rows = [
-        (*_row(stage, layout), *_more(stage, plan, moving)) if isinstance(stage, Stage) else stage
+        _row(stage, plan, layout, columns) if isinstance(stage, Stage) else stage
         for stage in abridged(plan.stages, len(header))
     ]
     lines = [
         f"{config.experiment or 'plan'}: {plan.train_examples:,} training examples, "
-        f"{plan.epochs:g} epochs",
+        f"{plan.epochs:g} epoch{'s' * (plan.epochs != 1)}",
         "",
         *aligned([header, *rows]),
+        *([f"throughout: {fixed}"] if fixed else []),
         "",
         f"{plan.num_updates:,} updates, {plan.num_examples:,} examples{tokens(plan)}; "
         f"{source.num_updates / plan.num_updates:.2f} times fewer updates than the "
@@ -73,32 +67,38 @@ def text(config: Config, *, devices: int) -> str:
     return "\n".join(lines)
 
 
-def _row(stage: Stage, layout: Layout) -> tuple[str, ...]:
-    rates = f"{stage.learning_rate:.4g}"
-    if stage.last_learning_rate != stage.learning_rate:
-        rates += f" .. {stage.last_learning_rate:.4g}"
+def _row(
+    stage: Stage, plan: Plan, layout: Layout, columns: Mapping[str, np.ndarray]
+) -> tuple[str, ...]:
+    """A stage: where it begins, and how what moves moves in it."""
+    own = slice(stage.first_update, stage.first_update + stage.num_updates)
     shapes = Counter(part.examples_per_device for part in layout.microbatches(stage.batch_size))
-    cut = " + ".join(f"{count} x {layout.devices * shape:,}" for shape, count in shapes.items())
+    each = plan.tokens_per_example
     return (
         f"{stage.first_update:,}",
         f"{stage.num_updates:,}",
-        f"{stage.first_example:,}",
         f"{stage.epoch:.4g}",
+        *([short(stage.first_example * each)] if each else []),
         f"{stage.batch_size:,}",
-        rates,
-        f"{stage.momentum:.4g}",
-        f"{stage.noise_scale:.4g}",
-        cut,
+        *([short(stage.batch_size * each)] if each else []),
+        *(_course(values[own]) for values in columns.values()),
+        " + ".join(f"{count} x {layout.devices * shape:,}" for shape, count in shapes.items()),
     )
 
 
-def _more(stage: Stage, plan: Plan, moving: Sequence[str]) -> tuple[str, ...]:
-    """The cells that are there for tokens, and for what moves."""
-    cells = [f"{plan.hypers[name][stage.first_update]:.4g}" for name in moving]
-    if per_example := plan.tokens_per_example:
-        counts = stage.first_example, stage.batch_size
-        cells = [*(short(count * per_example) for count in counts), *cells]
-    return tuple(cells)
+def _course(values: np.ndarray) -> str:
+    """First and last of some values, and between them the least and the greatest.
+
+    >>> _course(np.array([0.1, 3.2, 0.01])), _course(np.array([0.5, 0.5]))
+    ('0.1 to 3.2 to 0.01', '0.5')
+    """
+    turns = sorted({0, int(np.argmin(values)), int(np.argmax(values)), len(values) - 1})
+    shown = [_number(values[turn]) for turn in turns]
+    return " to ".join(text for text, _ in itertools.groupby(shown))
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1_000 else f"{value:.3g}"
 
 
 def tokens(plan: Plan) -> str:

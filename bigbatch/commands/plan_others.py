@@ -1,14 +1,15 @@
 """A plan beside other trainers' schedules: `bigbatch plan --emit` and `--against`."""
 
 import argparse
+import dataclasses
 import itertools
+import math
 import sys
 from typing import Any
 
-import numpy as np
-
 from bigbatch.checks import Checks, text_of
 from bigbatch.commands.plan import abridged, aligned
+from bigbatch.config.file import load_config
 from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.schedule.plan import Plan, Stage
 from bigbatch.schedule.trainers.emit import FORMATS, stray
@@ -25,19 +26,15 @@ def show(config: Any, options: argparse.Namespace) -> None:
       UserError: an option is out of its range or another's schedule cannot be read.
     """
     checks = Checks()
-    allowed = "a config whose plan is known beforehand"
-    checks.require(config.controller is None, "policy", "adaptive", allowed)
     alone = {"emit": options.emit, "against": options.against, "json": options.json or None}
     given = {name: value for name, value in alone.items() if value is not None}
     checks.require(len(given) == 1, next(iter(given)), given, "one of them alone")
     checks.done()
-    plan: Plan = config.plan
-    ranks = options.devices or 1
+    plan, ranks = _known(config, "policy"), options.devices or 1
     told = plan.tokens_per_example or 1
     sequence_length = told if options.sequence_length is None else options.sequence_length
     if options.against:
-        other = read(options.against, plan, ranks, sequence_length)
-        print(beside(plan, other))
+        print(beside(plan, read(options.against, plan, ranks, sequence_length)))
         return
     done = plan.emit(options.emit, ranks=ranks, sequence_length=sequence_length)
     print(done.text, end="")
@@ -46,6 +43,13 @@ def show(config: Any, options: argparse.Namespace) -> None:
         lacks = ": " if is_sentence else " cannot express "
         print(f"bigbatch: {options.emit}{lacks}{limit}", file=sys.stderr)
     print(f"bigbatch: {strays(plan, done.plan)}", file=sys.stderr)
+
+
+def _known(config: Any, field: str) -> Plan:
+    if config.controller is not None:
+        raise UserError(Problem(field, "adaptive", "a config whose plan is known beforehand"))
+    plan: Plan = config.plan
+    return plan
 
 
 def strays(plan: Plan, other: Plan) -> str:
@@ -60,31 +64,33 @@ def strays(plan: Plan, other: Plan) -> str:
 
 
 def read(reference: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
-    """Another trainer's schedule, laid out on the training set of a plan.
+    """Another schedule, laid out on the training set of a plan.
 
     Args:
-      reference: "FORMAT:FILE".
+      reference: "FORMAT:FILE" of another trainer, or a config of ours.
       plan: the one to compare with.
       ranks: devices, for MaxText.
       sequence_length: tokens of an example, for OLMo-core.
 
     Raises:
-      UserError: there is no such format or file, or it holds no such schedule.
+      UserError: there is no such format, file or config, or it holds no such schedule.
     """
     name, _, path = reference.partition(":")
-    checks = Checks()
-    allowed = f"FORMAT:FILE, with a format of {', '.join(_READ)}"
-    checks.require(name in _READ, "against", reference, allowed, nearest_name(name, _READ))
-    checks.done()
     try:
-        text = text_of(path)
+        if name in _READ:
+            other = FORMATS[name].run(text_of(path), plan, ranks, sequence_length)
+        else:
+            other = _known(load_config(reference), "against")
+    except UserError as error:
+        allowed = f"a config, or FORMAT:FILE with a format of {', '.join(_READ)}"
+        problem = Problem("against", reference, allowed, nearest_name(name, _READ))
+        is_neither = name not in _READ and error.problems[0].field == "config"
+        raise UserError([*[problem] * is_neither, *error.problems]) from error
     except (OSError, ValueError) as error:
         raise UserError(Problem("against", path, f"a file of text ({error})")) from error
-    other = FORMATS[name].run(text, plan, ranks, sequence_length)
-    allowed = f"a plan for the {plan.train_examples:,} training examples of the config"
-    same = other.train_examples == plan.train_examples
-    checks.require(same, "against", other.train_examples, allowed)
-    checks.done()
+    if other.train_examples != plan.train_examples:
+        allowed = f"a plan for the {plan.train_examples:,} training examples of the config"
+        raise UserError(Problem("against", other.train_examples, allowed))
     return other
 
 
@@ -106,24 +112,17 @@ def _stage(stage: Stage) -> tuple[str, ...]:
 
 
 def _first_difference(plan: Plan, other: Plan) -> str:
-    count = min(plan.num_updates, other.num_updates)
-    columns: list[tuple[str, Any, Any]] = [("batch size", plan.batch_sizes, other.batch_sizes)]
-    columns += [
-        (name.replace("_", " "), plan.hypers[name], other.hypers[name])
-        for name in plan.hypers
-        if name in other.hypers
-    ]
-    first: list[tuple[int, str]] = []
-    for name, ours, theirs in columns:
-        ours, theirs = ours[:count], theirs[:count]
-        differs = np.abs(ours - theirs) > 1e-9 * np.maximum(np.abs(ours), np.abs(theirs))
-        if differs.any():
-            update = int(np.argmax(differs))
-            first.append((update, f"{name} {ours[update]:.9g} | {theirs[update]:.9g}"))
-    if first:
-        update, words = min(first)
-        at = plan.first_examples[update]
-        return f"first difference: update {update:,}, example {at:,}: {words}"
-    if plan.num_updates != other.num_updates:
-        return f"first difference: update {count:,}, where one of them has ended"
-    return "no difference"
+    names = [name for name in plan.hypers if name in other.hypers]
+    ours, theirs = (
+        dataclasses.replace(each, hypers={name: each.hypers[name] for name in names})
+        for each in (plan, other)
+    )
+    update = ours.diff(theirs)
+    if update is None:
+        return "no difference"
+    if update == min(plan.num_updates, other.num_updates):
+        return f"first difference: update {update:,}, where one of them has ended"
+    one, two = ours.hyper(update), theirs.hyper(update)
+    name = next(n for n in ("batch_size", *names) if not math.isclose(one[n], two[n]))
+    words = f"{name.replace('_', ' ')} {one[name]:.9g} | {two[name]:.9g}"
+    return f"first difference: update {update:,}, example {plan.first_examples[update]:,}: {words}"

@@ -61,21 +61,21 @@ def times(config: Config, devices: int, speeds: Speeds) -> Times:
       UserError: the layout cannot be formed, or there are several devices and no bandwidth.
     """
     plan, source = config.plan, config.source_plan
-    gradient_bytes = _gradient_bytes(config)
+    sent_bytes = gradient_bytes(config)
     layout = config.layout(plan, devices)
-    stages = time_model.stage_times(plan, layout, devices, gradient_bytes, speeds)
+    stages = time_model.stage_times(plan, layout, devices, sent_bytes, speeds)
     original, growing = [], []
     if speeds.allreduce_gbps is not None:
         ghost = config.ghost_batch_examples
         counts = time_model.device_counts(plan, ghost, devices)
         original, growing = (
-            time_model.scaling(each, config.layout, counts, gradient_bytes, speeds)
+            time_model.scaling(each, config.layout, counts, sent_bytes, speeds)
             for each in (source, plan)
         )
-    return Times(devices, gradient_bytes, stages, original, growing)
+    return Times(devices, sent_bytes, stages, original, growing)
 
 
-def _gradient_bytes(config: Config) -> int:
+def gradient_bytes(config: Config) -> int:
     """What an all-reduce sums; for a bundled network known without JAX."""
     if config.model is not None:
         sizes = getattr(facts_of(config.data), "network_sizes", {})

@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from typing import Any
 
+from bigbatch.commands import fastest
 from bigbatch.errors import Problem, UserError
 
 _MOST_DEVICES = 2**20
@@ -24,7 +26,8 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--emit", metavar="FORMAT", help="print it for another trainer (megatron, ...)"
     )
-    plan.add_argument("--against", metavar="FORMAT:FILE", help="compare it with another's schedule")
+    text = "compare it with another trainer's schedule, or with another config"
+    plan.add_argument("--against", metavar="FORMAT:FILE", help=text)
     plan.add_argument(
         "--sequence-length", type=int, help="tokens of an example (default: the data's, or 1)"
     )
@@ -37,6 +40,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     timing.add_argument("--allreduce-gbps", type=float, help="1e9 bits a second, of one device")
     timing.add_argument("--update-s", type=float, help="fixed seconds of one update (default 0)")
     timing.add_argument("--cost-per-device-hour", type=float, help="in your money")
+    fastest.add_arguments(plan)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -46,6 +50,7 @@ def run(options: argparse.Namespace) -> None:
     from bigbatch.config.file import load_config
     from bigbatch.layout import time_model
 
+    fastest.require_alone(options)
     config = load_config(options.config, options.overrides)
     devices = 1 if options.devices is None else options.devices
     nearest = min(max(devices, 1), _MOST_DEVICES)
@@ -59,6 +64,13 @@ def run(options: argparse.Namespace) -> None:
         return
     names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
     typed = {name: v for name in names if (v := getattr(options, name)) is not None}
+    if options.fastest:
+        from bigbatch.commands.fastest import verb, words
+
+        found = verb.show(config, options, typed)
+        if options.plot:
+            _plot(options.plot, words.draw, found)
+        return
     compiled: dict[str, Any] = {}
     if options.compile_for:
         from bigbatch.commands.compile import chips
@@ -102,17 +114,17 @@ def run(options: argparse.Namespace) -> None:
         lines += ["", time_table.text(times, speeds)]
     print(json.dumps(summary) if options.json else "\n".join(lines))
     if options.plot:
-        _plot(config, options.plot)
+        from bigbatch.commands.plan_figure import draw_plan
+
+        _plot(options.plot, draw_plan, config.plan, config.source_plan)
     problems = programs_table.misfits(compiled) if compiled else []
     if problems:
         raise UserError(problems)
 
 
-def _plot(config: Any, path: str) -> None:
-    from bigbatch.commands.plan_figure import draw_plan
-
+def _plot(path: str, draw: Callable[..., None], *drawn: Any) -> None:
     try:
-        draw_plan(path, config.plan, config.source_plan)
+        draw(path, *drawn)
     except (OSError, ValueError) as error:
         allowed = f"a picture's file that can be written, .png, .svg or .pdf ({error})"
         raise UserError(Problem("plot", path, allowed)) from error

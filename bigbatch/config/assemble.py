@@ -18,7 +18,7 @@ from bigbatch.engine.task import Task
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
-from bigbatch.training import loop
+from bigbatch.training import loop, progress
 from bigbatch.training.prepare import prepare, specialised
 from bigbatch.training.run import Run
 from bigbatch.workdir import network_file, packing, resume
@@ -142,6 +142,9 @@ def train(
         )
         if files.result.exists():
             return read_json(files.result, _RESULT), True
+        if show_progress and distributed.is_first():
+            name, decides = config.experiment or files.path.name, config.controller is not None
+            print(progress.first_line(name, plan, decides), file=sys.stderr)
         kept, plans = files.microbatch, config.controller or plan
         run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
         options: dict[str, Any] = {

@@ -110,6 +110,8 @@ _GROUPS = ("data", "model", "task", "optimizer", "policy")
 _POLICIES = {
     **POLICIES,
     "plan_file": plan_file,
+    # Its file is a plan's, with the length of the recipe (`config.lengths`).
+    "fastest": plan_file,
     "megatron": megatron,
     "levanter": levanter,
     "maxtext": maxtext,

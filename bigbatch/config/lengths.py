@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bigbatch.checks import Checks
+from bigbatch.checks import Checks, is_number, parsed, text_of
 from bigbatch.data import sets
 from bigbatch.errors import Problem
 from bigbatch.schedule.durations import NO_TOKENS, size_in_examples
@@ -54,5 +54,29 @@ def in_examples(tree: Mapping[str, Any], data: Any, problems: list[Problem]) -> 
         if good and checks.require(bool(per_example), "tokens", tokens, none) and data is not None:
             tree["epochs"] = tokens / (facts_of(data).train_examples * (per_example or 1))
         tree.setdefault("epochs", 1.0)
+    policy = tree["policy"] if isinstance(tree.get("policy"), Mapping) else {}
+    if policy.get("name") == "fastest":
+        _run_fastest(checks, tree, policy.get("path"))
     problems += checks.problems
     return tree
+
+
+def _run_fastest(checks: Checks, tree: dict[str, Any], path: Any) -> None:
+    """Gives a run the length of its fastest plan, where it has that of the plan's recipe."""
+    try:
+        plan = parsed(text_of(str(path)), dict)
+    except (OSError, ValueError):
+        # The policy says so itself.
+        return
+    own, recipes = plan.get("epochs"), plan.get("recipe_epochs")
+    allowed = "the file that `bigbatch plan --fastest --json` has printed"
+    if not checks.require(is_number(own) and is_number(recipes), "policy.path", path, allowed):
+        return
+    steps, epochs = tree.get("transformations"), tree.get("epochs", recipes)
+    allowed = "none with policy.name = 'fastest', whose plan holds what they did"
+    checks.require(not steps, "transformations", steps, allowed, [])
+    allowed = f"{recipes:g}, those of the recipe whose progress the plan makes"
+    # Tokens are epochs but for rounding.
+    fits = is_number(epochs) and abs(epochs - recipes) <= 1e-9 * recipes
+    checks.require(fits, "epochs", epochs, allowed, recipes)
+    tree["epochs"] = own

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bigbatch.bars import Bar
 from bigbatch.checks import parsed, text_of
 from bigbatch.data.tokens import FACTS_FILE, Facts
 from bigbatch.errors import Problem, RunError, UserError
@@ -91,8 +92,6 @@ def prepare(
       UserError: files that are missing or of no use, or the directory holds other tokens.
       RunError: a library is missing, or the directory cannot be written.
     """
-    from tqdm import tqdm
-
     encoder, place = encoder_of(tokenizer, separator), Path(directory)
     files = {"train": _found("from", sources), "test": _found("test-from", test_sources)}
     names = {part: [[file.name, file.stat().st_size] for file in files[part]] for part in files}
@@ -108,7 +107,8 @@ def prepare(
     total = sum(file.stat().st_size for _, file in work)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not show_progress) as bar:
+        with Bar(total, "bytes", show=show_progress) as bar:
+            shown_bytes = 0
             for number in range(state["number"], len(work)):
                 (part, path), start = work[number], state["position"]
                 before = sum(file.stat().st_size for _, file in work[:number])
@@ -120,7 +120,8 @@ def prepare(
                         out.flush()
                         state |= {"number": number, "position": batch[-1].position}
                         _write(place / _PARTIAL_FILE, {"asked": asked, **state})
-                        bar.update(before + batch[-1].read_bytes - bar.n)
+                        bar.move(before + batch[-1].read_bytes - shown_bytes)
+                        shown_bytes = before + batch[-1].read_bytes
                 state["position"] = 0
         facts = Facts(dtype.name, encoder.vocabulary, state["tokens"], encoder.separator)
         _write(place / FACTS_FILE, {**dataclasses.asdict(facts), "asked": asked})

@@ -9,8 +9,9 @@ Norms, the attention's softmax and the angles are computed in float32 at least.
 """
 
 import functools
+import importlib.util
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from bigbatch.models import TransformerConfig
 
 _ROTARY_BASE = 10_000.0
 _EPSILON = 1e-6
+# Its attention takes 16 bits only, and sizes of heads that are multiples of 8.
+_HAS_CUDNN = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 
 
 class Transformer(nnx.Module):
@@ -52,15 +55,17 @@ class Transformer(nnx.Module):
           both of the config's dtype.
         """
         config = self.config
-        embedding = self.embedding[...].astype(config.dtype)
-        x = embedding[tokens[:, :-1].astype(jnp.int32)] * math.sqrt(config.width)
+        embedding = self.embedding[...]
+        # The gradients of a frequent token are summed in the parameters' dtype.
+        x = embedding[tokens[:, :-1].astype(jnp.int32)].astype(config.dtype)
+        x *= math.sqrt(config.width)
         rotation = _rotation(x.shape[1], config)
         # The module is split, as `nnx.remat` would write to its variables.
         call = jax.checkpoint(_called, static_argnums=0) if config.remat else _called
         for block in self.blocks:
             x = call(*nnx.split(block), x, rotation)
-        output = embedding if config.tied else self.output[...].astype(config.dtype)
-        return self.norm(x), output
+        output = embedding if config.tied else self.output[...]
+        return self.norm(x), output.astype(config.dtype)
 
 
 class Block(nnx.Module):
@@ -118,10 +123,13 @@ def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         scores = jnp.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
         scores = jnp.where(jnp.tri(query.shape[1], dtype=bool), scores, -jnp.inf)
         return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), value)
-    # cuDNN's takes 16 bits only.
-    fast = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
-    name: Literal["cudnn", "xla"] = "cudnn" if fast else "xla"
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=name)
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    if query.dtype != jnp.bfloat16 or query.shape[-1] % 8 or not _HAS_CUDNN:
+        return attend(query, key, value)
+    # For which devices is known when the program is: they need not be this machine's.
+    fast = functools.partial(attend, implementation="cudnn")
+    result: jax.Array = jax.lax.platform_dependent(query, key, value, cuda=fast, default=attend)
+    return result
 
 
 def _param_dtype(config: TransformerConfig) -> Any:

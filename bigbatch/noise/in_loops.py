@@ -18,8 +18,8 @@ within anyone's jit, scan or shard_map; what they carry are small pytrees. No gr
 {'gradient_noise_status': 'ready'}
 
 The noise scale is that of draws from a distribution. Where the updates draw a training set of N
-examples without replacement and nothing in them is random, `measured._replace(share=B / N,
-small_shares=B / N)` is that of the training set: see `gradient_noise`.
+examples without replacement and nothing in them is random, `measure` with `shares=(B / N, B / N)`
+makes it that of the training set: see `gradient_noise`.
 """
 
 from typing import Any, NamedTuple
@@ -97,6 +97,7 @@ def measure(
     mean_gradient: Any,
     *,
     geometry: Geometry = L2,
+    shares: tuple[Any, Any] = (0.0, 0.0),
     axis_name: Any = None,
 ) -> Measurement:
     """What an update says of the noise, for `average` and for `Controller.observe`.
@@ -105,6 +106,7 @@ def measure(
       sums: of all of its small batches.
       mean_gradient: of its loss: the sum over the small batches, divided by their count.
       geometry: what is measured.
+      shares: of the training set, the last two of `gradient_noise.Measurement`.
       axis_name: over which the small batches of an update lie, inside of shard_map.
     """
     if axis_name is not None:
@@ -112,7 +114,7 @@ def measure(
     batches, examples = sums[SMALL_BATCHES], sums[EXAMPLES]
 
     def of(small: Any, big: Any) -> Measurement:
-        return of_examples(Measurement(small, big, batches, examples), sums[_COUNT])
+        return of_examples(Measurement(small, big, batches, examples, *shares), sums[_COUNT])
 
     found = jax.tree.map(of, sums[SMALL_SQUARES], geometry.moments(mean_gradient))
     if geometry.size is None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from bigbatch import distributed
+from bigbatch.bars import Bar
 from bigbatch.checks import Checks
 from bigbatch.engine import accumulator, functions
 from bigbatch.engine.task import Sums
@@ -37,7 +37,7 @@ from bigbatch.training.restore import restore, saved_elsewhere
 from bigbatch.training.run import Run
 from bigbatch.training.updates import updates, waits_for
 from bigbatch.training.watch import STALL_S, Watchdog
-from bigbatch.workdir import metrics, packing, resume, storage
+from bigbatch.workdir import metrics, packing, resume, starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.event_files import EventFiles
 from bigbatch.workdir.files import Workdir, read_json, write_json
@@ -127,9 +127,9 @@ def train(
             course = Course(run.plan, run.controller, progress.controller)
             run = _as_known(run, course, files)
             done, again = progress.updates, progress.evaluation_due
-            distributed.on_first(
-                lambda: metrics.truncate(files.metrics, last_update=done, without_test=again)
-            )
+            cut = functools.partial(metrics.truncate, last_update=done, without_test=again)
+            distributed.on_first(lambda: cut(files.metrics))
+            distributed.on_first(lambda: starts.note(files, sources))
             with (
                 metrics.MetricsLog(
                     files.metrics if distributed.is_first() else None,
@@ -137,7 +137,7 @@ def train(
                 ) as log,
                 progress_lib.progress_bar(run, progress, show_progress) as bar,
             ):
-                say = functools.partial(bar.write, file=sys.stderr)
+                say = functools.partial(print, file=sys.stderr)
                 if show_progress:
                     say(progress_lib.memory_line(run))
                 with Watchdog(say, stall_s) as watchdog:
@@ -213,13 +213,11 @@ def _events(
     """The TensorBoard files of a run that goes on from there; process 0 writes them."""
     if not distributed.is_first():
         return None
-    done = progress.updates
-    examples = int(run.plan.batch_sizes[:done].sum())
     tested = ["loss", *metric_names] if run.data.test_examples else []
     with storage.writing(files.tensorboard):
         return EventFiles(
             files.tensorboard,
-            last={"update": done, "examples": examples, **run.tokens(examples)},
+            last_update=progress.updates,
             config=resume.plain(record),
             metrics=[*(f"test_{name}" for name in tested), "train_loss"],
         )
@@ -257,7 +255,7 @@ class _Loop:
     checkpoints: Checkpoints
     log: metrics.MetricsLog
     on_record: Callable[[Mapping[str, Any]], None]
-    bar: tqdm
+    bar: Bar
     say: Callable[[str], None] | None
     watchdog: Watchdog
     stop: StopRequest
@@ -309,10 +307,10 @@ class _Loop:
             self._read_finished()
         self._sent = row, sums
         self.watchdog.moved(f"update {row.update:,}, batch size {row.batch_size:,}")
-        self.bar.update(row.batch_size * (self.run.tokens_per_example or 1))
-        if not self.bar.disable:
-            loss = self.progress.train_loss
-            self.bar.set_postfix(batch_size=row.batch_size, loss=loss, refresh=False)
+        if self.bar.shown:
+            progress_lib.move(self.bar, self.run, row, self.progress.train_loss)
+        if self.say is not None and (change := progress_lib.change(self.run.plan, row)):
+            self.say(change)
         due, at = self.due, span(self.run, row)
         is_last = row.update + 1 == self.run.plan.num_updates
         evaluation_due = is_last or due.evaluate_every.due(*at)
@@ -357,7 +355,6 @@ class _Loop:
             )
         if not self.log.is_lost:
             self.run = _as_known(self.run, self.course, self.files)
-        self.bar.total = self.run.plan.num_examples * (self.run.tokens_per_example or 1)
 
     def _write(self, record: dict[str, Any]) -> None:
         """Adds a record to the log."""

@@ -6,6 +6,9 @@ compilation is an error and not a pause of a minute.
 
 import dataclasses
 import functools
+import math
+import os
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,8 +30,18 @@ from bigbatch.training import compilation_cache
 # other's memory; elsewhere too a large network's needs gigabytes.
 _ON_CPU, _ELSEWHERE = 1, 2
 
-# Gives what stands for a program, from its name, what was traced and what was lowered.
-Compiler = Callable[[str, Any, Any], Any]
+# What the compiler of GPUs is told; docs/compilers.md has the reasons.
+_GPU_OPTIONS = {
+    "xla_gpu_all_reduce_combine_threshold_bytes": 2**28,
+    "xla_gpu_exclude_nondeterministic_ops": True,
+}
+_SCATTERED = re.compile(r'stablehlo\.(?:select_and_)?scatter".*?\}\) : \((.*?)\) ->', re.DOTALL)
+# To give a sum of more scattered numbers an order, XLA sorts them for longer than all else takes.
+_MOST_SORTED = 2**20
+
+# Gives what stands for a program, from its name, what was traced, what was lowered, and what its
+# compiler is to be told.
+Compiler = Callable[[str, Any, Any, dict[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +98,18 @@ class Programs:
             "accumulate": max(map(memory.program_bytes, self.accumulate.values())),
             "apply_update": memory.program_bytes(self.apply_update),
         }
+
+
+def gpu_options(text: str) -> dict[str, Any]:
+    """What the compiler of GPUs is told of a lowered program, save what XLA_FLAGS names."""
+    options = dict(_GPU_OPTIONS)
+    # The first is what they are added to.
+    added = [kind for kinds in _SCATTERED.findall(text) for kind in kinds.split("tensor<")[2:]]
+    sizes = [math.prod(int(n) for n in re.findall(r"(\d+)x", kind)) for kind in added]
+    if max(sizes, default=0) > _MOST_SORTED:
+        del options["xla_gpu_exclude_nondeterministic_ops"]
+    given = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in given}
 
 
 def _while_in_use(compile_anew: Callable[..., Programs]) -> Callable[..., Programs]:
@@ -182,13 +207,18 @@ def compile_programs(
         examples = microbatch(microbatch_examples[0])
         return state._replace(bounds=functions.first_bounds(task, state, examples, measures_noise))
 
+    platform = mesh.devices.flat[0].platform
+    on_cpu = platform == "cpu"
+
     def compiled(name: str, function: Any, *shapes: Any) -> Callable[[], Any]:
         traced = function.trace(*shapes)
         lowered = traced.lower()
-        return lambda: compiler(name, traced, lowered) if compiler else lowered.compile()
+        options = gpu_options(lowered.as_text()) if platform == "gpu" else {}
+        if compiler:
+            return lambda: compiler(name, traced, lowered, options)
+        return functools.partial(lowered.compile, options or None)
 
     # Called once: on CPU, to compile it well takes seconds and saves milliseconds.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
     init_state = jax.jit(first_state, compiler_options=quick)
     whole = state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)

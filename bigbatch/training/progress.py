@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
+import jax
 
+from bigbatch.bars import Bar
 from bigbatch.engine.functions import EXAMPLES, GRADIENT_IS_FINITE, PARAMS_ARE_FINITE
 from bigbatch.engine.task import COUNT, Sums
 from bigbatch.errors import RunError
@@ -13,7 +14,7 @@ from bigbatch.layout import memory
 from bigbatch.schedule import divergence
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.durations import Every, short
-from bigbatch.schedule.plan import Row
+from bigbatch.schedule.plan import Plan, Row
 from bigbatch.training.run import Run
 
 
@@ -212,20 +213,48 @@ def result_line(result: Mapping[str, Any]) -> str:
     )
 
 
-def progress_bar(run: Run, progress: Progress, show: bool) -> tqdm:
-    """A progress bar over the examples of the whole plan, or over the tokens that they have.
+def first_line(name: str, plan: Plan, decides: bool) -> str:
+    """What a run is about to do, in one line for the user, before anything is compiled."""
+    least, most = (f"{size:,}" for size in (plan.batch_sizes.min(), plan.batch_sizes.max()))
+    sizes = least if least == most else f"{least} to {most}"
+    updates = (
+        "batch sizes that it decides" if decides else f"{plan.num_updates:,} updates of {sizes}"
+    )
+    devices = jax.devices()
+    return (
+        f"{name}: {plan.num_examples:,} examples, {updates}; {len(devices)} x "
+        f"{devices[0].device_kind}; compiling ..."
+    )
 
-    It is moved on by examples times `run.tokens_per_example`, if that is known.
-    """
+
+def progress_bar(run: Run, progress: Progress, show: bool) -> Bar:
+    """A bar over the examples of the whole plan, or over the tokens that they have."""
     done = progress.updates
     at_end = done == run.plan.num_updates
     initial = run.plan.num_examples if at_end else int(run.plan.first_examples[done])
+    each, unit = run.tokens_per_example or 1, "tokens" if run.tokens_per_example else "examples"
+    return Bar(run.plan.num_examples * each, unit, show=show, done=initial * each)
+
+
+def move(bar: Bar, run: Run, row: Row, train_loss: float) -> None:
+    """Moves the bar on by an update."""
     each = run.tokens_per_example or 1
-    return tqdm(
-        total=run.plan.num_examples * each,
-        initial=initial * each,
-        unit=" tokens" if run.tokens_per_example else " examples",
-        unit_scale=True,
-        # None: only where standard error is no terminal.
-        disable=None if show else True,
+    words = f"update {row.update + 1:,}  batch {row.batch_size:,}"
+    if not math.isnan(train_loss):
+        words += f"  loss {train_loss:.3g}"
+    bar.move(row.batch_size * each, total=run.plan.num_examples * each, words=words)
+
+
+def change(plan: Plan, row: Row) -> str | None:
+    """An update with a new batch size in one line; None where sizes change all the time."""
+    sizes, update = plan.batch_sizes, row.update
+    if update == 0 or sizes[update] == sizes[update - 1]:
+        return None
+    held = sizes[max(update - max(plan.num_updates // 100, 1), 0) : update]
+    if (held != held[-1]).any():
+        return None
+    hypers = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in row.hyper.items())
+    return (
+        f"epoch {row.epoch:.4g}, update {update:,}: batch size {held[-1]:,} -> "
+        f"{row.batch_size:,}, {hypers}"
     )

@@ -195,7 +195,8 @@ class Checkpoints:
           RunError: this one or the one before cannot be written.
         """
         packed = packing.pack(state)
-        record = {**record, "project": "bigbatch", "format": FORMAT, "versions": _versions()}
+        versions = {package: version(package) for package in _PACKAGES}
+        record = {**record, "project": "bigbatch", "format": FORMAT, "versions": versions}
         record |= {"arrays": packing.described(state), "checksum": zlib.crc32(packed.data)}
         record["digest"] = _digest(record)
         try:
@@ -323,9 +324,12 @@ def _say_nothing_twice() -> None:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
-    """Of the packages; the search for them takes 10 ms."""
-    return {package: metadata.version(package) for package in _PACKAGES}
+def version(package: str) -> str:
+    """Of a package; the search for one takes milliseconds. A bare tree of this one has none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _digest(record: Mapping[str, Any]) -> str:

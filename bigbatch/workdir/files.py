@@ -3,6 +3,7 @@
     config.json     the config as it was read, with the experiment's name
     run.json        what decides the run's result, the names of its metrics, versions
     plan.json       the plan; the truth for every resume
+    starts.json     when, where and by which command it was started; for the report
     source/         copies of the config file and of the modules beside it, for the record
     metrics.jsonl   one JSON object a line
     tensorboard/    the same for TensorBoard
@@ -44,6 +45,7 @@ class Workdir:
 
     config = property(lambda self: self.path / "config.json")
     run = property(lambda self: self.path / "run.json")
+    starts = property(lambda self: self.path / "starts.json")
     source = property(lambda self: self.path / "source")
     plan = property(lambda self: self.path / "plan.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")

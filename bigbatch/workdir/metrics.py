@@ -109,7 +109,7 @@ def truncate(path: Path, *, last_update: int, without_test: bool = False) -> Non
         try:
             record = json.loads(line)
             later = record["update"] > last_update
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             damaged.append(number)
             continue
         again = without_test and record["update"] == last_update and "test_loss" in record

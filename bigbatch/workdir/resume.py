@@ -6,11 +6,9 @@ trained. Everything else may differ at every start: the hardware, where files li
 logged, evaluated and saved.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from bigbatch import distributed
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.plan import Plan
 from bigbatch.workdir import storage
-from bigbatch.workdir.checkpoint import Checkpoints
+from bigbatch.workdir.checkpoint import Checkpoints, version
 from bigbatch.workdir.files import Workdir, read_json, write_json
 
 # Processes with other versions may compute something else.
@@ -65,7 +63,7 @@ def open_run(
       UserError: the directory cannot be used, or holds another run; nothing in it was changed.
     """
     identity = plain(identity)
-    versions = {package: _version(package) for package in _SAME_VERSIONS}
+    versions = {package: version(package) for package in _SAME_VERSIONS}
     facts = {"plan": plan.fingerprint, "change-future": change_future, "versions": versions}
     asked = {**flat(plain(record)), **flat(identity), **facts, **distributed.devices()}
     distributed.agree({**asked, **dict.fromkeys(_ELSEWHERE)}, "value")
@@ -90,7 +88,7 @@ def open_run(
                     files.result.unlink(missing_ok=True)
         described = {"bigbatch": versions["bigbatch"], "metrics": metrics, "identity": identity}
         if metrics is None and files.run.exists():
-            described["metrics"] = read_json(files.run)["metrics"]
+            described["metrics"] = read_json(files.run).get("metrics")
         for path, value in ((files.config, plain(record)), (files.run, plain(described))):
             if not path.exists() or read_json(path) != value:
                 write_json(path, value)
@@ -185,12 +183,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             fields[f"{prefix}{name}"] = value
     return fields
-
-
-@functools.cache
-def _version(package: str) -> str:
-    """Of a package; the search for one takes milliseconds."""
-    return metadata.version(package)
 
 
 def _continued(begun: Plan, asked: Plan, files: Workdir, change_future: bool) -> Plan:

@@ -140,6 +140,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written ({error.strerror}): make room or mend the permissions, and "
-            "give the same command again"
+            f"{path} cannot be written ({error.strerror or error}): make room or mend the "
+            "permissions, and give the same command again"
         ) from error

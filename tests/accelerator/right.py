@@ -18,7 +18,7 @@ from bigbatch.models.wide_resnet import WideResNet
 GHOST = 32
 
 
-def rows(toy: bool) -> Iterator[dict[str, Any]]:
+def rows(toy: bool, _: str) -> Iterator[dict[str, Any]]:
     """What was compared, how far apart the two are, and how far they may be."""
     yield from _updates(4 if toy else 20)
     yield from _ghost_norm()

@@ -1,117 +1,120 @@
-"""Examples/s of WRN-16-4 on 32 x 32 images, by the examples of a call; and PyTorch's.
+"""How fast an update of each network is, by the examples of a call; and PyTorch's.
 
-A call is accumulate and apply_update on one microbatch that lies on the card, as a plan of that
-batch size has them; PyTorch's is forward, loss, backward and fused SGD, compiled with CUDA graphs,
-channels last. Same network, same card, same minutes, by turns.
+An update is accumulate and apply_update on one microbatch that lies on the card, as a plan of that
+batch size has them; PyTorch's (`torch_peers`) is forward, loss, backward and its optimizer. Same
+network, same card, same minutes, by turns.
 """
 
-import time
-from collections.abc import Callable, Iterator
-from typing import Any
+import importlib.util
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-import bigbatch as bb
-from bigbatch.models.classification import image_classification
-from bigbatch.models.wide_resnet import WideResNet
-from bigbatch.training.microbatches import Request
-
-GHOST = 128
-# Of accumulate, forward and backward, as XLA counts it for one example of WRN-16-4.
-_GFLOP_AN_EXAMPLE = 2.18
-# Dense bfloat16 of an H100 SXM, NVIDIA's data sheet.
-_PEAK_GFLOP_S = 989_000
-_SHAPE = (32, 32, 3)
+from bigbatch.commands.compile import chips, read
+from tests.accelerator import runs
 
 
-def rows(toy: bool) -> Iterator[dict[str, Any]]:
-    """A row for each size, dtype and trainer."""
-    depth, width, sizes = (10, 1, (128,)) if toy else (16, 4, (1024, 256, 4096, 128, 512, 2048))
-    seconds = 0.2 if toy else 1.5
-    for size in sizes:
-        for dtype in ("bfloat16", "float32"):
-            name = dtype if dtype == "bfloat16" else "tf32"
-            update, peak_mib = _ours(depth, width, size, dtype)
-            yield _row("bigbatch", name, size, *_rate(update, size, seconds), peak_mib())
-            theirs = _torch(depth, width, size, dtype, compiled=not toy)
-            if theirs is not None:
-                yield _row("PyTorch", name, size, *_rate(theirs[0], size, seconds), theirs[1]())
+class Network(NamedTuple):
+    """What is measured of a network.
+
+    Attributes:
+      config: whose task and optimizer it is.
+      changes: of its fields.
+      ghost: examples of a ghost batch, where a call has as many.
+      sizes: examples of a call, what matters most first. The first two have a peer, the first one
+        in float32 too.
+    """
+
+    config: str
+    changes: Mapping[str, Any]
+    ghost: int
+    sizes: tuple[int, ...]
 
 
-def _row(
-    who: str, dtype: str, size: int, rate: float, low: float, high: float, peak_mib: float
-) -> dict[str, Any]:
-    return {
-        "trainer": who,
-        "dtype": dtype,
-        "examples a call": size,
-        "examples/s": round(rate),
-        "quartiles": f"{low:,.0f} to {high:,.0f}",
-        "share of bf16 peak": rate * _GFLOP_AN_EXAMPLE / _PEAK_GFLOP_S,
-        "peak MiB": round(peak_mib),
-    }
+def _language(layers: int, width: int, heads: int, vocabulary: int, length: int) -> dict[str, Any]:
+    model = {"layers": layers, "width": width, "heads": heads, "vocabulary": vocabulary}
+    # Of the longest sequences there are few to test on.
+    data = {"data.sequence_tokens": length, "data.test_examples": 100}
+    return {f"model.{n}": v for n, v in model.items()} | data
 
 
-def _rate(update: Callable[[int], None], size: int, seconds: float) -> tuple[float, float, float]:
-    """Median and quartiles of the examples/s of 9 stretches, after two of warming up."""
-    update(2)
-    start_s = time.perf_counter()
-    update(3)
-    count = max(1, round(3 * seconds / 9 / (time.perf_counter() - start_s)))
-    rates = []
-    for _ in range(9):
-        start_s = time.perf_counter()
-        update(count)
-        rates.append(count * size / (time.perf_counter() - start_s))
-    middle, low, high = np.percentile(rates, (50, 25, 75))
-    return float(middle), float(low), float(high)
+NETWORKS = {
+    "wrn16_4": Network(
+        "configs/cifar10.py:decay", {}, 128, (1024, 256, 4096, 128, 512, 2048, 64, 32, 8192)
+    ),
+    "resnet50": Network("configs/imagenet_resnet50.py:decay", {}, 32, (256, 128, 64, 512)),
+    "transformer": Network(
+        "configs/language.py:cosine", _language(12, 768, 12, 50_304, 1_024), 1, (16, 32, 8)
+    ),
+}
+TOYS = {
+    "wrn16_4": Network("configs/digits.py:decay", {}, 32, (32,)),
+    "resnet50": Network(
+        "configs/imagenet_resnet50.py:decay", {"model.depth": 18, "data.image_size": 32}, 4, (4,)
+    ),
+    "transformer": Network("configs/language.py:cosine", _language(1, 32, 2, 256, 16), 1, (2,)),
+}
 
 
-def _ours(
-    depth: int, width: int, size: int, dtype: str
-) -> tuple[Callable[[int], None], Callable[[], float]]:
-    """Makes so many updates and waits for them; the most memory that was in use so far."""
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (max(size, 1024), *_SHAPE), np.uint8)
-    arrays = {"image": images, "label": rng.integers(0, 10, len(images)).astype(np.int32)}
-    network = WideResNet(depth, width, 10, GHOST, dtype=jnp.dtype(dtype))
-    task = image_classification(network, _SHAPE, (127.0,) * 3, (64.0,) * 3)
-    plan = bb.make_plan(bb.constant(0.1, size, 0.9), train_examples=len(images), epochs=4)
-    run = bb.prepare(
-        task,
-        arrays,
-        plan,
-        bb.Momentum(weight_decay=5e-4),
-        ghost_batch_examples=GHOST,
-        microbatch_examples_per_device=size,
+def rows(toy: bool, name: str) -> Iterator[dict[str, Any]]:
+    """A row for each size, dtype and trainer of a network."""
+    network = (TOYS if toy else NETWORKS)[name]
+    budget_s = 0 if toy else 1.5
+    for number, size in enumerate(network.sizes):
+        for dtype in ("bfloat16", "float32")[: 1 if number or toy else 2]:
+            flops: dict[str, int] = {}
+            own = {"ghost_batch_examples": min(network.ghost, size), "model.dtype": dtype}
+
+            def compiler(
+                name: str, traced: Any, lowered: Any, options: Any, flops: Any = flops
+            ) -> Any:
+                flops[name.split()[0]] = read.model_flops(traced.jaxpr)
+                return lowered.compile(options)
+
+            run = runs.run_of(network.config, own | network.changes, [size], compiler=compiler)
+            mib = run.programs.device_bytes["accumulate"] / 2**20
+            call_flops, tokens = flops["accumulate"], run.tokens_per_example
+            if tokens:
+                call_flops = size * _transformer_flops(network.changes, run)
+            facts = {"dtype": dtype if dtype == "bfloat16" else "tf32", "examples a call": size}
+            found = (call_flops, tokens or 1)
+            seconds = runs.seconds_of(runs.bare(run), budget_s)
+            yield {"trainer": "bigbatch", **facts, **_rates(seconds, size, dtype, *found, mib)}
+            del run
+            if number < 2 and importlib.util.find_spec("torch"):
+                from tests.accelerator import torch_peers
+
+                update, peak_mib = torch_peers.trainer(name, size, dtype, toy=toy)
+                rates = _rates(runs.seconds_of(update, budget_s), size, dtype, *found, peak_mib())
+                yield {"trainer": "PyTorch", **facts, **rates}
+
+
+def _transformer_flops(changes: Mapping[str, Any], run: Any) -> int:
+    """Of an example, forward and backward: Chowdhery et al. 2022, appendix B.
+
+    Nothing that is computed twice counts, and of the attention both halves.
+    """
+    shapes = jax.tree.leaves(run.programs.state_shapes.params)
+    # The embeddings are the output matrix too.
+    parameters = sum(leaf.size for leaf in shapes if leaf.ndim == 2)
+    layers, width, length = (
+        changes[name] for name in ("model.layers", "model.width", "data.sequence_tokens")
     )
-    (part,) = run.layout.microbatches(size)
-    held, examples = run.microbatch(Request(0, part))
-    examples = jax.device_put(dict(examples))
-    hyper = jax.device_put({name: np.float32(0.1) for name in run.optimizer.hyper_names})
-    own: list[Any] = [run.first_state(), run.programs.empty_accumulator()]
-
-    def update(count: int) -> None:
-        state, accumulator = own
-        for _ in range(count):
-            accumulator = run.programs.accumulate[held](state, accumulator, examples, run.frozen)
-            state, accumulator, _ = run.programs.apply_update(state, accumulator, hyper)
-        own[:] = jax.block_until_ready((state, accumulator))
-
-    def peak_mib() -> float:
-        memory = jax.devices()[0].memory_stats() or {}
-        return float(memory.get("peak_bytes_in_use", 0)) / 2**20
-
-    return update, peak_mib
+    return length * (6 * parameters + 12 * layers * width * length)
 
 
-def _torch(
-    depth: int, width: int, size: int, dtype: str, *, compiled: bool
-) -> tuple[Callable[[int], None], Callable[[], float]] | None:
-    try:
-        from tests.accelerator import torch_wrn
-    except ModuleNotFoundError:
-        return None
-    return torch_wrn.trainer(depth, width, size, dtype, compiled=compiled)
+def _rates(
+    seconds: Any, size: int, dtype: str, flops: int, tokens: int, mib: float
+) -> dict[str, Any]:
+    low, middle, high = size / seconds[::-1]
+    card, chip = jax.devices()[0], chips.CHIPS["h100"]
+    peak_s = chip.bf16_flops_s if dtype == "bfloat16" else chip.float32_flops_s
+    return {
+        "examples/s": round(middle, 1),
+        "quartiles": f"{low:,.0f} to {high:,.0f}",
+        "tokens/s": round(middle * tokens) if tokens > 1 else None,
+        "GFLOP an example": flops / size / 1e9,
+        "share of H100's peak": None if card.platform == "cpu" else middle * flops / size / peak_s,
+        "MiB": round(mib),
+    }

@@ -1,4 +1,4 @@
-"""The benchmarks of speed, one after the other, and the README's table of what they found.
+"""The benchmarks of speed, one after the other, and the docs' table of what they found.
 
     python -m tests.benchmarks ROUNDS [--torch=PYTHON]    all of them, some minutes a round
     python -m tests.benchmarks table                      the table, from the results that are kept
@@ -60,7 +60,7 @@ def _cells(line: str) -> list[str]:
 
 
 def table() -> str:
-    """The README's table."""
+    """The docs' table."""
     lines = [HEADER]
 
     def add(what: str, ours: str, peer: str, theirs: str, ratio: str) -> None:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,20 +70,26 @@ def ours() -> tuple[Counter, int]:
     return counts, total + MICROBATCHES * each_bytes
 
 
-def peers() -> dict[str, tuple[Counter, int]]:
-    """Of the same update as JAX's users write it, with arguments sharded over the devices."""
-    from bigbatch.engine import functions as step
-    from bigbatch.models import WideResNetConfig
-    from bigbatch.models.classification import image_classification
+def peers(
+    task, optimizer, mesh, shape, microbatch: int, microbatches: int
+) -> dict[str, tuple[Any, int, int]]:
+    """The same update as JAX's users write it, with arguments sharded over the devices.
 
-    mesh = step.data_mesh()
+    Args:
+      task: an image classification.
+      optimizer: of optax.
+      mesh: the devices.
+      shape: of an image.
+      microbatch: examples over all devices.
+      microbatches: of an update.
+
+    Returns:
+      Name -> what is lowered, how often an update calls it, and how often its loops run.
+    """
+    from bigbatch.engine import functions as step
+
     replicated, sharded = (NamedSharding(mesh, s) for s in (step.REPLICATED, step.SHARDED))
-    module = WideResNetConfig(depth=10, width=1, strides=(2, 2, 1)).module(
-        num_classes=10, ghost_batch_examples=32, axis_name=step.DATA_AXIS
-    )
-    task = image_classification(module, (8, 8, 1), (77.0,), (96.0,))
-    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
-    many = optax.MultiSteps(optimizer, every_k_schedule=MICROBATCHES)
+    many = optax.MultiSteps(optimizer, every_k_schedule=microbatches)
 
     def summed(params, running, batch):
         def loss(params):
@@ -103,16 +110,16 @@ def peers() -> dict[str, tuple[Counter, int]]:
         total = optax.microbatching.microbatch(
             summed,
             argnums=2,
-            microbatch_size=MICROBATCH,
-            num_real_microbatches=jnp.int32(MICROBATCHES),
+            microbatch_size=microbatch,
+            num_real_microbatches=jnp.int32(microbatches),
         )(params, running, batch)
-        return jax.tree.map(lambda leaf: leaf / MICROBATCHES, total)
+        return jax.tree.map(lambda leaf: leaf / microbatches, total)
 
     params, running = jax.eval_shape(task.init, jax.random.key(0))
 
-    def compiled(how, gradients_of, examples):
+    def lowered(how, gradients_of, examples):
         batch = {
-            "image": jax.ShapeDtypeStruct((examples, 8, 8, 1), np.uint8, sharding=sharded),
+            "image": jax.ShapeDtypeStruct((examples, *shape), np.uint8, sharding=sharded),
             "label": jax.ShapeDtypeStruct((examples,), np.int32, sharding=sharded),
             "weight": jax.ShapeDtypeStruct((examples,), np.float32, sharding=sharded),
         }
@@ -120,20 +127,34 @@ def peers() -> dict[str, tuple[Counter, int]]:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
             (params, running, jax.eval_shape(how.init, params)),
         )
-        made = functools.partial(update, how, gradients_of)
-        return jax.jit(made, out_shardings=replicated).lower(*held, batch).compile()
+        made = jax.jit(functools.partial(update, how, gradients_of), out_shardings=replicated)
+        return made.lower(*held, batch)
 
-    micro, micro_bytes = collectives(compiled(many, summed, MICROBATCH))
+    batch = microbatch * microbatches
     return {
-        "jit of the whole batch (also Flax's examples)": collectives(
-            compiled(optimizer, summed, BATCH)
-        ),
-        "optax.MultiSteps": (
-            Counter({name: MICROBATCHES * count for name, count in micro.items()}),
-            MICROBATCHES * micro_bytes,
-        ),
-        "optax.microbatching": collectives(compiled(optimizer, in_loop, BATCH), MICROBATCHES),
+        "jit of the whole batch (also Flax's examples)": (lowered(optimizer, summed, batch), 1, 1),
+        "optax.MultiSteps": (lowered(many, summed, microbatch), microbatches, 1),
+        "optax.microbatching": (lowered(optimizer, in_loop, batch), 1, microbatches),
     }
+
+
+def of_digits() -> dict[str, tuple[Counter, int]]:
+    """Collectives of the peers' programs."""
+    from bigbatch.engine import functions as step
+    from bigbatch.models import WideResNetConfig
+    from bigbatch.models.classification import image_classification
+
+    module = WideResNetConfig(depth=10, width=1, strides=(2, 2, 1)).module(
+        num_classes=10, ghost_batch_examples=32, axis_name=step.DATA_AXIS
+    )
+    task = image_classification(module, (8, 8, 1), (77.0,), (96.0,))
+    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, momentum=0.9))
+    found = {}
+    programs = peers(task, optimizer, step.data_mesh(), (8, 8, 1), MICROBATCH, MICROBATCHES)
+    for name, (lowered, calls, loops) in programs.items():
+        counts, total = collectives(lowered.compile(), loops)
+        found[name] = Counter({kind: calls * n for kind, n in counts.items()}), calls * total
+    return found
 
 
 def main() -> None:
@@ -145,7 +166,7 @@ def main() -> None:
         "from run to run.\n"
     )
     print("| update | collectives | KiB |\n| --- | --- | ---: |")
-    for name, (counts, total) in {"bigbatch": ours(), **peers()}.items():
+    for name, (counts, total) in {"bigbatch": ours(), **of_digits()}.items():
         named = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
         print(f"| {name} | {named} | {total / 1024:,.0f} |", flush=True)
 

@@ -126,7 +126,7 @@ def beside(plain_variant: Variant, plain: np.ndarray, rounds: int) -> list[str]:
     with tempfile.TemporaryDirectory() as directory:
         files = EventFiles(
             Path(directory) / "events",
-            last={"update": 0, "examples": 0},
+            last_update=0,
             config={},
             metrics=["train_loss"],
         )

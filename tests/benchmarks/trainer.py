@@ -101,7 +101,7 @@ def measure(name: str) -> dict:
         images = rng.integers(0, 256, (info.train_examples, *info.image_shape), np.uint8)
         noise = arrays(images, rng.integers(0, info.num_classes, len(images)))
         test = arrays(images[: info.test_examples], noise.labels[: info.test_examples])
-        data = data_set(info, noise, test, config.data.augment)
+        data = data_set(info, noise, test, config.data.augment, config.data.on_device)
     run = trained.prepared(config, devices, plan, data=data)
     part = run.layout.microbatches(batch_size)
     assert len(part) == 1

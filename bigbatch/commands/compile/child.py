@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -52,35 +51,46 @@ class Program(NamedTuple):
         return SimpleNamespace(**self.facts["memory"])
 
 
-class Compiling(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compiling:
     """The compiler of `training.programs` for described devices: gives a `Program` for each.
 
     Attributes:
       asked: the devices.
       version: of the compiler.
       say: is told what is being done.
+      made: all programs so far, by name.
     """
 
     asked: Target
     version: str
     say: Callable[[str], None]
+    made: dict[str, Program]
 
-    def __call__(self, name: str, traced: Any, lowered: Any) -> Program | None:
+    def __call__(
+        self, name: str, traced: Any, lowered: Any, options: Mapping[str, Any]
+    ) -> Program | None:
         """Compiles a program, or reads what is kept of it."""
         if name in _ASIDE:
             return None
+        self.made[name] = Program(self._facts(name, traced, lowered, options))
+        return self.made[name]
+
+    def _facts(
+        self, name: str, traced: Any, lowered: Any, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
         place = [self.asked.topology, self.asked.slices, self.asked.card]
         flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-        told = json.dumps([_VERSION, self.version, place, flags, lowered.as_text()])
+        told = json.dumps([_VERSION, self.version, place, flags, options, lowered.as_text()])
         fingerprint = hashlib.sha256(told.encode()).hexdigest()[:32]
         cache = cache_directory("described")
         kept = cache and cache / f"{fingerprint}.json"
         if kept:
             with contextlib.suppress(OSError, ValueError):
-                return Program(json.loads(kept.read_text("utf-8")))
+                return dict(json.loads(kept.read_text("utf-8")))
         self.say(f"compiling {name} for {self.asked.asked} ...")
         start_s = time.perf_counter()
-        facts = {"name": name.split()[0], "fingerprint": fingerprint, **_compiled(lowered)}
+        facts = {"name": name.split()[0], "fingerprint": fingerprint, **_compiled(lowered, options)}
         facts |= {"flops": read.model_flops(traced.jaxpr)}
         facts |= {"compilation_s": round(time.perf_counter() - start_s, 1)}
         self.say(f"compiled {name} in {facts['compilation_s']:.0f} s")
@@ -89,13 +99,13 @@ class Compiling(NamedTuple):
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(kept) as file:
                     file.write(json.dumps(facts).encode())
-        return Program(facts)
+        return facts
 
 
-def _compiled(lowered: Any) -> dict[str, Any]:
+def _compiled(lowered: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the compiler makes of a lowered program, or why it refuses."""
     try:
-        program = lowered.compile()
+        program = lowered.compile(dict(options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -124,7 +134,9 @@ def described(asked: Target) -> tuple[list[Any], str]:
     if asked.card is not None:
         options = {"topology_name": "card", "topology": asked.topology}
         options["target_config"] = asked.card
-    elif asked.slices > 1:
+    if asked.chip.cores:
+        options["chip_config_name"] = asked.chip.cores
+    if asked.slices > 1:
         options["num_slices"] = asked.slices
     try:
         found = topologies.get_topology_desc(platform=asked.chip.platform, **options)
@@ -145,13 +157,14 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
     asked = target(request["target"])
     config = load_config(request["config"], request["overrides"])
     devices, version = described(asked)
-    given = config.device_memory_bytes or asked.chip.memory_bytes // asked.chip.devices
+    given = config.device_memory_bytes or int(asked.chip.memory_bytes / asked.chip.devices)
+    compiler = Compiling(asked, version, say, {})
     run = prepared(
         config,
         **stand_ins(config, 2),
         mesh=data_mesh(devices),
         device_memory_bytes=given,
-        compiler=Compiling(asked, version, say),
+        compiler=compiler,
     )
     made: Any = run.programs
     programs = [
@@ -159,22 +172,51 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
         for size, program in made.accumulate.items()
     ]
     programs += [made.apply_update.facts, made.evaluate.facts]
-    hosts = Counter((getattr(d, "slice_index", None), d.process_index) for d in devices)
+    hosts: dict[tuple[int, int], list[Any]] = {}
+    for place, each in enumerate(run.mesh.devices.flat):
+        host = getattr(each, "slice_index", None) or 0, each.process_index
+        hosts.setdefault(host, []).append((place, getattr(each, "coords", None)))
     return {
         "target": asked.asked,
         "compiler": version,
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
-        "hosts": len(hosts),
-        "devices_per_host": sorted(set(hosts.values())),
+        "hosts": [
+            {"slice": host[0], "places": [n for n, _ in held], "chips": [at for _, at in held]}
+            for host, held in hosts.items()
+        ],
         "microbatch_examples_per_device": run.microbatch_examples_per_device,
+        "largest_examples_per_device": _largest(
+            compiler.made, len(devices), run.unit_examples, given
+        ),
         "device_memory_bytes": given,
         "programs": [{**each, "needed_bytes": program_bytes(Program(each))} for each in programs],
     }
 
 
+def _largest(
+    made: Mapping[str, Program], devices: int, unit_examples: int, limit_bytes: int
+) -> int | None:
+    """The largest microbatch of a device that fits, by the line through the two largest so far.
+
+    None where fewer were compiled.
+    """
+    needs = {
+        int(name.split()[1]) // devices: program_bytes(program)
+        for name, program in made.items()
+        if name.startswith("accumulate") and not program.facts["refused"]
+    }
+    if len(needs) < 2:
+        return None
+    few, many = sorted(needs)[-2:]
+    one = (needs[many] - needs[few]) / (many - few)
+    return many + int((limit_bytes - needs[many]) / one) // unit_examples * unit_examples
+
+
 def _tell(**values: Any) -> None:
-    print(json.dumps(values, default=str), flush=True)
+    # In one piece: several threads compile.
+    sys.stdout.write(json.dumps(values, default=str) + "\n")
+    sys.stdout.flush()
 
 
 def main() -> None:

@@ -15,7 +15,10 @@ from bigbatch.errors import Problem, UserError, nearest_name
 _GIB = 2**30
 _CLOUD = "docs.cloud.google.com/tpu/docs"
 _NVIDIA = "NVIDIA's data sheet, SXM, 80 GB"
-_TPU_PAPER = "Jouppi et al. 2020, A Domain-Specific Supercomputer for Training Deep Neural Networks"
+_BELIEVED = (
+    "believed, from Jouppi et al. 2020, A Domain-Specific Supercomputer for Training Deep Neural "
+    "Networks"
+)
 # Where a card is described for XLA, among the public figures in it.
 _CARDS = Path(__file__).parent
 _PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
@@ -29,34 +32,39 @@ class Chip(NamedTuple):
       platform: "tpu" or "cuda", as the extras are called.
       bf16_flops_s: floating-point operations a second, dense, in bfloat16.
       float32_flops_s: likewise, of float32 numbers at JAX's default precision.
-      memory_bytes: of its memory.
+      memory_bytes: of its memory, as much as the compiler gives to a program (a TPU's says so where
+        it refuses one).
       memory_bytes_s: read and written a second.
       sent_bytes_s: over all its links to others. Where a switch can sum, which halves what an
         all-reduce sends, both directions are counted.
       devices: that JAX sees in it: one for each core, or one.
       source: of these figures.
       cache_bytes: what may stay on the chip from one program to the next.
+      cores: how libtpu puts a chip's cores together, where it is not its default.
     """
 
     platform: str
     bf16_flops_s: float
     float32_flops_s: float
-    memory_bytes: int
+    memory_bytes: float
     memory_bytes_s: float
     sent_bytes_s: float
     devices: int
     source: str
     cache_bytes: int = 0
+    cores: str | None = None
 
 
 CHIPS = {
-    "v2": Chip("tpu", 46e12, 46e12, 16 * _GIB, 700e9, 248e9, 2, _TPU_PAPER),
-    "v3": Chip("tpu", 123e12, 123e12, 32 * _GIB, 900e9, 328e9, 2, f"{_CLOUD}/v3; {_TPU_PAPER}"),
-    "v4": Chip("tpu", 275e12, 275e12, 32 * _GIB, 1200e9, 300e9, 2, f"{_CLOUD}/v4"),
-    "v5e": Chip("tpu", 197e12, 197e12, 16 * _GIB, 819e9, 200e9, 1, f"{_CLOUD}/v5e"),
-    "v5p": Chip("tpu", 459e12, 459e12, 95 * _GIB, 2765e9, 600e9, 1, f"{_CLOUD}/v5p"),
-    "v6e": Chip("tpu", 918e12, 918e12, 32 * _GIB, 1638e9, 400e9, 1, f"{_CLOUD}/v6e"),
-    "tpu7x": Chip("tpu", 2307e12, 2307e12, 192 * _GIB, 7380e9, 600e9, 2, f"{_CLOUD}/tpu7x"),
+    "v2": Chip("tpu", 46e12, 46e12, 2 * 7.48 * _GIB, 700e9, 248e9, 2, _BELIEVED),
+    "v3": Chip("tpu", 123e12, 123e12, 2 * 15.48 * _GIB, 900e9, 328e9, 2, f"{_CLOUD}/v3"),
+    "v4": Chip(
+        *("tpu", 275e12, 275e12, 30.75 * _GIB, 1200e9, 300e9, 1, f"{_CLOUD}/v4"), cores="megacore"
+    ),
+    "v5e": Chip("tpu", 197e12, 197e12, 15.75 * _GIB, 819e9, 200e9, 1, f"{_CLOUD}/v5e"),
+    "v5p": Chip("tpu", 459e12, 459e12, 95.74 * _GIB, 2765e9, 600e9, 1, f"{_CLOUD}/v5p"),
+    "v6e": Chip("tpu", 918e12, 918e12, 31.25 * _GIB, 1638e9, 400e9, 1, f"{_CLOUD}/v6e"),
+    "tpu7x": Chip("tpu", 2307e12, 2307e12, 2 * 94.75 * _GIB, 7380e9, 600e9, 2, f"{_CLOUD}/tpu7x"),
     "a100": Chip("cuda", 312e12, 156e12, 80 * _GIB, 2039e9, 300e9, 1, _NVIDIA, 40 * 2**20),
     "h100": Chip("cuda", 989e12, 495e12, 80 * _GIB, 3352e9, 900e9, 1, _NVIDIA, 50 * 2**20),
 }
@@ -141,7 +149,7 @@ def _described(card: str) -> Chip:
         raise ValueError(f"compute_capability.major is none of {', '.join(map(str, _CORE_FLOPS))}")
     flops_s = known * number("core_count") * number("clock_rate_ghz") * 1e9
     memory_bytes_s = number("memory_bandwidth")
-    memory_bytes = int(number("device_memory_size"))
+    memory_bytes = number("device_memory_size")
     # Of links it says nothing: what leaves a card has passed its memory.
     links = memory_bytes_s
     source, cache = "the file that describes it", int(number("l2_cache_size"))

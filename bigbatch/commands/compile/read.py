@@ -27,7 +27,7 @@ _OPERATION = re.compile(rf"\s+(?:ROOT )?{_NAME} = (.*?) ([a-z][\w\-]*)\((.*)")
 _BLOCK = re.compile(rf"(ENTRY )?{_NAME} .*\{{\s*$")
 _ARRAY = re.compile(r"\b(pred|[subf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
-    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all)"
+    r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|ragged-all-to-all|send)"
     r"(?:-start)?"
 )
 _CALLED = re.compile(rf"(?:body|condition|calls|to_apply)={_NAME}|branch_computations=\{{(.*?)\}}")
@@ -56,7 +56,8 @@ def collectives(text: str) -> list[dict[str, Any]]:
 
     Returns:
       For each: `kind`; `count`, of calls in the text; `bytes` that the calls give on a device; and
-      `groups`, "how many x of how many devices", or "all".
+      `groups`, "how many x of how many devices", or "all". What goes from slice to slice is a
+      `send`, through their hosts.
     """
     found: dict[tuple[str, str], list[int]] = {}
     for lines in _blocks(text)[1].values():
@@ -64,9 +65,11 @@ def collectives(text: str) -> list[dict[str, Any]]:
             kind = _COLLECTIVE.fullmatch(line.kind)
             if kind:
                 groups = _GROUPS.search(line.rest)
-                entry = found.setdefault((kind[1], _shape(groups[1] if groups else "{}")), [0, 0])
+                among = "slices" if kind[1] == "send" else _shape(groups[1] if groups else "{}")
+                entry = found.setdefault((kind[1], among), [0, 0])
                 entry[0] += 1
-                entry[1] += _bytes(line.gives)
+                # A send also gives a number of four bytes.
+                entry[1] += _bytes(line.gives) - 4 * (kind[1] == "send")
     return [
         {"kind": kind, "count": count, "bytes": size, "groups": groups}
         for (kind, groups), (count, size) in sorted(found.items())

@@ -110,16 +110,24 @@ def bounds(found: Mapping[str, Any], asked: Target) -> dict[str, float]:
 
 def text(found: Mapping[str, Any], asked: Target) -> str:
     """The programs as a table, and the bounds in words."""
-    chip, limit = asked.chip, found["device_memory_bytes"] / _MIB
-    each = " or ".join(map(str, found["devices_per_host"]))
+    chip, limit, hosts = asked.chip, found["device_memory_bytes"] / _MIB, found["hosts"]
+    each = " or ".join(map(str, sorted({len(host["places"]) for host in hosts})))
+    slices = f"{asked.slices} slices with " if asked.slices > 1 else ""
+    at = [f"{','.join(map(str, place))}" for place in hosts[0]["chips"] if place]
     lines = [
         f"compiled for {asked.asked}: {found['devices']:,} devices ({found['device_kind']}) of "
-        f"{limit:,.0f} MiB on {found['hosts']:,} host{'s' * (found['hosts'] > 1)}, {each} on each; "
-        "nothing was run:",
+        f"{limit:,.0f} MiB on {slices}{len(hosts):,} host{'s' * (len(hosts) > 1)}, {each} on each"
+        f"{' (on the first ' * bool(at)}{' '.join(at)}{')' * bool(at)}; nothing was run:",
         "",
         *aligned([_HEAD, *map(_row, found["programs"])]),
         "",
     ]
+    if largest := found["largest_examples_per_device"]:
+        lines.append(
+            f"microbatches of {largest:,} examples a device would just fit, by the memory of the "
+            'two largest that were compiled; "auto" keeps a tenth of it free, and room for a '
+            "checkpoint and the input"
+        )
     peak = f"{chip.bf16_flops_s / 1e12:g} TFLOP/s and {chip.memory_bytes_s / 1e9:g} GB/s"
     for program in found["programs"]:
         if program["name"] != "accumulate" or program["refused"]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -10,19 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from bigbatch.commands.critical.fit import reached_after
+from bigbatch.commands.critical.geometries import noise_scales
 from bigbatch.commands.critical.table import Noise
 from bigbatch.engine.functions import State
-from bigbatch.engine.task import COUNT
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.durations import first_example_from
 from bigbatch.schedule.plan import Plan, Row
 from bigbatch.training.run import Run
 from bigbatch.training.updates import updates
 
-# The noise at a checkpoint: small batches to an update on each device, epochs at most, and the
-# relative error that is enough.
+# The noise at a checkpoint: small batches to an update on each device, epochs at most, examples
+# that are enough for the loss, and the relative error that is enough.
 _NOISE_SMALL_BATCHES = 16
 _NOISE_EPOCHS = 8
+_NOISE_EXAMPLES = 4_096
 _NOISE_ERROR = 0.1
 _NOISE_UPDATES = 10
 # A branch is looked at when it has become longer by this share.
@@ -30,11 +32,30 @@ _LOOK_SHARE = 0.05
 _MAX_WORD = 2**32
 
 
+class Target(NamedTuple):
+    """What branches are to reach.
+
+    Attributes:
+      metric: of the task, or "loss": its mean over an update's examples.
+      value: of it.
+      rises: whether it is above what it is at the checkpoint.
+    """
+
+    metric: str
+    value: float
+    rises: bool = False
+
+    def after(self, values: list[float], batch_size: int) -> float | None:
+        """Updates after which it is reached, from the metric of each; see `reached_after`."""
+        sign = -1 if self.rises else 1
+        return reached_after([sign * value for value in values], batch_size, sign * self.value)
+
+
 class Branch(NamedTuple):
     """A branch that is done.
 
     Attributes:
-      losses: of each update, before it.
+      losses: of each update, before it; or the metric that has a target.
       gradient_squares: estimates of |G|^2 of each update; empty where an update has none.
       variances: likewise, of tr(S).
     """
@@ -61,7 +82,7 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
     total = run.plan.train_examples
     size = noise_batch_size(run.unit_examples, run.mesh.size, total)
     plan = constant_plan(run.plan, row, size, 0.0, _NOISE_EPOCHS)
-    smoothed, loss, count, examples = gradient_noise.Smoothed(), 0.0, 0.0, 0
+    smoothed, totals, examples = gradient_noise.Smoothed(), Counter[str](), 0
     with contextlib.closing(_updates(run, state, plan, seed=run.seed)) as parts:
         for at, _, sums in parts:
             measured = run.measurement(at, sums)
@@ -73,17 +94,20 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
                 # The parameters stay: nothing grows old.
                 memory_examples=1e6 * total,
             )
-            loss, count = loss + float(sums[run.task.minimised]), count + float(sums[COUNT])
+            totals.update({name: float(sums[name]) for name in run.programs.sum_names})
             examples += size
             scale, error = smoothed.noise_scale, smoothed.standard_error
             known = scale is not None and error is not None and error < _NOISE_ERROR * scale
-            if known and smoothed.effective_updates > _NOISE_UPDATES and examples >= total:
+            enough = smoothed.effective_updates > _NOISE_UPDATES
+            if known and enough and examples >= min(total, _NOISE_EXAMPLES):
                 break
-    found = smoothed.noise_scale, smoothed.standard_error, smoothed.status
-    return Noise(loss / count, *found, run.noise_population)
+    scale, shown = smoothed.noise_scale, run.task.quotients(totals)
+    found = scale, smoothed.standard_error, smoothed.status, run.noise_population
+    geometries = {} if scale is None else noise_scales(run, state, scale)
+    return Noise(shown["loss"], *found, shown, geometries)
 
 
-def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) -> Branch:
+def branch(run: Run, state: State, plan: Plan, seed: int, target: Target) -> Branch:
     """Trains a plan of one batch size until its smoothed loss is at a target, or to its end.
 
     Args:
@@ -91,7 +115,7 @@ def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) ->
       state: at which the plan begins; is copied.
       plan: from `constant_plan`.
       seed: of the order of the examples.
-      target_loss: of training.
+      target: of training.
     """
     size = int(plan.batch_sizes[0])
     done = Branch([], [], [])
@@ -104,17 +128,18 @@ def branch(run: Run, state: State, plan: Plan, seed: int, target_loss: float) ->
             if row.update + 1 < min(look, plan.num_updates):
                 continue
             for read in unread:
-                _read(done, run, *read)
+                _read(done, run, target.metric, *read)
             unread, look = [], row.update + 2 + int(_LOOK_SHARE * row.update)
             finite = math.isfinite(done.losses[-1])
-            if not finite or reached_after(done.losses, size, target_loss) is not None:
+            if not finite or target.after(done.losses, size) is not None:
                 break
     return done
 
 
-def _read(done: Branch, run: Run, row: Row, sums: Any) -> None:
+def _read(done: Branch, run: Run, metric: str, row: Row, sums: Any) -> None:
     """Adds an update's numbers to a branch."""
-    done.losses.append(float(sums[run.task.minimised]) / float(sums[COUNT]))
+    of_the_loss = {name: sums[name] for name in run.programs.sum_names}
+    done.losses.append(run.task.quotients(of_the_loss)[metric])
     measured = run.measurement(row, sums)
     estimate = None if measured is None else gradient_noise.estimate(measured)
     if estimate is not None:

@@ -1,5 +1,6 @@
 """Where a plan passes the critical batch size that `bigbatch critical` has measured."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,9 @@ from bigbatch.checks import parsed, text_of
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.diagnostics import Diagnostic, diagnostic
 from bigbatch.schedule.plan import Plan
+
+# A checkpoint's epoch is that of its next update, but for rounding.
+_NOTHING = 1e-9
 
 
 class Limit(NamedTuple):
@@ -47,6 +51,31 @@ def read(path: str) -> list[Limit]:
     return limits
 
 
+def _careful(limits: list[Limit]) -> Any:
+    """What no later checkpoint undercuts, float64."""
+    sizes = np.array([limit.examples for limit in limits])
+    return np.minimum.accumulate(sizes[::-1])[::-1]
+
+
+def later(limits: list[Limit], plan: Plan) -> list[tuple[int, int]]:
+    """The stages of a plan, each as late as the critical batch size has been measured to allow it.
+
+    Args:
+      limits: from `read`.
+      plan: whose batch sizes they are.
+
+    Returns:
+      First example and batch size of each stage; the plan's smallest where no other is allowed.
+    """
+    sizes, stages = np.unique(plan.batch_sizes), list[tuple[int, int]]()
+    for limit, most in zip(limits, _careful(limits), strict=True):
+        size = int(sizes[max(0, np.searchsorted(sizes, most, "right") - 1)])
+        if not stages or size > stages[-1][1]:
+            first = math.ceil(limit.epoch * plan.train_examples * (1 - _NOTHING))
+            stages.append((first if stages else 0, size))
+    return stages
+
+
 def _limit(point: Any) -> Limit:
     numbers = [
         point["epoch"],
@@ -68,8 +97,8 @@ def against(limits: list[Limit], plan: Plan) -> Diagnostic:
       plan: of an adaptive run, the one in which every decision is to grow.
     """
     epochs = plan.first_examples / plan.train_examples
-    # A checkpoint's epoch is that of its next update, but for rounding.
-    before = np.searchsorted([limit.epoch for limit in limits], epochs * (1 + 1e-9), "right") - 1
+    starts = [limit.epoch for limit in limits]
+    before = np.searchsorted(starts, epochs * (1 + _NOTHING), "right") - 1
     before = np.maximum(before, 0)
     ratios = plan.batch_sizes / np.array([limit.examples for limit in limits])[before]
     most = int(np.argmax(ratios))
@@ -80,16 +109,17 @@ def against(limits: list[Limit], plan: Plan) -> Diagnostic:
         if len(past)
         else ""
     )
-    later = [
-        allowed.epoch
-        for index, allowed in enumerate(limits)
-        if all(after.examples >= largest for after in limits[index:])
-    ]
-    least = max(each.examples for each in limits)
-    way_out = f"set max_batch_size to about {least:,.0f}, the largest that was measured"
-    if later:
-        way_out = f"let the batch grow later, by grow_batch with from_epoch={later[0]:.4g}: from "
-        way_out += f"there on at least {largest:,} examples were measured"
+    stages = later(limits, plan)
+    way_out = f"set max_batch_size to about {_careful(limits).max():,.0f}"
+    if len(stages) > 1:
+        text = " ".join(
+            f"{first}_examples:{size}" if first else f"0:{size}" for first, size in stages
+        )
+        grown = f", or grow_batch with from_epoch={stages[-1][0] / plan.train_examples:.4g}"
+        is_whole = stages[-1][1] == largest
+        way_out = (
+            f'let it grow later (batch_stages "{text}"{grown if is_whole else ""}), or {way_out}'
+        )
     measured = (
         f"{limit.examples:,.0f} examples (95 % interval {limit.low:,.0f} to {limit.high:,.0f})"
     )

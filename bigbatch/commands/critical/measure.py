@@ -1,8 +1,9 @@
 """`bigbatch critical`: the critical batch size of a run, measured by branching from checkpoints.
 
 From a checkpoint short runs at several batch sizes go on from the same state, until the training
-loss has fallen by a given share. The updates and examples that it takes give the critical batch
-size (see `critical_batch`), to be compared with the noise scale measured in the same place.
+loss has fallen by a given share, or a metric of the task is at a given value. The updates and
+examples that it takes give the critical batch size (see `critical_batch`), to be compared with the
+noise scale measured in the same place.
 
 *The learning rate* of a branch is lr(B) = lr_max / (1 + B_noise / B), the best one for an update
 of B examples on a quadratic (McCandlish et al. 2018, equation 2.7), with the measured B_noise, and
@@ -10,7 +11,8 @@ lr_max such that the run's own batch size has the run's own learning rate. Not t
 has no largest rate, so large batches would diverge, and a cap chosen by hand would decide what is
 found. But this rule knows the noise scale: where training goes as fast as the learning rate lets
 it, the critical batch size is B_noise because that was put in. `lr_factors` multiplies the rule by
-several numbers and takes the best at each batch size, which is free of that.
+several numbers and takes the best at each batch size, which is free of that, and the only way for
+other optimizers than SGD.
 
 *The loss* is that of training, at the parameters before each update, on examples in an order of
 the branch's own. It falls for as long as training goes on, which a test loss need not.
@@ -32,6 +34,7 @@ from bigbatch.checks import Checks
 from bigbatch.commands.critical import fit as critical_batch
 from bigbatch.commands.critical.branches import (
     Branch,
+    Target,
     branch,
     constant_plan,
     noise_at,
@@ -39,7 +42,7 @@ from bigbatch.commands.critical.branches import (
 )
 from bigbatch.commands.critical.table import Noise, Point, SizeResult, write
 from bigbatch.engine.functions import State
-from bigbatch.errors import Problem, UserError
+from bigbatch.errors import Problem, UserError, nearest_name
 from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
 from bigbatch.schedule.plan import Plan
 from bigbatch.training.run import Run
@@ -59,6 +62,8 @@ class Asked:
       sizes: batch sizes in examples; None: six about the noise scale of each checkpoint.
       branches: runs at each batch size, which differ in the order of their examples.
       loss_share: by how much of itself the training loss is to fall.
+      target: in its place, "loss" or a metric of the task and what it is to be in training, as
+        ("perplexity", 20.0); above what it is at the checkpoint, or below.
       most_epochs: of a branch; one that needs more has not reached the loss.
       lr_factors: of the rule's learning rate; of several, the best at each batch size counts.
     """
@@ -66,6 +71,7 @@ class Asked:
     sizes: tuple[int, ...] | None = None
     branches: int = 4
     loss_share: float = 0.8
+    target: tuple[str, float] | None = None
     most_epochs: float = 40.0
     lr_factors: tuple[float, ...] = (1.0,)
 
@@ -88,13 +94,19 @@ class Asked:
         checks.whole("branches", self.branches, allowed, at_least=2)
         allowed = "a share above 0 and below 1"
         checks.number("loss_share", self.loss_share, allowed, above=0, below=1)
+        if self.target is not None:
+            checks.number("target", self.target[1], "a finite number")
         checks.number("most_epochs", self.most_epochs, "a number of epochs above 0", above=0)
         for factor in self.lr_factors:
             checks.number("lr_factors", factor, "numbers above 0", above=0)
         optimizer = identity["optimizer"]
         name = optimizer if isinstance(optimizer, str) else optimizer["name"]
-        allowed = "one of " + ", ".join(_OPTIMIZERS) + ": the branches' learning rate is SGD's rule"
-        checks.require(name in _OPTIMIZERS, "optimizer.name", name, allowed)
+        allowed = (
+            "one of " + ", ".join(_OPTIMIZERS) + ": the branches' learning rate is SGD's rule; "
+        )
+        allowed += "or another with several lr_factors, of which the best counts"
+        fits = name in _OPTIMIZERS or len(self.lr_factors) > 1
+        checks.require(fits, "optimizer.name", name, allowed)
         allowed = "False, or True in a run with noise_small_batch_examples"
         fits = identity["noise_small_batch_examples"] or not identity["reproducible"]
         checks.require(bool(fits), "reproducible", True, allowed, False)
@@ -214,7 +226,7 @@ class _Bench:
             run = self._run(())
             return noise_at(run, self._state(update), self._plan.row(update))._asdict()
 
-        return Noise(**self._kept(update, "noise", {}, measured))
+        return Noise(**self._kept(update, "noise", {"geometries": True}, measured))
 
     def sizes(self, noise: Noise) -> tuple[int, ...]:
         """The batch sizes of a checkpoint's branches."""
@@ -227,8 +239,7 @@ class _Bench:
 
     def point(self, update: int, noise: Noise, sizes: Sequence[int]) -> Point:
         """Branches from a checkpoint at all batch sizes, and what they show."""
-        row = self._plan.row(update)
-        target = noise.loss * (1 - self._asked.loss_share)
+        row, target = self._plan.row(update), self._target(noise)
         results = [self._size(update, noise, size, target) for size in sizes]
         reached = {result.batch_size: result.reached for result in results if result.reached}
         enough = len(reached) >= 3
@@ -239,14 +250,26 @@ class _Bench:
             batch_size=row.batch_size,
             learning_rate=row.hyper["learning_rate"],
             noise=noise,
-            target_loss=target,
+            target_loss=target.value,
             sizes=tuple(results),
             fit=critical_batch.fit(list(reached), means) if enough else None,
             intervals=critical_batch.intervals(reached) if enough else None,
             lr_factors=self._asked.lr_factors,
+            metric=target.metric,
         )
 
-    def _size(self, update: int, noise: Noise, size: int, target: float) -> SizeResult:
+    def _target(self, noise: Noise) -> Target:
+        """What the branches of a checkpoint are to reach."""
+        if self._asked.target is None:
+            return Target("loss", noise.loss * (1 - self._asked.loss_share))
+        metric, value = self._asked.target
+        if metric not in noise.metrics:
+            allowed = "one of " + ", ".join(noise.metrics)
+            nearest = nearest_name(metric, list(noise.metrics))
+            raise UserError(Problem("target", metric, allowed, nearest))
+        return Target(metric, value, value > noise.metrics[metric])
+
+    def _size(self, update: int, noise: Noise, size: int, target: Target) -> SizeResult:
         """The branches of one batch size, at the best of the learning rates."""
         assert noise.scale is not None
         row = self._plan.row(update)
@@ -263,7 +286,7 @@ class _Bench:
 
         return min(results, key=order)
 
-    def _rate(self, update: int, size: int, rate: float, target: float) -> SizeResult:
+    def _rate(self, update: int, size: int, rate: float, target: Target) -> SizeResult:
         """The branches of one batch size and learning rate."""
         row = self._plan.row(update)
         counts, done = [], []
@@ -272,8 +295,9 @@ class _Bench:
                 "batch_size": size,
                 "learning_rate": rate,
                 "seed": self._identity["seed"] + 1 + number,
-                "target_loss": target,
+                "target_loss": target.value,
                 "most_epochs": self._asked.most_epochs,
+                **({} if target.metric == "loss" else {"metric": target.metric}),
             }
 
             def trained(question: dict[str, Any] = question) -> dict[str, Any]:
@@ -284,11 +308,11 @@ class _Bench:
 
             name = f"batch_{size}_lr_{rate:.4g}_branch_{number}"
             done.append(Branch(**self._kept(update, name, question, trained)))
-            counts.append(critical_batch.reached_after(done[-1].losses, size, target))
+            counts.append(target.after(done[-1].losses, size))
             after = "not reached" if counts[-1] is None else f"after {counts[-1]:,.1f} updates"
             self._say(
                 f"update {update:,}: batch size {size:,}, lr {rate:.3g}, branch {number}: "
-                f"loss {target:.4g} {after}"
+                f"{target.metric} {target.value:.4g} {after}"
             )
         on_the_way = [
             (made.gradient_squares, made.variances, count)

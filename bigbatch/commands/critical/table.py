@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ _HEADER = (
 
 
 _FEW_UPDATES = 10
+# Of a 95 % interval.
+_DEVIATIONS = 1.96
 
 
 class Noise(NamedTuple):
@@ -36,6 +38,8 @@ class Noise(NamedTuple):
       error: its standard error; None with it.
       status: "ready", or why there is none.
       population: of which the noise scale speaks; see `gradient_noise`.
+      metrics: the loss and the task's metrics in training, by name.
+      geometries: noise scale and standard error by geometry; see `geometries`.
     """
 
     loss: float
@@ -43,6 +47,8 @@ class Noise(NamedTuple):
     error: float | None
     status: str
     population: str = DATA_DISTRIBUTION
+    metrics: Mapping[str, float] = {}
+    geometries: Mapping[str, tuple[float, float]] = {}
 
 
 class SizeResult(NamedTuple):
@@ -81,6 +87,7 @@ class Point:
       fit: None where fewer than three batch sizes reached the loss.
       intervals: with it.
       lr_factors: of the rule's learning rate that were tried.
+      metric: that was to be `target_loss`: the loss, or one of the task's.
     """
 
     update: int
@@ -93,6 +100,7 @@ class Point:
     fit: Fit | None
     intervals: Intervals | None
     lr_factors: tuple[float, ...] = (1.0,)
+    metric: str = "loss"
 
     @property
     def noise_on_the_way(self) -> tuple[float, float] | None:
@@ -109,8 +117,51 @@ def write(points: Sequence[Point], directory: Path) -> str:
     """
     write_json(directory / "critical.json", [_plain(point) for point in points])
     sections = [section(point) for point in points]
-    storage.put(directory / "critical.md", "\n\n".join(sections) + "\n")
+    storage.put(directory / "critical.md", "\n\n".join([*sections, along(points)]).strip() + "\n")
     return sections[-1]
+
+
+def along(points: Sequence[Point]) -> str:
+    """Which noise scale predicts the critical batch size along a run, a table; empty without one.
+
+    A cell has the noise scale, its standard error and measured / predicted with a 95 % interval of
+    both. The last line has the geometric mean of these ratios, and the factor within which they are
+    about it: one standard deviation of their logarithms.
+    """
+    fitted = [
+        (point, point.fit.critical_batch_size, point.intervals.critical_batch_size)
+        for point in points
+        if point.fit and point.intervals and 0 < point.fit.critical_batch_size < math.inf
+    ]
+    names = list(dict.fromkeys(name for point, *_ in fitted for name in point.noise.geometries))
+    if not names:
+        return ""
+    rows, logs = [], {name: list[float]() for name in names}
+    for point, size, (low, high) in fitted:
+        cells = [f"{point.epoch:.4g}", f"{size:,.0f} ({_span(low, high)})"]
+        for name in names:
+            if name not in point.noise.geometries:
+                cells.append("")
+                continue
+            scale, error = point.noise.geometries[name]
+            logs[name].append(math.log(size / scale))
+            spread = _DEVIATIONS * error / scale
+            below = math.hypot(math.log(size / low), spread) if low > 0 else math.inf
+            above = math.hypot(math.log(high / size), spread)
+            ends = (size / scale * math.exp(end) for end in (-below, above))
+            ratio = f"{size / scale:.2f} ({_span(*ends, '.2f')})"
+            cells.append(f"{scale:,.0f} ± {error:,.0f}: {ratio}")
+        rows.append(cells)
+    means = (
+        f"{np.exp(np.mean(log)):.2f}, within {np.exp(np.std(log)):.2f}" for log in logs.values()
+    )
+    header, last = ["epoch", "critical batch size", *names], ["all", "", *means]
+    return "\n".join(["## Which noise scale predicts", "", *_table(header, [*rows, last])])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, as Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in [header, ["---:"] * len(header), *rows]]
 
 
 def _plain(value: Any) -> Any:
@@ -136,15 +187,14 @@ def section(point: Point) -> str:
     head = [
         f"## Update {point.update:,}, epoch {point.epoch:.4g}",
         "",
-        f"Batch size {point.batch_size:,}, learning rate {point.learning_rate:.4g}, training loss "
-        f"{noise.loss:.4g}, {scale}.",
+        f"Batch size {point.batch_size:,}, learning rate {point.learning_rate:.4g}, training "
+        f"{point.metric} {noise.metrics.get(point.metric, noise.loss):.4g}, {scale}.",
     ]
     if not point.sizes:
         return "\n".join([*head, "Without it there is no rule for the learning rate: no branches."])
-    head[-1] += f" Branches to a training loss of {point.target_loss:.4g}:"
+    head[-1] += f" Branches to a training {point.metric} of {point.target_loss:.4g}:"
     rows = [_row(point, size) for size in point.sizes]
-    lines = [f"| {' | '.join(cells)} |" for cells in [_HEADER, ["---:"] * len(_HEADER), *rows]]
-    return "\n".join([*head, "", *lines, "", *_findings(point)])
+    return "\n".join([*head, "", *_table(_HEADER, rows), "", *_findings(point)])
 
 
 def _row(point: Point, size: SizeResult) -> list[str]:
@@ -179,9 +229,8 @@ def _predicted(point: Point, batch_size: int) -> str:
 def _findings(point: Point) -> list[str]:
     fit, found = point.fit, point.intervals
     if fit is None or found is None:
-        return [
-            "No fit: fewer than three batch sizes reached the loss (--most-epochs, --loss-share)."
-        ]
+        options = "--most-epochs, --loss-share, --target"
+        return [f"No fit: fewer than three batch sizes reached the {point.metric} ({options})."]
     low, high = found.critical_batch_size
     reached = [size for size in point.sizes if size.reached]
     misses = [np.mean(s.reached) / fit.updates(s.batch_size) - 1 for s in reached]

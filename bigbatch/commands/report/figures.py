@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008): told apart with every common colour blindness; the last is a dark red in
 # place of their yellow, which is faint on white. The reference is grey.
-REFERENCE_COLOUR = "#8a8a8a"
+REFERENCE_COLOUR = "#b4b4b4"
 COLOURS = (
     "#0072b2",
     "#d55e00",
@@ -33,6 +34,24 @@ COLOURS = (
     "#000000",
     "#7b1e3a",
 )
+# The paper's experiments and ours have colours of their own, the same in every report.
+_KNOWN = (
+    "increase",
+    "hybrid",
+    "large",
+    "adaptive",
+    "increase_lr",
+    "increase_momentum",
+    "unscaled",
+    "excessive",
+)
+# Lengths of dashes and gaps: of another noise scale, of a colour's second use, and of both.
+_DASHES = {
+    (False, False): (),
+    (True, False): (7, 4),
+    (False, True): (2, 3),
+    (True, True): (7, 3, 2, 3),
+}
 _MAX_POINTS = 2000
 _RC: dict[Any, Any] = {
     "font.size": 12.5,
@@ -60,7 +79,7 @@ class Style:
     """How an experiment looks in every figure and legend."""
 
     colour: str
-    dashed: bool
+    dash: tuple[int, ...]
     width: float
 
 
@@ -69,16 +88,32 @@ def styles(summary: Summary) -> dict[str, Style]:
 
     The reference is a broad grey line under the others, and each line is narrower than the one
     it is drawn on, so that curves that coincide all show. Experiments with another noise scale
-    than the reference's are dashed.
+    than the reference's are dashed. A colour goes with a name, whatever else a report shows: only
+    two unknown names that would have the same colour depend on their order.
     """
-    look = {summary.reference.name: Style(REFERENCE_COLOUR, dashed=False, width=6.0)}
+    look = {summary.reference.name: Style(REFERENCE_COLOUR, (), width=6.0)}
     others = summary.experiments[1:]
-    widths = np.linspace(3.4, 1.6, len(others)) if len(others) > 1 else [2.4]
-    for i, experiment in enumerate(others):
-        look[experiment.name] = Style(
-            COLOURS[i % len(COLOURS)], not experiment.equal_noise, float(widths[i])
-        )
+    widths = [2.4] if len(others) == 1 else np.linspace(3.4, 1.6, len(others))
+    slots = _slots([experiment.name for experiment in others])
+    for experiment, slot, width in zip(others, slots, widths, strict=True):
+        again, number = divmod(slot, len(COLOURS))
+        dash = _DASHES[not experiment.equal_noise, again % 2 == 1]
+        look[experiment.name] = Style(COLOURS[number], dash, float(width))
     return look
+
+
+def _slots(names: Sequence[str]) -> list[int]:
+    """A number for each name: of its colour, and how often that is taken already."""
+    taken: dict[str, int] = {}
+    # The known ones first: nobody takes their colours.
+    for name in sorted(names, key=lambda name: name not in _KNOWN):
+        known = name in _KNOWN
+        slot = _KNOWN.index(name) if known else zlib.crc32(name.encode()) % len(COLOURS)
+        round_ = len(taken) // len(COLOURS)
+        free = [n for n in range(len(COLOURS)) if round_ * len(COLOURS) + n not in taken.values()]
+        offset = min(free, key=lambda n: (n - slot) % len(COLOURS))
+        taken[name] = round_ * len(COLOURS) + offset
+    return [taken[name] for name in names]
 
 
 Panel = Callable[["Axes", Summary], None]
@@ -122,6 +157,7 @@ def _by_epochs_and_updates(panel: Callable[..., None]) -> tuple[Panel, ...]:
     return tuple(functools.partial(panel, against=against) for against in ("epochs", "updates"))
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
     """Writes panels side by side with a legend below them, sharp at 800 pixels and at twice that.
 
@@ -175,7 +211,7 @@ def _styled(summary: Summary) -> list[tuple[Experiment, Style]]:
 
 
 def _line(style: Style) -> dict[str, Any]:
-    dashes = (0, (4, 2)) if style.dashed else "solid"
+    dashes = (0, [length / 2 for length in style.dash]) if style.dash else "solid"
     return {"color": style.colour, "linewidth": style.width, "linestyle": dashes}
 
 

@@ -1,12 +1,12 @@
 """What the page's figures are drawn from: plain values, small enough to lie within the page.
 
 A *grid* is a row of points with their place on every x axis; a *series* is a row of values on a
-grid; a *chart* is a list of series. `page.js` draws them.
+grid; a *chart* is a list of series. `page.js` has Bokeh draw them.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from bigbatch.commands.report import timing
 from bigbatch.commands.report.figures import metric_limits, styles
 from bigbatch.commands.report.runs import LoggedRun
-from bigbatch.commands.report.summary import Curve, Experiment, Summary
+from bigbatch.commands.report.summary import Curve, Summary, loss_curve, metric_curve
 
 _AXES = ("epochs", "updates", "examples", "seconds")
 _MAX_POINTS = 400
@@ -34,9 +34,10 @@ def page_data(summary: Summary) -> dict[str, Any]:
       summary: the experiments.
 
     Returns:
-      `axes`; `experiments`, each with name, colour, dashed and width; `charts`, each with id,
-      title, scale ("log" or "linear"), steps, series, and for some bands and limits. A
-      value that is not known is null.
+      `axes`; `experiments`, each with name, colour, dash and width; `grids`; `charts`, each with
+      id, title, scale ("log" or "linear"), steps, series, and for some bands and limits. A series
+      names its grid by number, and its seed if it is one run's. Of a longer row 400 points are
+      kept. A value that is not known is null.
     """
     experiments = [
         {"name": name, **dataclasses.asdict(style), "width": round(min(style.width, 4.5), 2)}
@@ -50,11 +51,14 @@ def page_data(summary: Summary) -> dict[str, Any]:
         _gradient_noise(summary),
         _throughput(summary),
     ]
-    return {
-        "axes": list(axes(summary)),
-        "experiments": experiments,
-        "charts": [chart for chart in charts if chart["series"]],
-    }
+    charts = [chart for chart in charts if chart["series"]]
+    grids: list[dict[str, Any]] = []
+    for series in (series for chart in charts for series in chart["series"]):
+        if series["grid"] not in grids:
+            grids.append(series["grid"])
+        series["grid"] = grids.index(series["grid"])
+    names = list(axes(summary))
+    return {"axes": names, "experiments": experiments, "grids": grids, "charts": charts}
 
 
 def _chart(name: str, title: str, series: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
@@ -77,7 +81,7 @@ def _grid(runs: tuple[LoggedRun, ...], examples: np.ndarray, updates: np.ndarray
 def _series(
     number: int, grid: dict[str, Any], values: np.ndarray, low: Any = None, high: Any = None
 ) -> dict[str, Any]:
-    series = {"experiment": number, "x": grid, "y": _plain(values)}
+    series = {"experiment": number, "grid": grid, "y": _plain(values)}
     if low is not None:
         series |= {"low": _plain(low), "high": _plain(high)}
     return series
@@ -99,22 +103,29 @@ def _rounded(value: float) -> float | int | None:
 
 def _loss(summary: Summary) -> dict[str, Any]:
     curves = [experiment.loss_curve for experiment in summary.experiments]
-    return _chart("loss", "Training loss", _curves(summary, curves), scale="log")
+    series = _curves(summary, curves, lambda run: loss_curve([run])[0])
+    return _chart("loss", "Training loss", series, scale="log")
 
 
-def _curves(summary: Summary, curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """A series for each experiment whose curve has points."""
-    return [
-        _series(number, _curve_grid(experiment, curve), curve.mean, *band)
-        for number, (experiment, curve) in enumerate(zip(summary.experiments, curves, strict=True))
-        for band in [(curve.low, curve.high) if len(experiment.runs) > 1 else ()]
-        if curve.mean.size
-    ]
+def _curves(
+    summary: Summary, curves: Sequence[Curve], of_run: Callable[[LoggedRun], Curve]
+) -> list[dict[str, Any]]:
+    """A series for each experiment whose curve has points, and one for each run of several."""
+    found = []
+    for number, (experiment, curve) in enumerate(zip(summary.experiments, curves, strict=True)):
+        runs = experiment.runs
+        found.append(_curve(number, runs, curve, band=len(runs) > 1))
+        for run in runs if len(runs) > 1 else ():
+            seed = {"seed": f"seed {run.seed}"}
+            found.append(_curve(number, (run,), of_run(run), band=False) | seed)
+    return [series for series in found if series["y"]]
 
 
-def _curve_grid(experiment: Experiment, curve: Curve) -> dict[str, Any]:
-    examples = curve.epochs * experiment.runs[0].train_examples
-    return _grid(experiment.runs, examples, curve.updates)
+def _curve(number: int, runs: tuple[LoggedRun, ...], curve: Curve, *, band: bool) -> dict[str, Any]:
+    kept = np.unique(np.linspace(0, max(curve.mean.size - 1, 0), _MAX_POINTS).astype(int))
+    curve = Curve(*(values[kept[: values.size]] for values in dataclasses.astuple(curve)))
+    grid = _grid(runs, curve.epochs * runs[0].train_examples, curve.updates)
+    return _series(number, grid, curve.mean, *((curve.low, curve.high) if band else ()))
 
 
 def _gap(summary: Summary) -> dict[str, Any]:
@@ -128,7 +139,8 @@ def _gap(summary: Summary) -> dict[str, Any]:
 
 def _metric(summary: Summary) -> Iterator[dict[str, Any]]:
     """The main metric, if anything was evaluated."""
-    series = _curves(summary, [experiment.metric_curve for experiment in summary.experiments])
+    curves = [experiment.metric_curve for experiment in summary.experiments]
+    series = _curves(summary, curves, lambda run: metric_curve([run], summary.metrics))
     limits = metric_limits(summary)
     fields = {} if limits is None else {"limits": _plain(np.array(limits))}
     if metric := summary.metric:
@@ -197,5 +209,6 @@ def _throughput(summary: Summary) -> dict[str, Any]:
         known = seconds > 0
         rates = np.divide(np.diff(edges), seconds, out=np.full(len(seconds), np.nan), where=known)
         if known.any():
-            series.append(_series(number, _curve_grid(experiment, experiment.loss_curve), rates))
+            curve = dataclasses.replace(experiment.loss_curve, mean=rates)
+            series.append(_curve(number, experiment.runs, curve, band=False))
     return _chart("throughput", "Examples a second", series)

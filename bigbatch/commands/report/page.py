@@ -1,5 +1,6 @@
 """The report as one HTML page: no network, its own small script, readable on a phone and a desk."""
 
+import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -33,6 +34,30 @@ _CAPTIONS = {
     "where linear scaling ends says whether of the training set or of the data distribution.",
     "throughput": "Evaluations and checkpoints included; mean over the seeds.",
 }
+# What is not in the page, a browser does not ask for.
+_NO_NETWORK = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; font-src data:"
+)
+_HOW = (
+    "Drag to zoom, or hold Ctrl and turn the wheel, or pinch. With the keyboard: Tab to a figure, "
+    "then arrows, + and \N{MINUS SIGN}, and 0 for all of it. The disk saves an SVG file."
+)
+_GLOSSARY = {
+    "batch size": "examples of one update.",
+    "update": "one step of the optimizer.",
+    "noise scale": "learning rate / batch size as the paper has it, times the number of training "
+    "examples, over 1 \N{MINUS SIGN} momentum. The plan keeps it where the batch grows.",
+    "gradient noise scale": "the batch size at which the noise of the gradient is as large as the "
+    "gradient. It is measured.",
+    "curve gap": "how far two mean loss curves lie apart, in spreads between seeds.",
+    "p": "how often chance deals the same runs into groups as far apart.",
+    "ghost batch": "the examples that share the statistics of a normalisation.",
+    "seed": "decides the initial parameters and the order of the examples.",
+}
+_START = ("command", "commit", "hardware")
+# So many experiments are found by eye.
+_FEW = 6
 _FILES = Path(__file__).parent
 
 _STAGE_HEAD = (
@@ -50,6 +75,7 @@ _STAGE_HEAD = (
 )
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def page(summary: Summary) -> str:
     """The whole page as HTML text.
 
@@ -64,6 +90,7 @@ def page(summary: Summary) -> str:
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_NO_NETWORK}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
         f"<title>{escape(title)}</title><style>{_file('page.css')}</style></head><body>",
@@ -82,7 +109,12 @@ def page(summary: Summary) -> str:
         *_config_differences(summary),
         *_plans(summary),
         *_runs(summary),
+        *_what_was_run(summary),
+        "<h2>Words</h2><dl>",
+        *(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _GLOSSARY.items()),
+        "</dl>",
         f'<script type="application/json" id="data">{_json(data)}</script>',
+        f"<script>{_bokeh()}</script>",
         f"<script>{_file('page.js')}</script>",
         "</body></html>\n",
     ]
@@ -136,26 +168,41 @@ def _figures(summary: Summary, data: Mapping[str, Any]) -> Iterator[str]:
         yield f'<label><input type="radio" name="axis" value="{name}"{checked}>{name}</label>'
     yield '</fieldset><fieldset aria-label="experiments, shown or hidden">'
     for number, (experiment, style) in enumerate(figures.styles(summary).items()):
-        dash = ' stroke-dasharray="6 3"' if style.dashed else ""
+        dash = f' stroke-dasharray="{" ".join(map(str, style.dash))}"' if style.dash else ""
         yield (
             f'<button type="button" data-experiment="{number}" aria-pressed="true">'
             '<svg width="22" height="8" aria-hidden="true"><line x1="0" x2="22" y1="4" y2="4" '
             f'stroke="{style.colour}" stroke-width="{style.width}"{dash}/></svg>'
             f"{escape(experiment)}</button>"
         )
-    yield "</fieldset></div>"
+    yield "</fieldset>"
+    if len(summary.experiments) > _FEW:
+        yield '<input id="filter" type="search" placeholder="names with ..." aria-label="filter">'
+    if any(len(experiment.runs) > 1 for experiment in summary.experiments):
+        yield '<label><input type="checkbox" id="seeds">each seed</label>'
+    yield "</div>"
     yield "<noscript><p>These figures need JavaScript; those beside this page do not.</p>"
     yield "</noscript>"
-    yield '<div class="charts">'
+    yield f'<p class="small">{_HOW}</p><div class="charts">'
     for chart in data["charts"]:
-        yield f"<figure><h2>{escape(chart['title'])}</h2>"
-        yield f'<div class="chart" id="chart-{chart["id"]}"><div class="tip" hidden></div></div>'
+        name = chart["id"]
+        yield f"<figure><h2>{escape(chart['title'])} "
+        yield f'<button type="button" id="scale-{name}" title="linear or log"></button></h2>'
+        yield f'<div class="chart" id="chart-{name}" role="group" tabindex="0"></div>'
         yield f"<figcaption>{escape(_CAPTIONS[chart['id']])}</figcaption></figure>"
     yield "</div>"
 
 
 def _file(name: str) -> str:
     return (_FILES / name).read_text(encoding="utf-8")
+
+
+def _bokeh() -> str:
+    """The library's own script: a page that is opened needs no network."""
+    # The package is not imported: that takes a second, and a home.
+    locate = importlib.metadata.distribution("bokeh").locate_file
+    names = [f"bokeh/server/static/js/bokeh{part}.min.js" for part in ("", "-api")]
+    return "\n".join(Path(str(locate(name))).read_text("utf-8") for name in names)
 
 
 def _json(data: Mapping[str, Any]) -> str:
@@ -215,8 +262,30 @@ def _config_differences(summary: Summary) -> Iterator[str]:
     if len(summary.experiments) > 1:
         yield "<h2>What the experiments set differently</h2>"
         names = ["config field", *(experiment.name for experiment in summary.experiments)]
-        rows = [(field, *values) for field, values in summary.config_differences.items()]
+        rows = [
+            (field, *(_readable(value) for value in values))
+            for field, values in summary.config_differences.items()
+        ]
         yield _html_table(names, rows, kind="wide") if rows else "<p>Nothing in their configs.</p>"
+
+
+def _readable(value: str) -> str:
+    """A value's JSON without its quotes and braces: `name: grow_batch, max_batch_size: 320`."""
+    try:
+        return _words(json.loads(value))
+    except ValueError:
+        return value
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_words(inner)}" for name, inner in value.items()) or "none"
+    if isinstance(value, list):
+        between = "; then " if any(isinstance(inner, dict) for inner in value) else ", "
+        return between.join(map(_words, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _plans(summary: Summary) -> Iterator[str]:
@@ -278,6 +347,29 @@ def _runs(summary: Summary) -> Iterator[str]:
         for run in experiment.runs
     ]
     yield _html_table(head, rows)
+
+
+def _what_was_run(summary: Summary) -> Iterator[str]:
+    """Commands, commits, versions, hardware and dates: one row for all runs that share them."""
+    groups: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+    for experiment in summary.experiments:
+        for run in experiment.runs:
+            for start in run.starts:
+                versions = start.get("versions")
+                packages = versions if isinstance(versions, dict) else {}
+                said = tuple(str(start.get(name) or table.MISSING) for name in _START)
+                told = (*said, ", ".join(f"{k} {v}" for k, v in packages.items()))
+                groups.setdefault(told, []).append((experiment.name, str(start.get("date", ""))))
+    if groups:
+        yield "<h2>What was run</h2>"
+        head = ("experiments", "starts", "first", "last", *_START, "versions")
+        yield _html_table(head, [_start_row(*group) for group in groups.items()], kind="wide")
+
+
+def _start_row(said: tuple[str, ...], of: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    names = ", ".join(dict.fromkeys(name for name, _ in of))
+    dates = sorted(date for _, date in of)
+    return (names, f"{len(of):,}", dates[0], dates[-1], *said)
 
 
 def _html_table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from bigbatch.checks import is_number, parsed, text_of
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
+from bigbatch.workdir import starts
 
 POSITION_FIELDS = (
     "update",
@@ -35,6 +36,8 @@ TRAINING_FIELDS = (
     "input_wait_s",
     "gradient_noise_scale",
     "gradient_noise_scale_error",
+    "gradient_square",
+    "gradient_variance",
 )
 
 _STAGE_FIELDS = (
@@ -82,6 +85,7 @@ class LoggedRun:
       evaluations: the evaluation records, one float64[records] a field of `POSITION_FIELDS`, the
         test loss and the metrics, each as `test_NAME`.
       result: result.json; None if the run is not finished.
+      starts: when, where and by which command it was started, as starts.json says.
       warnings: what could not be read, one sentence each.
     """
 
@@ -95,6 +99,7 @@ class LoggedRun:
     metrics: tuple[str, ...]
     evaluations: Columns
     result: Mapping[str, Any] | None
+    starts: tuple[Mapping[str, Any], ...]
     warnings: tuple[str, ...]
 
     @property
@@ -177,7 +182,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         state = "damaged" if (path / "result.json").exists() else "missing"
         warnings.append(f"result.json is {state}: the run counts as not finished")
     metrics = _metrics(path / "run.json", warnings)
-    training, evaluations, population, log_warnings = _read_log(path / "metrics.jsonl", metrics)
+    training, evaluations, population, log_warnings = read_log(path / "metrics.jsonl", metrics)
     warnings.extend(log_warnings)
     if training["train_loss"].size == 0:
         warnings.append("there are no training records")
@@ -199,6 +204,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
         metrics=metrics,
         evaluations=evaluations,
         result=result,
+        starts=tuple(starts.before(path / "starts.json")),
         warnings=tuple(warnings),
     )
 
@@ -238,8 +244,13 @@ def _plan_summary(plan: dict[str, Any] | None) -> dict[str, Any] | None:
     return summary if plan and plan["train_examples"] > 0 < plan["epochs"] else None
 
 
-def _read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str, list[str]]:
-    """Training columns, evaluation columns, noise population and warnings of a metrics.jsonl."""
+def read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str, list[str]]:
+    """Training columns, evaluation columns, noise population and warnings of a metrics.jsonl.
+
+    Args:
+      path: of the file.
+      metrics: whose `test_NAME` the evaluation columns hold.
+    """
     population = DATA_DISTRIBUTION
     training = _Table(TRAINING_FIELDS, needed=("update", "examples", "train_loss"))
     tested = dict.fromkeys(f"test_{name}" for name in ("loss", *metrics))
@@ -381,11 +392,8 @@ def _without_repeats(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def _since_examples(examples: np.ndarray, line: np.ndarray, damaged: list[int]) -> np.ndarray:
     """The first example of each record's range; NaN where a line before it was lost."""
-    if examples.size == 0:
-        return np.empty(0)
-    since = np.append(0.0, examples[:-1])
+    since = np.append(0.0, examples)[:-1]
     if damaged:
-        lost = np.unique(damaged)
-        lost_before = np.searchsorted(lost, line)
+        lost_before = np.searchsorted(np.unique(damaged), line)
         since[np.diff(lost_before, prepend=0) > 0] = np.nan
     return since

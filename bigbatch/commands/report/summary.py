@@ -136,6 +136,8 @@ class Summary:
         return self.experiments[0]
 
 
+# Numbers of a damaged log may be of any size; what they give is shown as it is.
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def summarise(runs: Sequence[LoggedRun]) -> Summary:
     """Puts runs together by experiment and compares each experiment with the reference.
 
@@ -177,7 +179,7 @@ def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric])
     losses = np.array(
         [bin_means(run.training, "train_loss", edges * run.train_examples) for run in used]
     )
-    loss_curve, noise_scale = _loss_curve(used)
+    curve, noise_scale = loss_curve(used)
     return Experiment(
         name=name,
         runs=tuple(used),
@@ -189,9 +191,9 @@ def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric])
         seconds=MeanSd.of([run.final("seconds", math.nan) for run in used]),
         epoch_losses=losses,
         span_epochs=edges[1],
-        loss_curve=loss_curve,
+        loss_curve=curve,
         noise_scale=noise_scale,
-        metric_curve=_metric_curve(used, metrics),
+        metric_curve=metric_curve(used, metrics),
     )
 
 
@@ -202,7 +204,7 @@ def _examples_per_s(run: LoggedRun) -> float:
     return float(sizes[timed].sum() / (sizes[timed] / rates[timed]).sum()) if any(timed) else np.nan
 
 
-def _loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
+def loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
     """The curve of the training loss, and the noise scale of its bins."""
     epochs = max(run.epochs for run in runs)
     # Over a whole epoch each run has seen each example once, so the curve has the least scatter.
@@ -235,7 +237,7 @@ def _loss_curve(runs: Sequence[LoggedRun]) -> tuple[Curve, np.ndarray]:
     return Curve(centres, np.mean(updates, axis=0), *bands), noise_scale
 
 
-def _metric_curve(runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Curve:
+def metric_curve(runs: Sequence[LoggedRun], metrics: Sequence[Metric]) -> Curve:
     """The main metric at the evaluations that most runs share, by the update.
 
     Runs of one plan evaluate at the same updates. Runs that decide their plans evaluate at

@@ -129,7 +129,7 @@ def explanation(summary: Summary) -> str:
         f"p: the share of all ways to deal the same runs into two groups of n and m that "
         f"give a gap at least as large. Largest gap: of one {span}, counted from 0; positive where "
         f"the loss is higher than {name}'s. {spans.capitalize()} in which runs of the same seed "
-        "are still the same run do not count."
+        f"are still the same run do not count.{_tests(summary)}"
     )
 
 
@@ -138,6 +138,16 @@ def _span(summary: Summary) -> tuple[str, str]:
     if summary.reference.span_epochs == 1:
         return "epoch", "epochs"
     return "twentieth of the run", "twentieths of the run"
+
+
+def _tests(summary: Summary) -> str:
+    """How many tests there are, and how small a p so few runs can give."""
+    gaps = [experiment.gap for experiment in summary.experiments if experiment.gap is not None]
+    if not gaps:
+        return ""
+    least = max(gap.smallest_p for gap in gaps)
+    count = "One test" if len(gaps) == 1 else f"{len(gaps)} tests, not corrected for their number"
+    return f" {count}; with so few runs no p can be below {least:.2g}."
 
 
 def notes(summary: Summary) -> str:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from bigbatch.data import fingerprint, stream
 from bigbatch.data.records import crops, jpeg
@@ -204,9 +203,8 @@ class RecordExamples:
                     ) from error
                 if view.record not in self.bad_records:
                     self.bad_records[view.record] = f"{where}: {error}"
-                    # Beside a progress bar, if there is one.
                     text = f"{where} cannot be used, another one is shown: {error}"
-                    tqdm.write(text, file=sys.stderr)
+                    print(text, file=sys.stderr)
                 view = instead(i, turn)
         raise RunError(
             f"{_MOST_REPLACED_IN_A_ROW} records in a row cannot be used, the last one: "

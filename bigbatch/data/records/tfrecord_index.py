@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from bigbatch.bars import Bar
 from bigbatch.caches import cache_directory
 from bigbatch.data.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
@@ -110,13 +110,8 @@ def _save(place: Path, index: Index) -> None:
 def _build(
     files: Sequence[Path], sizes: np.ndarray, shard_examples: Sequence[int], show_progress: bool
 ) -> tuple[np.ndarray, ...]:
-    bar = tqdm(
-        total=int(sizes.sum()),
-        desc=f"index of {files[0].parent.name} {files[0].name.partition('.')[0]}, made once",
-        unit="B",
-        unit_scale=True,
-        disable=None if show_progress else True,
-    )
+    words = f"index of {files[0].parent.name} {files[0].name.partition('.')[0]}, made once"
+    bar = Bar(int(sizes.sum()), "bytes", show=show_progress, words=words)
     problems, boundaries = [], []
     with bar, ThreadPoolExecutor(_THREADS) as pool:
         walks = [
@@ -129,7 +124,7 @@ def _build(
             if fault is not None:
                 problems.append(damaged(file, fault))
             boundaries.append(found)
-            bar.update(int(size))
+            bar.move(int(size))
     if problems:
         raise UserError(problems)
     return tuple(boundaries)

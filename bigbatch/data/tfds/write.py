@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+
+from bigbatch.bars import Bar
 
 
 def write(
@@ -32,7 +33,7 @@ def write(
     partial.mkdir(parents=True)
     infos = []
     total = sum(len(labels) for _, labels in parts.values())
-    with tqdm(total=total, unit=" examples", disable=None if show_progress else True) as bar:
+    with Bar(total, "examples", show=show_progress) as bar:
         for split, (images, labels) in parts.items():
             template = tfds.core.ShardedFileTemplate(
                 data_dir=final,
@@ -57,7 +58,7 @@ def write(
     partial.rename(final)
 
 
-def _write_split(file: Path, images: np.ndarray, labels: np.ndarray, bar: tqdm) -> int:
+def _write_split(file: Path, images: np.ndarray, labels: np.ndarray, bar: Bar) -> int:
     """Writes one split's records and returns their bytes."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from PIL import Image
@@ -76,6 +77,6 @@ def _write_split(file: Path, images: np.ndarray, labels: np.ndarray, bar: tqdm) 
         record = example.SerializeToString()
         writer.write(record)
         num_bytes += len(record)
-        bar.update()
+        bar.move(1)
     writer.close()
     return num_bytes

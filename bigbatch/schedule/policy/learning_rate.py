@@ -13,7 +13,12 @@ from bigbatch.schedule.policy.base import Policy, Settings, check_base, with_lea
 
 
 def constant(learning_rate: float, batch_size: int, momentum: float = 0.0) -> Policy:
-    """The same learning rate, batch size (examples) and momentum throughout.
+    """The same learning rate, batch size and momentum throughout.
+
+    Args:
+      learning_rate: above 0.
+      batch_size: examples per update.
+      momentum: heavy-ball coefficient.
 
     Raises:
       UserError: an argument is out of its range.
@@ -165,8 +170,18 @@ def cosine(
 ) -> Policy:
     """lr(e) = final + (learning_rate - final) (1 + cos(pi t)) / 2 (Loshchilov and Hutter 2017).
 
-    t and the arguments are as in `polynomial`. That is cos(pi t / 2)^2; another `power` gives
-    cos(pi t / 2)^power, of which 1 is the cosine of Seesaw's paper.
+    t is as in `polynomial`. That is cos(pi t / 2)^2; another `power` gives cos(pi t / 2)^power, of
+    which 1 is the cosine of Seesaw's paper.
+
+    Args:
+      learning_rate: until `from_epoch`.
+      batch_size: examples per update.
+      momentum: heavy-ball coefficient.
+      from_epoch: where the decay starts.
+      until_epoch: where it ends; by default at the end of the run.
+      final_learning_rate: from 0 to `learning_rate`.
+      power: above 0.
+      epochs: length of the run (context).
 
     Raises:
       UserError: an argument is out of its range.

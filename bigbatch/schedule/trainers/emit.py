@@ -5,10 +5,11 @@ the module of its format, which shares nothing with the writer, or by running it
 program. Of all texts that a writer offers the one that strays least is taken.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from bigbatch.schedule.from_file import as_policy
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.trainers import levanter, maxtext, megatron, olmo_core, tables
+from bigbatch.schedule.trainers.recipe import Recipe
 
 # Below it a number is the same but for its last digits: float32 has 6e-8.
 _SAME = 1e-7
@@ -40,7 +42,7 @@ class Format(NamedTuple):
 
 
 class Stray(NamedTuple):
-    """How far a trainer goes from a plan; errors are relative, the largest at any example.
+    """How far a trainer goes from a plan; errors are relative, the largest of the plan's updates.
 
     Attributes:
       batch_size: of the batch size.
@@ -106,40 +108,35 @@ def emit(plan: Plan, name: str, *, ranks: int = 1, sequence_length: int = 1) -> 
             epochs=plan.epochs,
             batch_multiple_examples=ranks,
         )
-    least, best = math.inf, ("", plan)
+    best = math.inf, "", plan
     for text in made.write(written, ranks, sequence_length):
-        try:
+        # What the target refuses is none of its words.
+        with contextlib.suppress(UserError):
             done = made.run(text, plan, ranks, sequence_length)
-        except UserError:
-            # The target refuses it, too.
-            continue
-        # Over all examples: the largest is mostly that of a last update, next to 0.
-        mean = sum(float(np.average(e, weights=plan.batch_sizes)) for e in _errors(plan, done))
-        if mean < least:
-            least, best = mean, (text, done)
-        if least <= _SAME:
+            # Over all examples: the largest is mostly that of a last update, next to 0.
+            mean = sum(float(np.average(e, weights=plan.batch_sizes)) for e in _errors(plan, done))
+            if mean < best[0]:
+                best = mean, text, done
+        if best[0] <= _SAME:
             break
-    text, done = best
+    _, text, done = best
     checks.require(bool(text), "emit", name, "a format that has a schedule near to this plan")
     checks.done()
-    far = stray(plan, done)
     ours, theirs = (float(each.hypers["momentum"][0]) for each in (plan, done))
     if abs(ours - theirs) > _SAME:
         limits.append(f"a momentum of {ours:g}: it is {theirs:g}, as of Adam")
     for column, values in plan.hypers.items():
         if not made.is_table and column != "learning_rate" and np.ptp(values):
             limits.append(f"a {column} that moves, here from {values.min():g} to {values.max():g}")
-    shapes = {
-        "batch_size": "these batch sizes",
-        "learning_rate": "this course of the learning rate",
-    }
-    limits += [
-        f"{words}: the nearest that it has is written"
-        for column, words in shapes.items()
-        if getattr(stray(written, done), column) > _SAME
-    ]
+    strayed = stray(written, done)
+    for words, error in (
+        ("these batch sizes", strayed.batch_size),
+        ("this course of the learning rate", strayed.learning_rate),
+    ):
+        if error > _SAME:
+            limits.append(f"{words}: the nearest that it has is written")
     limits += [words for words, holds in made.warnings.items() if holds(plan)]
-    return Emitted(text, tuple(limits), far, done)
+    return Emitted(text, tuple(limits), stray(plan, done), done)
 
 
 def stray(plan: Plan, other: Plan) -> Stray:
@@ -159,12 +156,22 @@ def _errors(plan: Plan, other: Plan) -> Iterator[Array]:
         yield np.abs(theirs[at] - ours) / np.where(ours == 0, ours.max(), ours)
 
 
-def _falls(plan: Plan) -> bool:
-    return bool((np.diff(plan.batch_sizes) < 0).any())
+def _trainer(module: Any, write: Any, warnings: Mapping[str, Any] = {}) -> Format:
+    """A format whose texts are read as the trainer reads them."""
+
+    def run(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
+        recipe: Recipe = module.read(text, ranks, sequence_length)
+        return recipe.plan(plan.train_examples)
+
+    return Format(write, run, warnings=warnings)
 
 
-_FALLING = {"it stops with an assertion where the batch size falls": _falls}
-_IGNORED = {
+_FALLING: dict[str, Callable[[Plan], bool]] = {
+    "it stops with an assertion where the batch size falls": lambda plan: bool(
+        (np.diff(plan.batch_sizes) < 0).any()
+    )
+}
+_IGNORED: dict[str, Callable[[Plan], bool]] = {
     "versions after core 0.16 take --rampup-batch-size and ignore it: the batch size is then the "
     "last one throughout": lambda plan: len(plan.stages) > 1
 }
@@ -172,11 +179,15 @@ FORMATS = {
     "optax": Format(tables.write_optax, tables.run_optax, is_table=True),
     "pytorch": Format(tables.write_pytorch, tables.run_pytorch, is_table=True),
     "csv": Format(tables.write_csv, tables.run_csv, is_table=True),
-    "json": Format(tables.write_json, tables.run_json, is_table=True),
-    "megatron": Format(megatron.write, megatron.run, warnings=_FALLING),
-    "megatron_rampup": Format(megatron.write_ramp, megatron.run, warnings=_FALLING | _IGNORED),
-    "levanter": Format(levanter.write, levanter.run),
-    "maxtext": Format(maxtext.write, maxtext.run),
-    "olmo_core": Format(olmo_core.write, olmo_core.run),
+    "json": Format(
+        lambda plan, *_: iter([plan.to_json()]),
+        lambda text, *_: Plan.from_json(text),
+        is_table=True,
+    ),
+    "megatron": _trainer(megatron, megatron.write, _FALLING),
+    "megatron_rampup": _trainer(megatron, megatron.write_ramp, _FALLING | _IGNORED),
+    "levanter": _trainer(levanter, levanter.write),
+    "maxtext": _trainer(maxtext, maxtext.write),
+    "olmo_core": _trainer(olmo_core, olmo_core.write),
 }
 """By the names that `bigbatch plan --emit` takes."""

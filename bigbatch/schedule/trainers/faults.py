@@ -15,6 +15,7 @@ from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.trainers.log import PRESETS, Column, Preset
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")
 def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: int) -> list[str]:
     """What differs from the plan, in sentences; none where nothing does.
 
@@ -24,20 +25,28 @@ def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: i
       preset: that it was read with.
       first_update: the log's number of the first update.
     """
-    meaning, last = PRESETS[preset], plan.num_updates - 1
-    updates = log["update"].values.astype(np.int64) - first_update
-    inside = (updates >= 0) & (updates <= last)
-    at = updates[inside]
+    meaning = PRESETS[preset]
+    updates = log["update"].values - first_update
+    inside = (updates >= 0) & (updates < plan.num_updates)
+    at = updates[inside].astype(np.int64)
     columns = {name: Column(c.values[inside], c.tolerance[inside]) for name, c in log.items()}
-    planned = {"batch_size": plan.batch_sizes.astype(np.float64), **plan.hypers}
-    own = _own_positions(plan, at, columns)
+    own = plan.first_examples[at].astype(np.float64)
+    sizes = plan.batch_sizes[at].astype(np.float64)
+    if "batch_size" in columns:
+        sizes = columns["batch_size"].values
+        # By their own sizes where all are there.
+        if np.array_equal(at, np.arange(len(at))) and np.isfinite(sizes).all():
+            own = np.cumsum(sizes) - sizes
+    bounds = np.r_[plan.first_examples, plan.num_examples] * 1.0
+    planned = {"batch_size": plan.batch_sizes * 1.0, **plan.hypers, "examples": bounds}
+    ahead = {"learning_rate": meaning.next_rate, "examples": meaning.at_end}
     differing: dict[str, _Case] = {}
-    for name in ("batch_size", "learning_rate", "momentum"):
+    for name in ("batch_size", "learning_rate", "momentum", "examples"):
         if name in columns:
-            offset = int(meaning.next_rate and name == "learning_rate")
+            offset = int(ahead.get(name, False))
             # Where the update starts of which this is the setting.
-            starts = own + offset * columns["batch_size"].values if "batch_size" in columns else own
-            case = _Case(plan, planned[name], at + offset, *columns[name], starts)
+            starts = own + offset * sizes
+            case = _Case(plan, name, planned[name], at + offset, *columns[name], starts)
             if not case.fits(case.shifted(0)):
                 differing[name] = case
     for by, word in ((-1, "before"), (1, "after")):
@@ -49,23 +58,21 @@ def findings(plan: Plan, log: Mapping[str, Column], preset: str, first_update: i
             ]
     said = []
     for name, case in differing.items():
-        causes = _CAUSES[name](case)
-        cause = next((words for words, column in causes if case.fits(column)), "")
+        cause = next((words for words, column in _causes(case) if case.fits(column)), "")
         # What follows from the batch size has been told with that.
         if cause != _FOLLOWS:
-            said.append(f"{name.replace('_', ' ')}: {case.first()}{cause and '; '}{cause}")
-    said += _of_positions(plan, at, columns, meaning)
+            told = {"examples": "position"}.get(name, name.replace("_", " "))
+            said.append(f"{told}: {case.first()}{cause and '; '}{cause}")
     said += _of_epochs(plan, at, columns, own, meaning)
     if not (said or inside.all()):
         said.append(
-            f"update {updates[~inside][0]:,} is none of the plan's {plan.num_updates:,}, from 0; "
-            f"does the log count from another number than {first_update} (--first-update)?"
+            f"update {updates[~inside][0]:,.0f} is none of the plan's {plan.num_updates:,}, from 0;"
+            f" does the log count from another number than {first_update} (--first-update)?"
         )
     return said
 
 
 _FOLLOWS = "follows from the batch size"
-_LATE, _EARLY = "one update late (off by one)", "one update early (off by one)"
 Causes = Iterator[tuple[str, Array]]
 
 
@@ -74,14 +81,16 @@ class _Case(NamedTuple):
 
     Attributes:
       plan: what was to be.
-      planned: its column, one value an update.
+      name: of the column.
+      planned: the plan's, one value an update.
       at: the updates whose settings were logged.
-      values: what was logged.
+      values: what was logged; NaN fits everything.
       tolerance: of the values.
       own: where these updates started, as the log itself has it.
     """
 
     plan: Plan
+    name: str
     planned: Array
     at: NDArray[np.int64]
     values: Array
@@ -91,17 +100,8 @@ class _Case(NamedTuple):
     def shifted(self, by: int) -> Array:
         return self.planned[np.clip(self.at + by, 0, len(self.planned) - 1)]
 
-    def constant(self, value: float) -> Array:
-        return np.full(len(self.at), value)
-
-    def fits(self, column: Array) -> bool:
-        return bool((np.abs(self.values - column) <= self.tolerance + 1e-30).all())
-
-    def here(self, planned: Array) -> Array:
-        """A column at the log's own positions; between two updates the nearer of theirs."""
-        i = np.searchsorted(self.plan.first_examples, self.own, side="right") - 1
-        one, other = planned[i], planned[np.minimum(i + 1, len(planned) - 1)]
-        return np.where(np.abs(self.values - one) <= np.abs(self.values - other), one, other)
+    def fits(self, column: Any) -> bool:
+        return not _differ(self.values, column, self.tolerance).any()
 
     def near(self, place: Array, grid: Array) -> Array:
         """The plan's curve there, or what was logged where both lie within one update."""
@@ -114,7 +114,7 @@ class _Case(NamedTuple):
     def first(self) -> str:
         """The first difference in words."""
         expected = self.shifted(0)
-        bad = int(np.argmax(np.abs(self.values - expected) > self.tolerance + 1e-30))
+        bad = int(np.argmax(_differ(self.values, expected, self.tolerance)))
         update = min(int(self.at[bad]), self.plan.num_updates - 1)
         was, planned = self.values[bad], expected[bad]
         ratio = f", {was / planned - 1:+.3%}" if planned else ""
@@ -122,73 +122,48 @@ class _Case(NamedTuple):
         return f"{place}: {was:.9g}, planned {planned:.9g}{ratio}"
 
 
-def _of_batch(case: _Case) -> Causes:
-    sizes, known = case.planned, case.values[np.isfinite(case.values)]
-    yield "the ramp is ignored: the last batch size throughout", case.constant(sizes[-1])
-    yield "the first stage is held for ever", case.constant(sizes[0])
-    yield f"it changes {_LATE}", case.shifted(-1)
-    yield f"it changes {_EARLY}", case.shifted(1)
-    yield from _in_another_unit(case.values, case.shifted(0), "tokens or another unit")
-    unit = int(np.gcd.reduce(known.astype(np.int64))) if known.size else 0
-    for ranks in (ranks for ranks in range(unit, 1, -1) if unit % ranks == 0):
-        for word, rounded in (("down", sizes // ranks), ("up", -(-sizes // ranks))):
-            yield f"rounded {word} to what {ranks} ranks divide", case.here(rounded * ranks)
+def _differ(values: Array, expected: Any, tolerance: Array) -> NDArray[np.bool_]:
+    return np.abs(values - expected) > tolerance + 1e-30
 
 
-def _of_rate(case: _Case) -> Causes:
-    plan, values, rates, at = case.plan, case.values, case.planned, case.at
-    firsts = plan.first_examples.astype(np.float64)
-    yield _LATE, case.shifted(-1)
-    yield _EARLY, case.shifted(1)
-    if not np.array_equal(case.own, np.r_[firsts, plan.num_examples][at]):
-        yield _FOLLOWS, case.near(case.own, firsts)
-    yield "it is not moved", case.constant(rates[0])
-    yield from _in_another_unit(values, case.shifted(0), "another unit, or scaled once for all")
-    peak, most = int(np.argmax(values)), rates.max()
-    if peak > 1 and values[peak] > values[0]:
-        # One line over the updates, and then the plan's.
-        line = values[0] + (values[peak - 1] - values[0]) * (at - at[0]) / (at[peak - 1] - at[0])
-        top = max(at[peak], int(np.argmax(rates >= most * (1 - 1e-9))))
-        past = np.where(at <= top, values, case.shifted(0))
-        warm = np.where((at <= at[peak]) & (line <= most), line, past)
-        yield "the warm-up is counted in updates, not in examples", warm
-    size, every = float(plan.batch_sizes[0]), np.arange(len(rates) * 1.0)
-    for grid, clock, end in (
-        (every, at * 1.0, 1.0),
-        (every, case.own / size, plan.num_examples / size / len(rates)),
-        (firsts, at * size, len(rates) * size / plan.num_examples),
-    ):
-        yield from _on_another_clock(case, grid, clock, end)
+def _causes(case: _Case) -> Causes:
+    """What is known of columns, each with what it would have made of this one."""
+    planned, is_batch, is_position = (
+        case.planned,
+        case.name == "batch_size",
+        case.name == "examples",
+    )
+    firsts = case.plan.first_examples.astype(np.float64)
+    if is_batch:
+        yield "the ramp is ignored: the last batch size throughout", planned[-1]
+        yield "the first stage is held for ever", planned[0]
+    elif not np.array_equal(case.own, np.r_[firsts, case.plan.num_examples][case.at]):
+        yield _FOLLOWS, case.own if is_position else case.near(case.own, firsts)
+    late = early = "it changes"
+    if is_position:
+        late, early = "as if counted before the update,", "as if counted after the update,"
+    yield f"{late} one update late (off by one)", case.shifted(-1)
+    yield f"{early} one update early (off by one)", case.shifted(1)
+    is_one = is_batch or is_position
+    unit = "tokens or another unit" if is_one else "another unit, or scaled once for all"
+    yield from _in_another_unit(case.values, case.shifted(0), unit)
+    if is_batch:
+        yield from _rounded(case, firsts)
+    elif is_position:
+        yield from _resumed(case)
+    else:
+        yield "it is not moved", planned[0]
+    if case.name == "learning_rate":
+        yield from _on_other_clocks(case, firsts)
 
 
-def _on_another_clock(case: _Case, grid: Any, clock: Any, end: float) -> Causes:
-    """The plan's curve at another speed of a clock that has that share of it at the plan's end."""
-    values, rates = case.values, case.planned
-    most, least = rates.max(), rates.min()
-    top = int(np.flatnonzero(rates >= most * (1 - 1e-9))[-1])
-    inside = np.flatnonzero((values < most * (1 - 1e-6)) & (values > least) & (clock > 0))
-    inside = inside[inside > np.argmax(values)]
-    if inside.size:
-        # The speed is told by an update in the midst of the decay.
-        one = inside[int(np.argmin(np.abs(values[inside] - (most + least) / 2)))]
-        speed = float(np.interp(-values[one], -rates[top:], grid[top:])) / clock[one]
-        if grid[-1] == len(rates) - 1 and round(speed) > 1:
-            words = f"it is counted in microsteps, {round(speed)} an update"
-            yield words, case.near(round(speed) * clock, grid)
-        share = speed * end
-        words = f"stretched {1 / share:.3g}" if share < 1 else f"run through {share:.3g}"
-        words = f"it is {words} times {'as long' if share < 1 else 'as fast'}: counted in updates"
-        yield f"{words}, or with another total", case.near(speed * clock, grid)
-
-
-def _of_momentum(case: _Case) -> Causes:
-    yield _FOLLOWS, case.here(case.planned)
-    yield "it is not moved", case.constant(case.planned[0])
-    yield f"it moves {_LATE}", case.shifted(-1)
-    yield f"it moves {_EARLY}", case.shifted(1)
-
-
-_CAUSES = {"batch_size": _of_batch, "learning_rate": _of_rate, "momentum": _of_momentum}
+def _resumed(case: _Case) -> Causes:
+    """Examples that are repeated or passed over at one update."""
+    jumps = np.diff(case.values) - np.diff(case.own)
+    bad = np.flatnonzero(np.abs(jumps) > case.tolerance[1:] + case.tolerance[:-1])
+    if bad.size:
+        what = "are repeated" if jumps[bad[0]] < 0 else "are passed over"
+        yield f"{abs(jumps[bad[0]]):,.0f} examples {what} there, as after a resume", case.values
 
 
 def _in_another_unit(values: Array, expected: Array, words: str) -> Causes:
@@ -198,64 +173,68 @@ def _in_another_unit(values: Array, expected: Array, words: str) -> Causes:
     yield f"it is {ratio:.6g} times the plan's throughout: {words}", expected * ratio
 
 
-def _own_positions(plan: Plan, at: Any, columns: Mapping[str, Column]) -> Array:
-    """Where the logged updates started, by their own batch sizes where all are there."""
-    if "batch_size" in columns and np.array_equal(at, np.arange(len(at))):
-        return np.cumsum(columns["batch_size"].values) - columns["batch_size"].values
-    return plan.first_examples[at] * 1.0
+def _rounded(case: _Case, firsts: Array) -> Causes:
+    """Batch sizes rounded for ranks; between two updates the nearer of theirs."""
+    known = case.values[np.abs(case.values) < 2**53].astype(np.int64)
+    unit = int(np.gcd.reduce(known)) if known.size else 0
+    i = np.searchsorted(firsts, case.own, side="right") - 1
+    for ranks in (ranks for ranks in range(min(unit, 2**16), 1, -1) if unit % ranks == 0):
+        for word, rounded in (("down", case.planned // ranks), ("up", -(-case.planned // ranks))):
+            one, other = (ranks * rounded[np.minimum(i + k, len(firsts) - 1)] for k in (0, 1))
+            nearer = np.abs(case.values - one) <= np.abs(case.values - other)
+            yield f"rounded {word} to what {ranks} ranks divide", np.where(nearer, one, other)
 
 
-def _of_positions(
-    plan: Plan, at: Any, columns: Mapping[str, Column], meaning: Preset
-) -> Iterator[str]:
-    if "examples" not in columns:
-        return
-    column, after = columns["examples"], int(meaning.at_end)
-    bounds = np.r_[plan.first_examples, plan.num_examples] * 1.0
-    expected = bounds[at + after]
-    if (np.abs(column.values - expected) <= column.tolerance).all():
-        return
-    for words, then in (
-        (f"{_EARLY}, as if counted after the update", bounds[np.minimum(at + 1, plan.num_updates)]),
-        (f"{_LATE}, as if counted before the update", bounds[np.maximum(at + after - 1, 0)]),
-        *_in_another_unit(column.values, expected, "tokens or another unit"),
+def _on_other_clocks(case: _Case, firsts: Array) -> Causes:
+    """Learning rates over updates, microsteps, or at another speed."""
+    plan, values, rates, at = case.plan, case.values, case.planned, case.at
+    peak, most, least = int(np.nanargmax(values)), rates.max(), rates.min()
+    last = int(np.flatnonzero(rates >= most * (1 - 1e-9))[-1])
+    if peak > 1 and values[peak] > values[0]:
+        # One line over the updates, and then the plan's.
+        line = values[0] + (values[peak - 1] - values[0]) * (at - at[0]) / (at[peak - 1] - at[0])
+        top = max(at[peak], int(np.argmax(rates >= most * (1 - 1e-9))))
+        past = np.where(at <= top, values, case.shifted(0))
+        warm = np.where((at <= at[peak]) & (line <= most), line, past)
+        yield "the warm-up is counted in updates, not in examples", warm
+    size, every = float(plan.batch_sizes[0]), np.arange(len(rates) * 1.0)
+    # Each clock of the log beside the plan's, and how much of the latter an end at 1 would be.
+    for grid, clock, end in (
+        (every, at * 1.0, 1.0),
+        (every, case.own / size, plan.num_examples / size / len(rates)),
+        (firsts, at * size, len(rates) * size / plan.num_examples),
     ):
-        if (np.abs(column.values - then) <= column.tolerance).all():
-            yield f"position: {words}"
-            return
-    taken = np.diff(expected)
-    sizes = columns.get("batch_size")
-    if sizes is not None and (np.diff(at) == 1).all():
-        taken = sizes.values[after:][: len(taken)] if after else sizes.values[:-1]
-    jumps = np.diff(column.values) - taken
-    bad = np.flatnonzero(np.abs(jumps) > column.tolerance[1:] + column.tolerance[:-1])
-    if bad.size:
-        jump, update = jumps[bad[0]], at[bad[0] + 1]
-        what = "are repeated" if jump < 0 else "are passed over"
-        yield f"position: {abs(jump):,.0f} examples {what} at update {update:,}, as after a resume"
-    elif abs(column.values[0] - expected[0]) > column.tolerance[0]:
-        yield f"position: {column.values[0]:,.0f} at update {at[0]:,}, planned {expected[0]:,.0f}"
+        inside = np.flatnonzero((values < most * (1 - 1e-6)) & (values > least) & (clock > 0))
+        inside = inside[inside > peak]
+        if inside.size:
+            # The speed is told by an update in the midst of the decay.
+            one = inside[int(np.argmin(np.abs(values[inside] - (most + least) / 2)))]
+            speed = float(np.interp(-values[one], -rates[last:], grid[last:])) / clock[one]
+            if grid is every and round(speed) > 1:
+                words = f"it is counted in microsteps, {round(speed)} an update"
+                yield words, case.near(round(speed) * clock, grid)
+            share = speed * end
+            words = f"stretched {1 / share:.3g}" if share < 1 else f"run through {share:.3g}"
+            words = f"it is {words} times {'as long' if share < 1 else 'as fast'}"
+            near = case.near(speed * clock, grid)
+            yield f"{words}: counted in updates, or with another total", near
 
 
 def _of_epochs(
     plan: Plan, at: Any, columns: Mapping[str, Column], own: Array, meaning: Preset
 ) -> Iterator[str]:
-    if "epoch" not in columns:
-        return
-    epochs = np.floor(columns["epoch"].values + 1e-9)
+    epochs = np.floor(columns["epoch"].values + 1e-9) if "epoch" in columns else np.zeros(1)
     turned = np.flatnonzero(np.diff(epochs) > 0)
     if meaning.at_end or not turned.size or (np.diff(at) != 1).any():
         return
     first = turned[0] + 1
     seen, size = own[first], own[first] - own[first - 1]
-    short = plan.train_examples * epochs[first] - seen
+    total, update = plan.train_examples, at[first]
+    short = total * epochs[first] - seen
     if short >= size:
-        yield (
-            f"epoch: it is cut short: {seen:,.0f} of {plan.train_examples:,} examples, at update "
-            f"{at[first]:,}"
-        )
+        yield f"epoch: it is cut short: {seen:,.0f} of {total:,} examples, at update {update:,}"
     elif short > 0:
         yield (
-            f"epoch: its last partial batch, {short:,.0f} of {plan.train_examples:,} examples, is "
-            f"dropped before update {at[first]:,}"
+            f"epoch: its last partial batch, {short:,.0f} of {total:,} examples, is dropped before "
+            f"update {update:,}"
         )

@@ -11,7 +11,14 @@ from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy
 from bigbatch.schedule.trainers.curve import curves
-from bigbatch.schedule.trainers.recipe import Recipe, check_stages, fields, of_updates, tree_of
+from bigbatch.schedule.trainers.recipe import (
+    Recipe,
+    check_stages,
+    course,
+    fields,
+    in_updates,
+    tree_of,
+)
 
 _STYLES = ("constant", "cosine", "linear")
 _TRAINER = {"train_batch_size": (int | list, ...), "num_train_steps": (int, ...)}
@@ -39,7 +46,7 @@ def levanter(config: dict[str, Any] | str, *, train_examples: int) -> Policy:
     return read(config).policy(train_examples)
 
 
-def read(config: str | Mapping[str, Any]) -> Recipe:
+def read(config: str | Mapping[str, Any], ranks: int = 1, sequence_length: int = 1) -> Recipe:
     """As `levanter`, for any training set."""
     checks = Checks()
     groups = {"trainer": (Mapping, ...), "optimizer": (Mapping, ...)}
@@ -59,29 +66,21 @@ def read(config: str | Mapping[str, Any]) -> Recipe:
     for name in ("warmup", "decay"):
         value = f[name] or 0.0
         allowed = "a share of the updates up to 1, or more than one update"
-        checks.require(
-            value <= 1 or value % 1 == 0, f"optimizer.{name}", value, allowed, round(value)
-        )
+        whole = value <= 1 or value % 1 == 0
+        checks.require(whole, f"optimizer.{name}", value, allowed, round(value))
     checks.done()
     warmup, decay = (
-        int(value * updates if value <= 1 else value) for value in (f["warmup"], f["decay"] or 0.0)
+        min(updates, int(value * updates if value <= 1 else value))
+        for value in (f["warmup"], 1.0 if f["decay"] is None else f["decay"])
     )
-    warmup = min(warmup, updates)
-    decay = updates - warmup if f["decay"] is None else min(decay, updates - warmup)
-    peak, floor = f["learning_rate"], f["min_lr_ratio"]
+    decay = min(decay, updates - warmup)
+    peak, style = f["learning_rate"], f["lr_schedule"]
 
     def rate(positions: Array, done: Array, batch_sizes: Array) -> Array:
-        share = np.clip((done - (updates - decay)) / max(decay, 1), 0, 1)
-        left = {
-            "constant": 1 + 0 * share,
-            "linear": 1 + (floor - 1) * share,
-            "cosine": floor + (1 - floor) * (1 + np.cos(np.pi * share)) / 2,
-        }[f["lr_schedule"]]
-        return peak * np.where(done < warmup, done / max(warmup, 1), left)
+        at = warmup, updates - decay, updates
+        return course(done, style, peak, 0.0, peak * f["min_lr_ratio"], at)
 
-    stages_examples, sizes, end = of_updates(starts, sizes, updates)
-    turning = of_updates([*starts], [stage["value"] for stage in stages], max(warmup, 1))[2]
-    return Recipe(stages_examples, sizes, rate, end, 0.0, (float(turning),))
+    return in_updates(starts, sizes, updates, warmup, rate)
 
 
 def write(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
@@ -91,20 +90,14 @@ def write(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
     trainer = f"trainer:\n  num_train_steps: {updates}\n  train_batch_size: [{steps}]\n"
     for curve in curves(np.arange(updates) * 1.0, plan.hypers["learning_rate"], _STYLES[1:]):
         decay = min(updates, max(0, updates - round(curve.start)))
+        # Up to 1 it is a share of the updates: 1 itself would be all of them.
+        one = {1: 1.5 / updates}
         optimizer = {
             "learning_rate": curve.peak,
             "lr_schedule": curve.style,
             "min_lr_ratio": curve.floor / curve.peak,
-            # Up to 1 it is a share of the updates: 1 itself would be all of them.
-            "warmup": round(curve.warmup)
-            if curve.warmup > 1.5
-            else 1.5 / updates * (curve.warmup >= 0.5),
-            "decay": decay if decay != 1 else 1.5 / updates,
+            "warmup": one.get(round(curve.warmup), round(curve.warmup)),
+            "decay": one.get(decay, decay),
         }
         lines = "".join(f"  {name}: {json.dumps(value)}\n" for name, value in optimizer.items())
         yield f"{trainer}optimizer:\n{lines}"
-
-
-def run(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
-    """What the trainer does with a text, on the training set of a plan."""
-    return read(text).plan(plan.train_examples)

@@ -1,7 +1,7 @@
 """Logs of trainers and trackers: the settings of each update as they were written down."""
 
+import contextlib
 import csv
-import io
 import json
 import math
 import re
@@ -40,19 +40,18 @@ PRESETS = {
     "wandb": Preset(),
     "tensorboard": Preset(),
 }
-# Names of each column in the logs of trainers and trackers.
+# Names of each column in the logs of trainers and trackers, hyphens for spaces.
 _NAMES = {
     "update": "update step _step iteration Step global_step trainer/global_step train/global_step",
     "batch_size": "batch_size global_batch_size train/batch_size batch-size global-batch-size "
     "train/global-batch-size",
     "learning_rate": "learning_rate lr train/learning_rate train/lr learning-rate "
-    "optim/learning_rate",
+    "optim/learning_rate optim/LR-(group-0)",
     "momentum": "momentum train/momentum",
     "examples": "examples consumed_samples samples consumed-samples first_example "
     "throughput/total-tokens",
     "epoch": "epoch train/epoch",
 }
-_OLMO_RATE = "optim/LR (group 0)"
 
 
 class Column(NamedTuple):
@@ -77,20 +76,17 @@ def read_log(
       UserError: it holds no updates, or nothing of them.
     """
     checks = Checks()
-    allowed = "one of " + ", ".join(PRESETS)
-    checks.require(preset in PRESETS, "preset", preset, allowed, nearest_name(preset, [*PRESETS]))
-    for name in columns:
-        allowed = "one of " + ", ".join(_NAMES)
-        checks.require(name in _NAMES, "columns", name, allowed, nearest_name(name, [*_NAMES]))
+    for field, names, known in (("preset", [preset], PRESETS), ("columns", columns, _NAMES)):
+        for name in names:
+            allowed = "one of " + ", ".join(known)
+            checks.require(name in known, field, name, allowed, nearest_name(name, [*known]))
+    checks.whole("sequence_length", sequence_length, "tokens of an example, at least 1")
     checks.done()
     records = _records(text)
-    present = {name for record in records for name in record}
+    present = {name: None for record in records for name in record}
     theirs: dict[str, str] = {}
     for name, usual in _NAMES.items():
-        given = [columns[name]] if name in columns else [*usual.split(), _OLMO_RATE]
-        if name != "learning_rate" and name not in columns:
-            given = given[:-1]
-        # Spaces and hyphens are one here.
+        given = [columns[name]] if name in columns else usual.split()
         found = [n for n in present if n in given or n.replace(" ", "-") in given]
         theirs |= {name: found[0]} if found else {}
         missing = name in columns and not found
@@ -98,46 +94,44 @@ def read_log(
     enough = "update" in theirs and len(theirs) > 1
     allowed = f"names of the update and of something else, by --columns; there is {sorted(present)}"
     checks.require(enough, "columns", dict(columns) or "nothing", allowed)
+    is_megatron = preset == "table" and theirs.get("update") == "iteration" and "|" in text
+    checks.require(not is_megatron, "preset", preset, "megatron for its own lines", "megatron")
     checks.done()
     # What was done again after a resume replaces what came before.
-    latest = {
-        int(number): record
-        for record in records
-        if math.isfinite(number := _number(record.get(theirs["update"], "")))
-    }
-    meaning, updates = PRESETS[preset], sorted(latest)
+    latest: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if abs(number := _number(record.get(theirs["update"]))) < 2**53:
+            told = {name: value for name, value in record.items() if value not in ("", None)}
+            latest[int(number)] = latest.get(int(number), {}) | told
+    updates = sorted(latest)
     found_columns = {"update": Column(np.array(updates) * 1.0, np.zeros(len(updates)))}
     for name in theirs.keys() - {"update"}:
-        texts = [latest[update].get(theirs[name], "") for update in updates]
-        unit = sequence_length if name in meaning.tokens else 1
+        texts = [latest[update].get(theirs[name]) for update in updates]
+        unit = sequence_length if name in PRESETS[preset].tokens else 1
         values = np.array([_number(each) for each in texts]) / unit
         found_columns[name] = Column(values, _tolerance(texts, values))
     return found_columns
 
 
-def _records(text: str) -> list[dict[str, str]]:
+def _records(text: str) -> list[dict[str, Any]]:
     """Every line's values by name, as they are written."""
     lines = [line for line in text.splitlines() if line.strip()]
+    found: list[dict[str, Any]] = []
     if any("iteration" in line and "|" in line for line in lines):
-        found = []
-        for line in lines:
-            pairs = re.findall(r"([a-z][a-z ]*?):? +([-+.\deE]+)(?:/ *\d+)? *\|", line)
-            found.append(dict(pairs))
+        pair = re.compile(r"([a-z][a-z ]*?):? +([-+.\deE]+)(?:/ *\d+)? *\|")
+        found = [dict(pair.findall(line)) for line in lines]
         return [record for record in found if "iteration" in record]
-    if lines and "{" in lines[0]:
-        found = []
-        for line in lines:
-            try:
-                record = json.loads(line[line.find("{") :], parse_float=str, parse_int=str)
-            except ValueError:
-                continue
-            found.append({**record, **record.get("metrics", {})})
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line[line.index("{") :], parse_float=str, parse_int=str)
+            metrics = record.get("metrics")
+            found.append(record | (metrics if isinstance(metrics, dict) else {}))
+    if found:
         return found
     # A tracker writes the run's name before a column's.
-    return [
-        {str(name).rpartition(" - ")[2]: value or "" for name, value in row.items()}
-        for row in csv.DictReader(io.StringIO(text))
-    ]
+    with contextlib.suppress(csv.Error):
+        found = list(csv.DictReader(lines))
+    return [{str(n).rpartition(" - ")[2]: value for n, value in row.items()} for row in found]
 
 
 def _number(text: Any) -> float:
@@ -149,10 +143,11 @@ def _number(text: Any) -> float:
 
 def _tolerance(texts: list[Any], values: Array) -> Array:
     """Half of the last digit that a column is written to, float32's at the least."""
-    mantissas = [re.sub(r"[eE].*|[-+.]", "", str(text)).lstrip("0") for text in texts]
-    digits = min(7, max(3, *(len(mantissa) for mantissa in mantissas), 3))
-    tolerance = np.abs(values) * 0.51 * 10.0 ** (1 - digits)
-    decimals = [len(str(t).partition(".")[2]) for t in texts if "e" not in str(t).lower()]
+    texts = [str(text) for text in texts if text is not None]
+    mantissas = [re.sub(r"[eE].*|[-+.]", "", text).lstrip("0") for text in texts]
+    digits = min(7, max(3, *map(len, mantissas), 3))
+    tolerance = np.abs(np.nan_to_num(values, posinf=0, neginf=0)) * 0.51 * 10.0 ** (1 - digits)
+    decimals = [len(text.partition(".")[2]) for text in texts if "e" not in text.lower()]
     if len(decimals) == len(texts) and max(decimals, default=0) >= 4:
         tolerance = np.maximum(tolerance, 0.51 * 10.0 ** -max(decimals))
     return tolerance

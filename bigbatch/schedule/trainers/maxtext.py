@@ -12,7 +12,7 @@ from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy
 from bigbatch.schedule.trainers.curve import curves, ramp
-from bigbatch.schedule.trainers.recipe import Recipe, fields, of_updates, tree_of
+from bigbatch.schedule.trainers.recipe import Recipe, course, fields, in_updates, tree_of
 
 _FIELDS = {
     "steps": (int, ...),
@@ -46,14 +46,14 @@ def maxtext(config: dict[str, Any] | str, devices: int, *, train_examples: int) 
     return read(config, devices).policy(train_examples)
 
 
-def read(config: str | Mapping[str, Any], devices: int) -> Recipe:
+def read(config: str | Mapping[str, Any], ranks: int = 1, sequence_length: int = 1) -> Recipe:
     """As `maxtext`, for any training set."""
     checks = Checks()
     f = fields(checks, tree_of(config), _FIELDS)
-    checks.whole("devices", devices, "a whole number, at least 1")
+    checks.whole("devices", ranks, "a whole number, at least 1")
     checks.done()
     first, increment, last = (
-        int(devices * f[f"per_device_batch_size{part}"]) for part in ("_start", "_increment", "")
+        int(ranks * f[f"per_device_batch_size{part}"]) for part in ("_start", "_increment", "")
     )
     checks.require(last >= 1, "per_device_batch_size", last, "at least 1 example in all")
     checks.whole("steps", f["steps"], "updates, at least 1")
@@ -70,25 +70,22 @@ def read(config: str | Mapping[str, Any], devices: int) -> Recipe:
             starts.append(starts[-1] + max(1, math.ceil(each / size)))
     updates = f["learning_rate_schedule_steps"] or f["steps"]
     warmup = int(updates * f["warmup_steps_fraction"])
-    decay = updates - warmup
-    style = f["lr_schedule_type"]
-    if style == "wsd":
+    decay, style = updates - warmup, "cosine"
+    if f["lr_schedule_type"] == "wsd":
         decay, style = int(updates * f["wsd_decay_steps_fraction"]), f["wsd_decay_style"]
     allowed = "shares of warm-up and decay that are at most 1 in all"
     checks.require(0 <= decay <= updates - warmup, "warmup_steps_fraction", warmup, allowed)
     checks.done()
-    floor = f["learning_rate_final_fraction"]
+    # The last update of the decay has its last value; a line of one update has its first.
+    at, is_one = (warmup, updates - decay, updates - 1), style == "cosine" and decay == 1
+    peak, floor = f["learning_rate"], f["learning_rate"] * f["learning_rate_final_fraction"]
 
     def rate(positions: Array, done: Array, batch_sizes: Array) -> Array:
-        # The last update of the decay has its last value.
-        share = np.clip((done - (updates - decay)) / max(decay - 1, 1), 0, 1)
-        curve = share if style == "linear" else (1 - np.cos(np.pi * share)) / 2
-        rates = np.where(done < warmup, done / max(warmup, 1), 1 + (floor - 1) * curve)
-        return f["learning_rate"] * np.where(done < updates, rates, 0.0)
+        rates = course(done, style, peak, 0.0, floor, at)
+        rates = np.where(is_one & (done == updates - 1), floor, rates)
+        return np.where(done < updates, rates, 0.0)
 
-    starts_examples, kept, end = of_updates(starts, sizes, f["steps"])
-    turning = of_updates(starts, sizes, max(warmup, 1))[2]
-    return Recipe(starts_examples, kept, rate, end, 0.0, (float(turning),))
+    return in_updates(starts, sizes, f["steps"], warmup, rate)
 
 
 def write(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
@@ -134,8 +131,3 @@ def _rates(times: Array, rates: Array, steps: int) -> Iterator[dict[str, Any]]:
             "wsd_decay_steps_fraction": min(1.0, (decay + 0.5) / updates) if decay else 0.0,
             "wsd_decay_style": "linear" if curve.style == "constant" else curve.style,
         }
-
-
-def run(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
-    """What the trainer does with a text, on the training set of a plan."""
-    return read(text, ranks).plan(plan.train_examples)

@@ -7,6 +7,7 @@ done are a multiple of the ratio. The learning rate of an update is that of the 
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy
 from bigbatch.schedule.trainers.curve import curves
-from bigbatch.schedule.trainers.recipe import Recipe, check_stages, fields, tree_of
+from bigbatch.schedule.trainers.recipe import Recipe, check_stages, course, fields, tree_of
 
 _FIELDS = {
     "batch_sizes": (list, ...),
@@ -34,14 +35,16 @@ _CURVE = {
     "warmup_fraction": (float, None),
     "warmup_min_lr": (float, 0.0),
 }
-_SCHEDULERS: dict[str, dict[str, tuple[Any, Any]]] = {
-    "constant": {},
-    "constant_with_warmup": _CURVE,
-    "wsd": _CURVE
-    | {"decay": (int, None), "decay_fraction": (float, None), "decay_min_lr": (float, 0.0)},
-    "cos_with_warmup": _CURVE | {"alpha_f": (float, 0.1), "t_max": (int, None)},
-    "linear_with_warmup": _CURVE | {"alpha_f": (float, 0.1), "t_max": (int, None)},
-}  # fmt: skip
+_WSD = {"decay": (int, None), "decay_fraction": (float, None), "decay_min_lr": (float, 0.0)}
+_FALL = {"alpha_f": (float, 0.1), "t_max": (int, None)}
+# The style of its decay, and its fields.
+_SCHEDULERS: dict[str, tuple[str, dict[str, tuple[Any, Any]]]] = {
+    "constant": ("constant", {}),
+    "constant_with_warmup": ("constant", _CURVE),
+    "wsd": ("linear", _CURVE | _WSD),
+    "cos_with_warmup": ("cosine", _CURVE | _FALL),
+    "linear_with_warmup": ("linear", _CURVE | _FALL),
+}
 
 
 def olmo_core(config: dict[str, Any] | str, sequence_length: int, *, train_examples: int) -> Policy:
@@ -57,57 +60,66 @@ def olmo_core(config: dict[str, Any] | str, sequence_length: int, *, train_examp
     Raises:
       UserError: a field is unknown, missing, or out of its range.
     """
-    return read(config, sequence_length).policy(train_examples)
+    return read(config, 1, sequence_length).policy(train_examples)
 
 
-def read(config: str | Mapping[str, Any], sequence_length: int) -> Recipe:
+def read(config: str | Mapping[str, Any], ranks: int = 1, sequence_length: int = 1) -> Recipe:
     """As `olmo_core`, for any training set."""
     checks = Checks()
     checks.whole("sequence_length", sequence_length, "tokens of an example, at least 1")
     f = fields(checks, tree_of(config), _FIELDS)
     checks.done()
-    given = [fields(checks, each, _DURATION, "schedule.") for each in f["schedule"]]
+    thresholds = [fields(checks, each, _DURATION, "schedule.")["value"] for each in f["schedule"]]
     end = fields(checks, f["max_duration"], _DURATION, "max_duration.")["value"]
     kind = dict(f["scheduler"])
     name = fields(checks, {"type": kind.pop("type", None)}, {"type": (tuple(_SCHEDULERS), ...)})
     checks.done()
-    curve = fields(checks, kind, _SCHEDULERS[name["type"]], "scheduler.")
-    thresholds, tokens = [each["value"] for each in given], f["batch_sizes"]
+    style, known = _SCHEDULERS[name["type"]]
+    curve, tokens = fields(checks, kind, known, "scheduler."), f["batch_sizes"]
     same = len(thresholds) == len(tokens)
     checks.require(same, "batch_sizes", tokens, f"{len(thresholds)} of them, one a start")
     checks.done()
+    is_wsd, stop = name["type"] == "wsd", curve.get("t_max") or end
     for part in ("warmup", "decay"):
         of_both = {field: curve[field] for field in (part, f"{part}_fraction") if field in curve}
         told = [value for value in of_both.values() if value is not None]
         allowed = f"one of scheduler.{part} and scheduler.{part}_fraction"
         if of_both and checks.require(len(told) == 1, f"scheduler.{part}", of_both, allowed):
-            whole = curve.get("t_max") or end
-            curve[part] = told[0] if curve[part] is not None else round(told[0] * whole)
+            curve[part] = told[0] if curve[part] is not None else round(told[0] * stop)
+    # It stops in the run where it would divide by 0, or where a base rate is below these.
+    checks.require(curve.get("decay", 1) != 0, "scheduler.decay", 0, "at least 1 token")
     for i, size in enumerate(tokens):
         allowed = f"a whole number of tokens, a multiple of the {sequence_length} of an example"
-        checks.require(
-            isinstance(size, int) and size > 0 and size % sequence_length == 0,
-            f"batch_sizes[{i}]", size, allowed,
-        )  # fmt: skip
+        whole = isinstance(size, int) and size > 0 and size % sequence_length == 0
+        checks.require(whole, f"batch_sizes[{i}]", size, allowed)
     checks.done()
+    base = f["lr"] * min(tokens) ** 0.5 / tokens[0] ** 0.5
+    for part in [part for part in ("warmup_min_lr", "decay_min_lr") if part in curve]:
+        allowed = f"below the base learning rate, which is {base:g} at the least"
+        checks.require(curve[part] < base, f"scheduler.{part}", curve[part], allowed)
     for i, (a, b) in enumerate(itertools.pairwise(tokens), 1):
         allowed = f"another size, by a whole ratio to the one before it, {a}"
         whole = a != b and max(a, b) % min(a, b) == 0
         checks.require(whole, f"batch_sizes[{i}]", b, allowed, max(2, round(b / a)) * a)
+    warmup = curve.get("warmup") or 0
+    if style != "constant":
+        checks.require(warmup < stop, "scheduler.warmup", warmup, f"below the {stop} of the end")
     check_stages(checks, "schedule", thresholds, tokens)
-    checks.done()
     starts, sizes = _reached(
         [-(-threshold // sequence_length) for threshold in thresholds],
         [size // sequence_length for size in tokens],
     )
+    at = warmup, stop - curve["decay"] if is_wsd else warmup, stop
 
     def rate(positions: Array, updates: Array, batch_sizes: Array) -> Array:
-        base = f["lr"] * np.sqrt(batch_sizes / sizes[0])
+        peak = f["lr"] * np.sqrt(batch_sizes / sizes[0])
+        floor = curve["decay_min_lr"] if is_wsd else curve.get("alpha_f", 1.0) * peak
         after = (positions + batch_sizes) * sequence_length
-        return _rate(name["type"], curve, base, after, end)
+        # Its wsd goes on below its end, to which a last update may lead.
+        most, first = math.inf if is_wsd else 1.0, curve.get("warmup_min_lr", 0.0)
+        return course(after, style, peak, first, floor, at, most)
 
-    turning = (curve.get("warmup") or 0) / sequence_length
-    return Recipe(starts, sizes, rate, -(-end // sequence_length), 0.0, (turning,))
+    return Recipe(starts, sizes, rate, -(-end // sequence_length), warmup / sequence_length)
 
 
 def _reached(thresholds: list[int], sizes: list[int]) -> tuple[list[int], list[int]]:
@@ -128,26 +140,6 @@ def _reached(thresholds: list[int], sizes: list[int]) -> tuple[list[int], list[i
     return starts, held
 
 
-def _rate(kind: str, f: dict[str, Any], base: Array, after: Array, end: int) -> Array:
-    """Its learning rate after a number of tokens."""
-    if kind == "constant":
-        return base
-    warmup, first = f["warmup"], f["warmup_min_lr"]
-    rates, is_rising = base, after <= warmup
-    if kind == "wsd":
-        # Below 0 after the end, to which a last update may lead.
-        share = np.minimum((end - after) / max(f["decay"], 1), 1)
-        low = f["decay_min_lr"]
-        rates = np.where(after >= end - f["decay"], low + (base - low) * share, base)
-    elif kind != "constant_with_warmup":
-        end, is_rising = f["t_max"] or end, after < warmup
-        share = np.clip((after - warmup) / (end - warmup), 0, 1)
-        left = 1 - share if kind == "linear_with_warmup" else (1 + np.cos(np.pi * share)) / 2
-        rates = base * (f["alpha_f"] + (1 - f["alpha_f"]) * left)
-    rising = first + (base - first) * after / max(warmup, 1)
-    return np.where(is_rising, rising, rates)
-
-
 def write(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
     """The fields, as JSON."""
     stages: list[tuple[int, int]] = []
@@ -162,33 +154,22 @@ def write(plan: Plan, ranks: int, sequence_length: int) -> Iterator[str]:
     held = sizes[np.searchsorted([s for s, _ in stages], plan.first_examples, side="right") - 1]
     rates = plan.hypers["learning_rate"] / np.sqrt(held / held[0])
     ends = (plan.first_examples + plan.batch_sizes) * float(sequence_length)
+    config = {
+        "batch_sizes": [size * sequence_length for _, size in stages],
+        "schedule": [{"value": s * sequence_length, "unit": "tokens"} for s, _ in stages],
+        "max_duration": {"value": tokens, "unit": "tokens"},
+    }
     for curve in curves(ends, rates, ("cosine", "linear")):
         common = {"units": "tokens", "warmup": round(curve.warmup), "warmup_min_lr": curve.first}
         alpha = {"alpha_f": curve.floor / curve.peak, "t_max": round(curve.end)}
         decay = {"decay": round(curve.end - curve.start), "decay_fraction": None}
-        schedulers: list[dict[str, Any]] = [{"type": "constant_with_warmup"}]
-        if curve.style == "cosine":
-            schedulers = [{"type": "cos_with_warmup"} | alpha]
-        elif curve.style == "linear":
-            schedulers = [
-                {"type": "linear_with_warmup"} | alpha,
-                {"type": "wsd"} | decay | {"decay_min_lr": curve.floor},
-            ]
-        for scheduler in schedulers:
-            config = {
-                "batch_sizes": [size * sequence_length for _, size in stages],
-                "schedule": [
-                    {"value": start * sequence_length, "unit": "tokens"} for start, _ in stages
-                ],
-                "max_duration": {"value": tokens, "unit": "tokens"},
-                "lr": curve.peak,
-                "scheduler": scheduler | common,
-            }
-            yield (
-                "{\n" + ",\n".join(f'  "{k}": {json.dumps(v)}' for k, v in config.items()) + "\n}\n"
-            )
-
-
-def run(text: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
-    """What the trainer does with a text, on the training set of a plan."""
-    return read(text, sequence_length).plan(plan.train_examples)
+        kinds: dict[str, dict[str, dict[str, Any]]] = {
+            "constant": {"constant_with_warmup": {}},
+            "cosine": {"cos_with_warmup": alpha},
+            "linear": {"linear_with_warmup": alpha, "wsd": decay | {"decay_min_lr": curve.floor}},
+        }
+        for kind, others in kinds[curve.style].items():
+            scheduler = {"type": kind} | others | common
+            whole = config | {"lr": curve.peak, "scheduler": scheduler}
+            lines = [f'  "{name}": {json.dumps(value)}' for name, value in whole.items()]
+            yield "{\n" + ",\n".join(lines) + "\n}\n"
