@@ -210,4 +210,5 @@ def ladder(multiple: int, most: float, also: NDArray[np.int64]) -> NDArray[np.in
     checks.done()
     steps = np.arange(np.log2(most / multiple) * _STEPS_PER_DOUBLING + 1) / _STEPS_PER_DOUBLING
     sizes = np.union1d(multiple * np.rint(2.0**steps).astype(np.int64), also)
+    sizes = np.union1d(sizes, int(most) // multiple * multiple)
     return sizes[sizes <= most]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ def text(found: Answer, options: argparse.Namespace) -> str:
         table.append((name, told, f"{devices:,}", *numbers))
     misled = (f"{100 * (n - 1):.1f} % more ({f:g} times)" for f, n in found.misled.items())
     first, last = found.frontier[0], found.frontier[-1]
+    frontier = f"frontier: from {first.hours:.4g} hours and {first.cost:.4g} {measure} to "
+    frontier += f"{last.hours:.4g} and {last.cost:.4g}, {len(found.frontier)} corners (--plot=FILE)"
+    fields = {f".{name}": value for name, value in options.overrides if "policy" not in name}
+    fields = {"": options.config, **fields, ".transformations": "[]"}
+    own = " ".join(shlex.quote(f"--config{name}={value}") for name, value in fields.items())
     return "\n".join(
         [
             f"the fastest plan at equal progress with {found.config.experiment or 'this recipe'}: "
@@ -71,12 +77,10 @@ def text(found: Answer, options: argparse.Namespace) -> str:
             "",
             verdict(found),
             "decided by a wrong noise it takes, by the model, " + " and ".join(misled),
-            f"frontier: from {first.hours:.4g} hours and {first.cost:.4g} {measure} to "
-            f"{last.hours:.4g} and {last.cost:.4g}, {len(found.frontier)} corners (--plot=FILE)",
+            *([] if first is last else [frontier]),
             *(f"warning: {each.warning}" for each in diagnose(plan, reference) if each.warning),
-            "to train it: this command with --json > fastest.json, then bigbatch train "
-            f"--config={options.config} --config.transformations=[] "
-            """--config.policy='{"name": "fastest", "path": "fastest.json"}' --workdir=DIR""",
+            f"to train it: this command with --json > fastest.json, then bigbatch train {own}"
+            """ --config.policy='{"name": "fastest", "path": "fastest.json"}' --workdir=DIR""",
         ]
     )
 
