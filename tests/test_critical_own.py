@@ -1,5 +1,6 @@
 """`bigbatch.critical` of one's own task with Adam: targets in its metric, noise by geometry."""
 
+import json
 import math
 
 import jax
@@ -104,14 +105,24 @@ def test_a_target_in_the_metric_of_the_task(trained):
     """One that rises; the best of two learning rates counts, as the rule is not Adam's."""
     run, directory = trained
     with pytest.raises(UserError, match="several lr_factors"):
-        bb.critical(run, directory, target=("probability", 0.5), **SIZES)
+        bb.critical(run, directory, target=("probability", 0.65), **SIZES)
     asked = {"lr_factors": (1, 2), **SIZES}
     with pytest.raises(UserError, match="target: given 'probabilty'"):
-        bb.critical(run, directory, target=("probabilty", 0.5), **asked)
-    [point] = bb.critical(run, directory, target=("probability", 0.5), **asked)
+        bb.critical(run, directory, target=("probabilty", 0.65), **asked)
+    [point] = bb.critical(run, directory, target=("probability", 0.65), **asked)
     assert point.metric == "probability"
     shown = point.noise.metrics
-    assert 1 / 3 < shown["probability"] < 0.5 == point.target_loss
+    assert 1 / 3 < shown["probability"] < 0.65 == point.target_loss
     assert shown["perplexity"] == pytest.approx(math.exp(point.noise.loss))
     text = (directory / "critical" / "critical.md").read_text()
-    assert "Branches to a training probability of 0.5:" in text
+    assert "Branches to a training probability of 0.65:" in text
+    # What a branch was at, about the updates that it is said to have needed.
+    for size in point.sizes:
+        name = f"batch_{size.batch_size}_lr_{size.learning_rate:.4g}_branch_0.json"
+        path = directory / "critical" / f"update_{AT}" / name
+        values = json.loads(path.read_text())["answer"]["losses"]
+        after = size.updates[0]
+        half = max(after / 4, 256 / size.batch_size)
+        near = values[round(after - half) : round(after + half) + 1]
+        assert np.mean(near) == pytest.approx(0.65, abs=0.02)
+        assert values[0] < 0.5
