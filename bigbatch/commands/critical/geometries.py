@@ -60,10 +60,10 @@ def noise_scales(run: Run, state: State, scale: float) -> dict[str, tuple[float,
         groups.append(jax.device_get(found))
     scales = []
     for part in (groups, *(groups[:left] + groups[left + 1 :] for left in range(_GROUPS))):
-        shares, examples = (0.0, 0.0), len(part) * calls * size
+        shares, seen = (0.0, 0.0), len(part) * calls * size
         if run.noise_population == gradient_noise.TRAINING_SET:
-            sizes = examples, run.unit_examples
-            whole, small = (gradient_noise.shares(0, examples, each, total) for each in sizes)
+            sizes = seen, run.unit_examples
+            whole, small = (gradient_noise.shares(0, seen, each, total) for each in sizes)
             shares = whole, small
         summed = jax.tree.map(lambda *leaves: sum(leaves), *part)
         scales.append(jax.device_get(_scales(summed, moments, shares)))
