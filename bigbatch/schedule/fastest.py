@@ -98,7 +98,7 @@ def noise_along(
     part = np.clip(np.searchsorted(EDGES, shares, "right") - 1, 0, len(EDGES) - 2)
 
     def total(values: Array) -> Array:
-        return np.bincount(part[usable], values[usable], len(EDGES) - 1)
+        return np.bincount(part[usable], values[usable], len(EDGES) - 1).astype(np.float64)
 
     count = total(np.ones_like(weights))
     with np.errstate(all="ignore"):

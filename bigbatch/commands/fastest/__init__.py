@@ -26,7 +26,7 @@ def add_arguments(verb: argparse.ArgumentParser) -> None:
     group.add_argument("--fastest", action="store_true", help="find it; with --noise and speeds")
     for name, kind, metavar, text in _FLAGS:
         flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, metavar=metavar, help=text)  # type: ignore[arg-type]
+        group.add_argument(flag, type=kind, metavar=metavar, help=text)
 
 
 def require_alone(options: argparse.Namespace) -> None:

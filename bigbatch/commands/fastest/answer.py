@@ -138,7 +138,8 @@ def pilot(path: str, config: Config) -> tuple[Noise, list[str]]:
                 f"they differ in {', '.join(differs)}"
             )
     else:
-        columns, _, population, warnings = read_log(Path(path), ("loss",))
+        columns, _, population, found = read_log(Path(path), ("loss",))
+        warnings = tuple(found)
     examples, sizes = columns["examples"], columns["batch_size"]
     total = total or (examples[-1] if examples.size else 1)
     shares = (examples - sizes / 2) / total
@@ -309,7 +310,7 @@ def others(way: Way, there: Hardware, goal: Objective) -> dict[str, Recipe]:
     epochs = reference.first_examples / reference.train_examples
     rows = {name: policy.at(epochs).batch_size for name, policy in policies.items()}
 
-    def on_best(sizes: Array, updates: Array) -> Recipe:
+    def on_best(sizes: Any, updates: Array) -> Recipe:
         """On the devices that suit it best, with so many updates of those sizes."""
         ends = round(float(np.min(sizes))), round(float(np.max(sizes)))
         found = []

@@ -133,7 +133,8 @@ def stretches(found: Answer) -> list[dict[str, Any]]:
 
 
 def _stages(found: Answer) -> list[tuple[str, ...]]:
-    rates, rows = found.plan.hypers["learning_rate"], []
+    rates = found.plan.hypers["learning_rate"]
+    rows: list[tuple[str, ...]] = []
     for begin, count, epoch, size, devices, seconds in map(dict.values, stretches(found)):
         own = dict.fromkeys(f"{rate:.4g}" for rate in rates[[begin, begin + count - 1]])
         cells = f"{begin:,}", f"{count:,}", f"{epoch:.4g}", f"{size:,}", " .. ".join(own)
@@ -175,7 +176,13 @@ def draw(path: str, found: Answer) -> None:
     axis.plot(*zip(*((e.hours, e.cost) for e in found.ends), strict=True), "-", color=_MARKS[0][2])
     for (mark, size, colour), (name, recipe) in zip(_MARKS, found.recipes.items(), strict=True):
         label = f"{name}, at most {recipe.devices:,} devices" if name == FASTEST else name
-        style = {"ms": size, "color": colour, "mfc": "none", "ls": "", "label": label}
+        style: dict[str, Any] = {
+            "ms": size,
+            "color": colour,
+            "mfc": "none",
+            "ls": "",
+            "label": label,
+        }
         axis.plot(recipe.hours, recipe.cost, mark, **style)
     axis.set(xscale="log", yscale="log", xlabel="hours", ylabel="cost, or device-hours")
     axis.grid(color="#e6e6e6")
