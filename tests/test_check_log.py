@@ -211,6 +211,7 @@ def test_of_a_sound_log_nothing_is_said(name):
     text, preset, columns = SOUND[name]
     log = read_log(text, preset, columns, LENGTH if preset == "olmo_core" else 1)
     assert len(log["update"].values) >= 14
+    assert "learning_rate" in log
     assert findings(PLAN, log, preset, PRESETS[preset].first_update) == []
 
 

@@ -442,12 +442,14 @@ def test_a_compiler_s_process_that_is_lost(monkeypatch, tmp_path):
     """Such as one that finds another holder of libtpu."""
     python = tmp_path / "python"
     python.write_text(
-        "#!/bin/sh\necho 'The TPU is already in use by process 7' >&2\nkill -ABRT $$\n"
+        "#!/bin/sh\n"
+        "echo 'ABORTED: Internal error when accessing libtpu multi-process lockfile.' >&2\n"
+        "kill -ABRT $$\n"
     )
     python.chmod(0o700)
     monkeypatch.setattr(table, "_CHILD", [str(python)])
     asked = chips.Target("v5e:2x2", chips.CHIPS["v5e"], "v5e:2x2", 1, None, 4)
-    with pytest.raises(RunError, match=r"status -6 \(The TPU is already in use by process 7\)"):
+    with pytest.raises(RunError, match=r"status -6 \(ABORTED: .* multi-process lockfile\.\)"):
         table.compiled("own.py", [], asked)
 
 
@@ -474,11 +476,19 @@ def test_the_compiler_of_tpus(config, capsys, tmp_path, monkeypatch):
 def test_the_compiler_of_gpus(config, capsys, tmp_path, monkeypatch):
     """Takes the options that training gives it, and cuDNN's attention for bfloat16."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    plan, _ = planned(capsys, config, "--compile-for=h100:2")
+    described = tmp_path / "card.txtpb"
+    described.write_text(chips.target("h100:2").card)
+    place = f"--compile-for={described}:2"
+    plan, _ = planned(capsys, config, place)
     accumulate, apply_update, evaluate = plan["compiled"]["programs"]
     assert plan["compiled"]["device_kind"] == "NVIDIA H100 80GB HBM3"
     assert accumulate["collectives"] == evaluate["collectives"] == []
-    assert [(c["kind"], c["count"]) for c in apply_update["collectives"]] == [("all-reduce", 1)]
+    (found,) = apply_update["collectives"]
+    sent = {"kind": "all-reduce", "count": 1, "bytes": 4 * (PARAMETERS + 6), "groups": "1 x 2"}
+    assert found == sent
+    # It refuses nothing: what it says is needed is compared.
+    _, said = planned(capsys, config, place, "--config.device_memory_bytes=4000", status=2)
+    assert "what fits into the 0 MiB" in said
     environment = os.environ | table._ENVIRONMENT
     subprocess.run([sys.executable, "-c", ATTENTION], env=environment, check=True)
 
@@ -533,28 +543,6 @@ def test_chips_have_the_devices_and_the_memory_that_their_compiler_says():
         assert chip.memory_bytes == pytest.approx(gib * 2**30 * chip.devices)
 
 
-needs_cuda = pytest.mark.skipif(
-    not any(map(importlib.util.find_spec, chips._PACKAGES["cuda"])), reason="needs extra cuda"
-)
-
-
-@needs_cuda
-def test_the_compiler_of_cards(config, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    described = tmp_path / "card.txtpb"
-    described.write_text(chips.target("h100:2").card)
-    plan, _ = planned(capsys, config, f"--compile-for={described}:2")
-    accumulate, apply_update, evaluate = plan["compiled"]["programs"]
-    assert accumulate["collectives"] == evaluate["collectives"] == []
-    assert {each["kind"] for each in apply_update["collectives"]} == {"all-reduce"}
-    assert {each["groups"] for each in apply_update["collectives"]} == {"1 x 2"}
-    assert sum(each["bytes"] for each in apply_update["collectives"]) == 4 * (PARAMETERS + 6)
-    # This compiler refuses nothing: what it says is needed is compared.
-    flags = f"--compile-for={described}:2", "--config.device_memory_bytes=4000"
-    _, said = planned(capsys, config, *flags, status=2)
-    assert "what fits into the 0 MiB" in said
-
-
 RESNET, INCEPTION = "imagenet_resnet50.py", "imagenet_inception_resnet_v2.py"
 SHARE = "--config.microbatch_examples_per_device"
 
@@ -586,10 +574,12 @@ def test_runs_of_pods_wait_once_an_update(experiment, shape, share, options, cap
     if "--config.shard_optimizer=True" in options:
         assert found["all-gather"] == 1
     elif "--config.reproducible=True" in options:
-        # The sums in parts, and the largest of their terms.
-        assert found == {"all-reduce": 2}
+        # The sums in parts of 8 bytes, and the largest of their terms.
+        assert set(found) == {"all-reduce"}
+        assert 2 * gradients < reduced < 2.04 * gradients
     else:
-        assert found == {"all-reduce": 1}
+        # Each element once, in as many calls as the compiler likes.
+        assert set(found) == {"all-reduce"}
         assert gradients < reduced < 1.02 * gradients
 
 

@@ -101,34 +101,6 @@ def test_a_size_that_does_not_get_there_is_left_out(finished, tmp_path, capsys):
     assert "No fit: fewer than three batch sizes reached the loss" in out
 
 
-def test_a_target_in_the_metric_of_the_task(finished, tmp_path, capsys):
-    directory = tmp_path / "run"
-    shutil.copytree(finished, directory)
-    asked = (f"--workdir={directory}", "--branches=2", "--sizes=32,64,128", "--most-epochs=6")
-    status, out, err = run(*asked, "--target=acuracy=0.9", capsys=capsys)
-    assert status == 2
-    assert "target: given 'acuracy'; allowed: one of loss, accuracy; nearest: 'accuracy'" in err
-    status, out, err = run(*asked, "--target=accuracy=0.95", capsys=capsys)
-    assert status == 0
-    assert err.count("accuracy 0.95 after") == 6
-    assert "Branches to a training accuracy of 0.95:" in out
-    [point] = json.loads((directory / "critical" / "critical.json").read_text())
-    assert 0.3 < point["noise"]["metrics"]["accuracy"] < 0.95 == point["target_loss"]
-    # What a branch was at, beside the updates that it is said to have needed.
-    for size in (32, 64, 128):
-        [path, _] = sorted((directory / "critical" / "update_24").glob(f"batch_{size}_*"))
-        accuracies = np.array(json.loads(path.read_text())["answer"]["losses"])
-        assert np.all((accuracies >= 0) & (accuracies <= 1))
-        [found] = [each for each in point["sizes"] if each["batch_size"] == size]
-        after = found["updates"][0]
-        near = accuracies[int(0.7 * after) : int(1.3 * after) + 2]
-        assert np.mean(near) == pytest.approx(0.95, abs=0.04)
-    # Of every geometry beside the branches; the network's optimizer has no second moments.
-    assert set(point["noise"]["geometries"]) == {"l2", "sign", "spectral", "norms"}
-    scale, error = point["noise"]["geometries"]["l2"]
-    assert abs(scale - point["noise"]["scale"]) < 3 * error + 0.1 * scale
-
-
 def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
     begun = read_plan(Workdir(finished))
     prepared = trained.prepared(

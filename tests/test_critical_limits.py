@@ -84,7 +84,7 @@ def test_the_later_stages_stay_below_what_was_measured(pairs):
     assert against(found, late).warning is None
     # None of them is later than it need be.
     for first, size in stages[1:]:
-        before = [limit for limit in found if limit.epoch * EXAMPLES < first]
+        before = [limit for limit in found if limit.epoch * EXAMPLES <= first - 1]
         assert not before or min(limit.examples for limit in found[len(before) - 1 :]) < size
 
 

@@ -159,7 +159,7 @@ def refused(*arguments, **options):
 def test_what_is_wrong_with_files_is_said(tmp_path):
     directory = written(tmp_path / "t", [1, 2, 3, 70, 5, 6], vocabulary=10)
     path = directory / "train.bin"
-    assert f"data: given 'token 70 at position 3 of {path}'; allowed: tokens from 0 to 9" in (
+    assert f"directory: given 'token 70 at position 3 of {path}'; allowed: tokens from 0 to 9" in (
         refused("tokens", 2, directory)
     )
     assert "sequence_tokens: given 6; allowed: fewer than the 6 tokens of the train part" in (

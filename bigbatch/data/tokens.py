@@ -295,7 +295,7 @@ class Sequences:
             at = np.unravel_index(np.argmax(tokens > most), tokens.shape)
             place = at[0] if places is None else places[at]
             given = f"token {tokens[at]:,} at position {place:,} of {self._path}"
-            raise UserError(Problem("data", given, f"tokens from 0 to {most:,}"))
+            raise UserError(Problem("directory", given, f"tokens from 0 to {most:,}"))
 
 
 def read_facts(directory: Path) -> Facts:

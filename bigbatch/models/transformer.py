@@ -31,7 +31,9 @@ class Transformer(nnx.Module):
 
     Kernels begin with variance 1 / inputs; those that end a branch with that over 2 layers, so that
     the sum of all branches does not grow with the depth (Radford et al. 2019). Embeddings begin
-    with variance 1 / width and are read times sqrt(width): hidden states and logits are of order 1.
+    with variance 1 / width and are read times sqrt(width): hidden states are of order 1, and so are
+    logits. Where embeddings are the output matrix too, the last norm begins at 1 / sqrt(width), and
+    logits at that: else each token would begin by expecting itself.
     """
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
@@ -42,7 +44,8 @@ class Transformer(nnx.Module):
         if not config.tied:
             self.output = nnx.Param(begin(rngs.params(), shape, dtype))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
-        self.norm = _norm(config.width, config, rngs)
+        scale = config.width**-0.5 if config.tied else 1.0
+        self.norm = _norm(config.width, config, rngs, scale)
 
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """What is to be known of the next tokens.
@@ -136,9 +139,12 @@ def _param_dtype(config: TransformerConfig) -> Any:
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
-def _norm(features: int, config: TransformerConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(
+    features: int, config: TransformerConfig, rngs: nnx.Rngs, scale: float = 1.0
+) -> nnx.RMSNorm:
     kinds = {"dtype": config.dtype, "param_dtype": _param_dtype(config)}
-    return nnx.RMSNorm(features, epsilon=_EPSILON, **kinds, rngs=rngs)
+    begin = nnx.initializers.constant(scale)
+    return nnx.RMSNorm(features, epsilon=_EPSILON, scale_init=begin, **kinds, rngs=rngs)
 
 
 def _rotation(length: int, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +81,8 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
     total = run.plan.train_examples
     size = noise_batch_size(run.unit_examples, run.mesh.size, total)
     plan = constant_plan(run.plan, row, size, 0.0, _NOISE_EPOCHS)
-    smoothed, totals, examples = gradient_noise.Smoothed(), Counter[str](), 0
+    smoothed, examples = gradient_noise.Smoothed(), 0
+    totals = dict.fromkeys(run.programs.sum_names, 0.0)
     with contextlib.closing(_updates(run, state, plan, seed=run.seed)) as parts:
         for at, _, sums in parts:
             measured = run.measurement(at, sums)
@@ -94,7 +94,7 @@ def noise_at(run: Run, state: State, row: Row) -> Noise:
                 # The parameters stay: nothing grows old.
                 memory_examples=1e6 * total,
             )
-            totals.update({name: float(sums[name]) for name in run.programs.sum_names})
+            totals = {name: before + float(sums[name]) for name, before in totals.items()}
             examples += size
             scale, error = smoothed.noise_scale, smoothed.standard_error
             known = scale is not None and error is not None and error < _NOISE_ERROR * scale

@@ -5,8 +5,8 @@ little bias (see `geometry`). They come in groups, and what becomes of the noise
 of them tells its standard error (the jackknife: Efron and Stein 1981).
 """
 
+import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import optax
 
 from bigbatch import noise
 from bigbatch.engine.functions import State
-from bigbatch.engine.task import COUNT, Examples, PyTree
+from bigbatch.engine.task import COUNT, PyTree, Task
 from bigbatch.layout.layout import Microbatch
 from bigbatch.noise.geometry import Geometry
 from bigbatch.schedule.adaptive import gradient_noise
@@ -47,23 +47,28 @@ def noise_scales(run: Run, state: State, scale: float) -> dict[str, tuple[float,
     size, total = devices * share, run.plan.train_examples
     most = max(1, total // (_GROUPS * size))
     calls = min(most, math.ceil(_NOISE_SCALES * scale / (_GROUPS * size)))
-    add = _adding(run)
-    moments, groups = _second_moments(state), []
-    nothing = jax.tree.map(jnp.zeros_like, state.params)
+    moments, nothing = _second_moments(state), jax.tree.map(jnp.zeros_like, state.params)
+    kinds, groups = _kinds(nothing, moments), []
     for group in range(_GROUPS):
-        found = nothing, {n: noise.empty(nothing, g) for n, g in _kinds(nothing, moments).items()}
+        found = nothing, {name: noise.empty(nothing, kind) for name, kind in kinds.items()}
         for call in range(group * calls, (group + 1) * calls):
-            request = Request(call * size, Microbatch(0, size, share))
-            examples = run.microbatch(request)[1]
+            _, examples = run.microbatch(Request(call * size, Microbatch(0, size, share)))
             for index in range(size // run.unit_examples):
-                found = add(found, state, moments, examples, run.frozen, index)
+                given = state, moments, (examples, run.frozen), index
+                found = _add(found, *given, task=run.task, unit=run.unit_examples)
         # Groups wait in the host's memory.
         groups.append(jax.device_get(found))
-    parts = [groups, *(groups[:left] + groups[left + 1 :] for left in range(_GROUPS))]
-    shares = [_shares(run, len(part) * calls * size) for part in parts]
-    scales = [_scales(_sum(part), moments, each) for part, each in zip(parts, shares, strict=True)]
+    scales = []
+    for part in (groups, *(groups[:left] + groups[left + 1 :] for left in range(_GROUPS))):
+        shares, seen = (0.0, 0.0), len(part) * calls * size
+        if run.noise_population == gradient_noise.TRAINING_SET:
+            sizes = seen, run.unit_examples
+            whole, small = (gradient_noise.shares(0, seen, each, total) for each in sizes)
+            shares = whole, small
+        summed = jax.tree.map(lambda *leaves: sum(leaves), *part)
+        scales.append(jax.device_get(_scales(summed, moments, shares)))
     told = {}
-    for name in scales[0]:
+    for name in kinds:
         whole, *without = (float(each[name]) for each in scales)
         error = math.sqrt(np.var(without) * (_GROUPS - 1))
         if whole > 0 and math.isfinite(error):
@@ -81,6 +86,7 @@ def _second_moments(state: State) -> PyTree:
 
 
 def _kinds(params: PyTree, moments: PyTree) -> dict[str, Geometry]:
+    """By name, those that have something to measure of parameters or gradients like them."""
     kinds = {"l2": noise.L2, "sign": noise.SIGN}
     leaves = jax.tree.leaves_with_path(params)
     if any(jnp.ndim(leaf) == 2 for _, leaf in leaves):
@@ -94,47 +100,29 @@ def _kinds(params: PyTree, moments: PyTree) -> dict[str, Geometry]:
     return kinds
 
 
-def _adding(run: Run) -> Callable[..., Any]:
-    """Adds one small batch of a microbatch to the summed gradient and to each geometry's sums."""
-    task, unit = run.task, run.unit_examples
+@functools.partial(jax.jit, static_argnames=("task", "unit"))
+def _add(
+    found: Any, state: State, moments: PyTree, rest: Any, index: int, task: Task, unit: int
+) -> Any:
+    """Adds a small batch of a microbatch to the summed gradient and to each geometry's sums."""
+    (total, sums), (examples, frozen) = found, rest
+    count = len(examples["weight"]) // unit
+    small = {
+        name: array.reshape(count, len(array) // count, *array.shape[1:])[index]
+        for name, array in examples.items()
+    }
 
-    @jax.jit
-    def add(
-        found: Any, state: State, moments: PyTree, examples: Examples, frozen: PyTree, index: Any
-    ) -> Any:
-        def own(array: jax.Array) -> jax.Array:
-            count = len(examples["weight"]) // unit
-            return array.reshape(count, len(array) // count, *array.shape[1:])[index]
+    def summed_loss(params: PyTree) -> tuple[jax.Array, jax.Array]:
+        outputs, _ = task.apply_to(params, state.running_statistics, small, True, frozen)
+        sums = task.loss(outputs, small)
+        return sums[task.minimised], sums[COUNT]
 
-        small = {name: own(array) for name, array in examples.items()}
-
-        def summed_loss(params: PyTree) -> tuple[jax.Array, jax.Array]:
-            outputs, _ = task.apply_to(params, state.running_statistics, small, True, frozen)
-            sums = task.loss(outputs, small)
-            return sums[task.minimised], sums[COUNT]
-
-        gradient, count = jax.grad(summed_loss, has_aux=True)(state.params)
-        present = jnp.sum(small["weight"] > 0)
-        total, sums = found
-        return jax.tree.map(jnp.add, total, gradient), {
-            name: noise.add(sums[name], gradient, present, count, geometry=geometry)
-            for name, geometry in _kinds(state.params, moments).items()
-        }
-
-    return add
-
-
-def _sum(groups: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: sum(leaves), *groups)
-
-
-def _shares(run: Run, examples: int) -> tuple[float, float]:
-    """Of the training set, that of all the examples and those of the small batches together."""
-    if run.noise_population == gradient_noise.DATA_DISTRIBUTION:
-        return 0.0, 0.0
-    total, unit = run.plan.train_examples, run.unit_examples
-    whole, small = (gradient_noise.shares(0, examples, size, total) for size in (examples, unit))
-    return whole, small
+    gradient, weight = jax.grad(summed_loss, has_aux=True)(state.params)
+    present = jnp.sum(small["weight"] > 0)
+    return jax.tree.map(jnp.add, total, gradient), {
+        name: noise.add(sums[name], gradient, present, weight, geometry=geometry)
+        for name, geometry in _kinds(state.params, moments).items()
+    }
 
 
 @jax.jit

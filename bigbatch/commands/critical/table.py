@@ -148,8 +148,8 @@ def along(points: Sequence[Point]) -> str:
             spread = _DEVIATIONS * error / scale
             below = math.hypot(math.log(size / low), spread) if low > 0 else math.inf
             above = math.hypot(math.log(high / size), spread)
-            ends = (size / scale * math.exp(end) for end in (-below, above))
-            ratio = f"{size / scale:.2f} ({_span(*ends, '.2f')})"
+            ends = [size / scale * math.exp(end) for end in (-below, above)]
+            ratio = f"{size / scale:.2f} ({_span(ends[0], ends[1], '.2f')})"
             cells.append(f"{scale:,.0f} ± {error:,.0f}: {ratio}")
         rows.append(cells)
     means = (

@@ -174,7 +174,7 @@ def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric])
     # Numbers are of the epochs that all runs have; finished runs of one plan have the same.
     epochs = min(run.epochs for run in used)
     edges = np.arange(math.floor(epochs + 1e-9) + 1.0)
-    if len(edges) == 1:
+    if is_short := all(run.plan and run.plan["epochs"] < 1 - 1e-9 for run in used):
         edges = np.linspace(0.0, epochs, _PARTS + 1)
     losses = np.array(
         [bin_means(run.training, "train_loss", edges * run.train_examples) for run in used]
@@ -190,7 +190,7 @@ def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric])
         examples_per_s=MeanSd.of([_examples_per_s(run) for run in used]),
         seconds=MeanSd.of([run.final("seconds", math.nan) for run in used]),
         epoch_losses=losses,
-        span_epochs=edges[1],
+        span_epochs=edges[1] if is_short else 1.0,
         loss_curve=curve,
         noise_scale=noise_scale,
         metric_curve=metric_curve(used, metrics),
