@@ -30,7 +30,8 @@ def train(directory: Path) -> tuple[int, str]:
 
 def files(directory: Path) -> dict[str, bytes]:
     """All files but those that hold the time of a start, and what the log was cut down to."""
-    found = [path for path in directory.rglob("*") if path.is_file()]
+    # What says that there was a start may change.
+    found = [p for p in directory.rglob("*") if p.is_file() and p.name != "starts.json"]
     kept = [path for path in found if path.name != "metrics.jsonl" and "events" not in path.name]
     return {str(path.relative_to(directory)): path.read_bytes() for path in kept}
 
