@@ -186,7 +186,7 @@ def _experiment(name: str, runs: Sequence[LoggedRun], metrics: Sequence[Metric])
         num_unfinished=sum(not run.finished for run in runs),
         updates=MeanSd.of([run.final("updates", run.training["update"][-1]) for run in used]),
         metrics=tuple(MeanSd.of([metric.at_end(run) for run in used]) for metric in metrics),
-        train_loss=MeanSd.of(list(losses[:, -1])),
+        train_loss=MeanSd.of([np.append(math.nan, curve)[-1] for curve in losses]),
         examples_per_s=MeanSd.of([_examples_per_s(run) for run in used]),
         seconds=MeanSd.of([run.final("seconds", math.nan) for run in used]),
         epoch_losses=losses,
