@@ -5,6 +5,7 @@ import json
 import math
 import types
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch import errors
+from bigbatch.bars import Bar
 from bigbatch.checks import Checks
 from bigbatch.commands import plan as plan_table
 from bigbatch.commands.report.write import write_report
@@ -22,7 +24,7 @@ from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import batch_ramp, batch_stages, constant, cosine, stages, step_decay
 from bigbatch.schedule.transform import grow_batch
 from bigbatch.training import loop, progress
-from tests import report_runs
+from tests import report_runs, test_event_files
 from tests.own import regression
 
 # Sequences of an epoch, tokens of a sequence, and a time in tokens: up to 15 trillion in all.
@@ -273,7 +275,7 @@ def test_batch_stages_follow_the_rule_or_leave_the_rate():
 
 
 def test_what_a_run_says_of_tokens(tmp_path):
-    """Each record has those of its examples; TensorBoard has an axis of them."""
+    """Each record has those of its examples; TensorBoard shows them, the bar counts them."""
     run = regression.prepare()
     run.data.tokens_per_example = 7
     every = {"log_every_tokens": 700, "evaluate_every_tokens": 2240, "checkpoint_every_epochs": 3}
@@ -288,9 +290,12 @@ def test_what_a_run_says_of_tokens(tmp_path):
     assert len([record for record in records if "test_loss" in record]) == 3
     assert result["tokens"] == 7 * result["examples"]
     assert f"{result['tokens'] / 1000:.4g}k tokens" in progress.result_line(result)
-    assert list((runs[0] / "tensorboard" / "tokens").glob("events.*"))
-    bar = progress.progress_bar(run, progress.Progress(), False)
-    assert bar.total == result["tokens"]
+    shown = test_event_files.scalars(runs[0] / "tensorboard")["progress/tokens"]
+    assert shown == [(record["update"], record["tokens"]) for record in records]
+    moved = mock.Mock(spec=Bar)
+    progress.move(moved, run, run.plan.row(2), 0.5)
+    words = "update 3  batch 16  loss 0.5"
+    moved.move.assert_called_once_with(16 * 7, total=result["tokens"], words=words)
     row = run.plan.row(0)
     assert f", {16 * 7} tokens, update 1 of" in progress.evaluation_line(
         run, row, progress.Progress(), {}
