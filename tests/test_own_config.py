@@ -361,7 +361,9 @@ def test_an_optimizer_that_is_none(directory, tmp_path, capsys, callable_):
     arguments = ("train", flag, own, f"--workdir={tmp_path / 'a'}", "--compilation-cache=off")
     status, _, err = run(*arguments, capsys=capsys)
     assert status == 2
-    assert err.splitlines()[1].strip().startswith("optimizer")
+    said, mistakes, first = err.splitlines()[:3]
+    assert (said.startswith("itself: "), mistakes) == (True, "bigbatch: 1 mistake")
+    assert first.strip().startswith("optimizer")
 
 
 @pytest.mark.parametrize("experiment", ["itself", "beside"])
