@@ -61,13 +61,13 @@ function draw(chart) {
     (one) => !hidden.has(one.experiment) && (seeds || !one.seed) && data.grids[one.grid][shown],
   );
   const figure = Plotting.figure({
-    height: 320,
+    height: paper ? 230 : 320,
     sizing_mode: "stretch_width",
     x_axis_label: shown,
     y_axis_type: scales[chart.id],
     output_backend: "svg",
     tools: [],
-    toolbar_location: "above",
+    toolbar_location: paper ? null : "above",
     background_fill_alpha: 0,
     border_fill_alpha: 0,
     outline_line_alpha: 0,

@@ -166,7 +166,7 @@ def _figures(summary: Summary, data: Mapping[str, Any]) -> Iterator[str]:
     for name in names:
         checked = " checked" if name == names[0] else ""
         yield f'<label><input type="radio" name="axis" value="{name}"{checked}>{name}</label>'
-    yield '</fieldset><fieldset aria-label="experiments, shown or hidden">'
+    yield '</fieldset><fieldset class="names" aria-label="experiments, shown or hidden">'
     for number, (experiment, style) in enumerate(figures.styles(summary).items()):
         dash = f' stroke-dasharray="{" ".join(map(str, style.dash))}"' if style.dash else ""
         yield (
@@ -183,7 +183,7 @@ def _figures(summary: Summary, data: Mapping[str, Any]) -> Iterator[str]:
     yield "</div>"
     yield "<noscript><p>These figures need JavaScript; those beside this page do not.</p>"
     yield "</noscript>"
-    yield f'<p class="small">{_HOW}</p><div class="charts">'
+    yield f'<p class="small how">{_HOW}</p><div class="charts">'
     for chart in data["charts"]:
         name = chart["id"]
         yield f"<figure><h2>{escape(chart['title'])} "
