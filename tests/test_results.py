@@ -15,7 +15,7 @@ LOGS = sorted(RESULTS.glob("*/logs.tar.xz"))
 
 
 def test_there_are_results():
-    assert {path.parent.name for path in LOGS} == {"digits", "fashion_mnist"}
+    assert {path.parent.name for path in LOGS} == {"digits", "fashion_mnist", "language"}
 
 
 @pytest.mark.parametrize("logs", LOGS, ids=lambda path: path.parent.name)
