@@ -23,5 +23,21 @@ def imagenet(tmp_path_factory) -> imagenet_files.Prepared:
     return imagenet_files.prepare(tmp_path_factory.mktemp("imagenet"))
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
+
+
 # They need PyTorch, which the project does not.
 collect_ignore = ["benchmarks/growing_torch.py", "accelerator/torch_peers.py"]

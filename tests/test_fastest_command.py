@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from bigbatch import cli
 from bigbatch.commands.critical.limits import Limit
@@ -162,19 +161,11 @@ def test_limits_and_weights_move_along_the_frontier(log, capsys):
     assert within["recipes"]["fastest"]["hours"] == pytest.approx(corners[1]["hours"])
 
 
-def test_the_picture_holds_the_points(log, capsys, tmp_path, monkeypatch):
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
+def test_the_picture_holds_the_points(log, drawn, capsys, tmp_path):
     hardware = ("--max-devices=8", "--allreduce-gbps=10")
     told = printed(capsys, *asked(log, *hardware, f"--plot={tmp_path}/frontier.png"))
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
-    lines = figures[0].axes[0].lines
+    lines = drawn[0].axes[0].lines
     assert len(lines[0].get_xdata()) == len(told["frontier"])
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in lines[2:]}
     assert points == {(each["hours"], each["cost"]) for each in told["recipes"].values()}

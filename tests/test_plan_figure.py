@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from bigbatch.commands.plan_figure import draw_plan
 from bigbatch.schedule.plan import make_plan
@@ -11,20 +10,6 @@ from bigbatch.schedule.transform import grow_batch
 
 STEPS = step_decay(0.1, 10, 0.9, boundaries_epochs=[2, 4], factor=0.2)
 SMOOTH = cosine(0.1, 10, 0.9, until_epoch=6)
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved."""
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 @pytest.mark.parametrize("source", [STEPS, SMOOTH])

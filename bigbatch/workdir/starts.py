@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ def note(files: Workdir, sources: Sequence[Path]) -> None:
     # Who reads them needs none of it.
     import jax
 
+    from bigbatch.workdir.checkpoint import version
+
     devices, processes = jax.devices(), jax.process_count()
     start = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -35,7 +36,7 @@ def note(files: Workdir, sources: Sequence[Path]) -> None:
         "hardware": f"{len(devices)} x {devices[0].device_kind}, {platform.machine()}"
         + (f", {processes} processes" if processes > 1 else ""),
         "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in _PACKAGES},
+        | {package: version(package) for package in _PACKAGES},
     }
     write_json(files.starts, [*before(files.starts), start])
 
