@@ -28,10 +28,13 @@ def note(files: Workdir, sources: Sequence[Path]) -> None:
 
     from bigbatch.workdir.checkpoint import version
 
+    program = Path(sys.argv[0])
+    # As `python -m bigbatch` has it.
+    name = program.parent.name if program.name == "__main__.py" else program.name
     devices, processes = jax.devices(), jax.process_count()
     start = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([name, *sys.argv[1:]]),
         "commit": _commit(sources[0].parent if sources else Path.cwd()),
         "hardware": f"{len(devices)} x {devices[0].device_kind}, {platform.machine()}"
         + (f", {processes} processes" if processes > 1 else ""),
