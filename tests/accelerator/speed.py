@@ -34,6 +34,8 @@ class Network(NamedTuple):
 
 def _language(layers: int, width: int, heads: int, vocabulary: int, length: int) -> dict[str, Any]:
     model = {"layers": layers, "width": width, "heads": heads, "vocabulary": vocabulary}
+    # As GPT-2 and the peer.
+    model["tied"] = True
     # Of the longest sequences there are few to test on.
     data = {"data.sequence_tokens": length, "data.test_examples": 100}
     return {f"model.{n}": v for n, v in model.items()} | data
