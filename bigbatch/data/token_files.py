@@ -150,8 +150,9 @@ def encoder_of(tokenizer: str | Path | None, separator: str | None) -> Encoder:
         allowed = f"a file of the library tokenizers ({error})"
         raise UserError(Problem("tokenizer", str(tokenizer), allowed)) from error
     names = _SEPARATORS if separator is None else (separator,)
-    found = next((name for name in names if held.token_to_id(name) is not None), None)
-    if found is None:
+    numbers = (held.token_to_id(name) for name in names)
+    end = next((number for number in numbers if number is not None), None)
+    if end is None:
         allowed = "the tokenizer's token for the end of a document, by --separator=TOKEN"
         raise UserError(Problem("separator", separator, allowed))
 
@@ -159,7 +160,7 @@ def encoder_of(tokenizer: str | Path | None, separator: str | None) -> Encoder:
         return [made.ids for made in held.encode_batch(texts, add_special_tokens=False)]
 
     vocabulary = max(held.get_vocab(with_added_tokens=True).values()) + 1
-    return Encoder(f"sha256 {sha256[:16]}", vocabulary, held.token_to_id(found), encode)
+    return Encoder(f"sha256 {sha256[:16]}", vocabulary, end, encode)
 
 
 def _found(field: str, patterns: Sequence[str]) -> list[Path]:
