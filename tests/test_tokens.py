@@ -162,8 +162,9 @@ def test_what_is_wrong_with_files_is_said(tmp_path):
     assert f"directory: given 'token 70 at position 3 of {path}'; allowed: tokens from 0 to 9" in (
         refused("tokens", 2, directory)
     )
-    assert "sequence_tokens: given 6; allowed: fewer than the 6 tokens of the train part" in (
-        refused("tokens", 6, directory)
+    assert (
+        "sequence_tokens: given 6; nearest: 5; allowed: fewer than the 6 tokens of the train part"
+        in (refused("tokens", 6, directory))
     )
     path.write_bytes(path.read_bytes()[:-3])
     assert "train.bin has 9 bytes'; allowed: 12 bytes, the 6 tokens that tokens.json tells of" in (
@@ -208,11 +209,11 @@ LANGUAGE = {
     [
         (
             {"model": {**LANGUAGE["model"], "vocabulary": 100}},
-            "model.vocabulary: given 100; allowed: at least 256, the vocabulary of the data",
+            "model.vocabulary: given 100; nearest: 256; allowed: at least 256, the vocabulary",
         ),
         ({"data": {"name": "digits"}}, "model: given 'TransformerConfig'; allowed: data of tokens"),
         ({"model": trained.FLOAT64_MODEL}, "model: given 'WideResNetConfig'; allowed: a bundled"),
-        ({"label_smoothing": 0.1}, "label_smoothing: given 0.1; allowed: 0 but for images"),
+        ({"label_smoothing": 0.1}, "label_smoothing: given 0.1; nearest: 0.0; allowed: 0 but"),
         ({"data": {"name": "bible_kjv"}}, "data.sequence_tokens: given 'nothing'"),
         ({"data": {"name": "bible"}}, "nearest: 'bible_kjv'"),
     ],
