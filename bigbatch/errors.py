@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 
 # Of a value that was given, in a message.
 _MOST_CHARACTERS = 1_000
-# Of those that are allowed.
-_MOST_NAMES = 8
+# More names than these are told by so many of them.
+_MOST_NAMES, _OF_MORE = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +103,10 @@ def among(name: object, names: Iterable[str], words: str = "one of ") -> tuple[s
 def listed(names: Iterable[str]) -> str:
     """Names with commas between, the first few of many.
 
-    >>> listed("abcdefghij")
-    'a, b, c, d, e, f, g, h and 2 more'
+    >>> listed("abcde"), listed("abcdefghij")
+    ('a, b, c, d, e', 'a, b, c, d and 6 more')
     """
     known = list(names)
-    more = len(known) - _MOST_NAMES
-    return ", ".join(known[:_MOST_NAMES]) + f" and {more} more" * (more > 0)
+    if len(known) <= _MOST_NAMES:
+        return ", ".join(known)
+    return f"{', '.join(known[:_OF_MORE])} and {len(known) - _OF_MORE} more"

@@ -83,3 +83,17 @@ def test_no_terminal_no_bar(capsys, show):
         bar.move(3, words="x")
     assert not bar.shown
     assert capsys.readouterr() == ("", "")
+
+
+COMPARED = """
+from bigbatch.bars import Bar
+from bigbatch.commands.compare import _move
+with Bar(200, "examples", show=True, words="[2/2] increase, seed 0") as bar:
+    _move(bar, 100, {"update": 3, "examples": 50})
+"""
+
+
+def test_the_bar_of_a_comparison_is_of_all_its_runs():
+    """One of 100 examples is done, and a half of the other."""
+    lines, *_ = on_a_terminal("-c", COMPARED)
+    assert any(re.fullmatch(r"\[2/2\] increase, seed 0 .* 75% .*", line) for line in lines)

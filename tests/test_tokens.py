@@ -184,7 +184,8 @@ def test_what_is_wrong_with_files_is_said(tmp_path):
         "tokens", 2, written(tmp_path / "u", [1] * 5), train_examples=3
     )
     unmarked = written(tmp_path / "v", [1] * 5, separator=None)
-    assert "documents: given 'masked'; allowed: packed" in refused("tokens", 2, unmarked, "masked")
+    masked = refused("tokens", 2, unmarked, "masked")
+    assert "documents: given 'masked'; nearest: 'packed'; allowed: packed, as" in masked
 
 
 def test_a_wrong_token_of_a_large_file_is_found_where_it_is_read(tmp_path, monkeypatch):

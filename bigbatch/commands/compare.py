@@ -77,9 +77,13 @@ def compare(
     from bigbatch.training.progress import in_words, main_metric, say_devices
 
     trained, start_s, done = 0, time.monotonic(), 0
-    total = sum(config.plan.num_examples for config in configs.values())
+    total = sum(
+        config.plan.num_examples
+        for key, config in configs.items()
+        if not _files(directory, *key).result.exists()
+    )
     say_devices(f"{len(configs)} runs")
-    with Bar(total, "examples", show=True) as bar:
+    with Bar(total, "examples", show=total > 0) as bar:
         for number, ((name, seed), config) in enumerate(configs.items(), 1):
             files = _files(directory, name, seed)
             run = f"[{number}/{len(configs)}] {name}, seed {seed}"
@@ -87,11 +91,8 @@ def compare(
                 print(f"{run}: ", end="", file=sys.stderr, flush=True)
             bar.move(0, words=run)
             result, is_old = train(config, files, on_record=functools.partial(_move, bar, done))
-            if is_old:
-                # The rate and the time that is left are of those that are trained.
-                words, total = "finished before", total - config.plan.num_examples
-                bar.move(0, total=total)
-            else:
+            words = "finished before"
+            if not is_old:
                 shown = in_words(main_metric(result), result[main_metric(result)])
                 words = f"{result['updates']} updates, {shown}, {result['seconds']:.1f} s"
                 trained, done = trained + 1, done + config.plan.num_examples

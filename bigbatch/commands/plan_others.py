@@ -83,8 +83,8 @@ def read(reference: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
         else:
             other = _known(load_config(reference), "against")
     except UserError as error:
-        allowed = among(name, _READ, "a config, or FORMAT:FILE with a format of ")
-        problem = Problem("against", reference, *allowed)
+        known = among(name, _READ, "a config, or FORMAT:FILE with a format of ")
+        problem = Problem("against", reference, *known)
         is_neither = name not in _READ and error.problems[0].field == "config"
         raise UserError([*[problem] * is_neither, *error.problems]) from error
     except (OSError, ValueError) as error:

@@ -119,9 +119,9 @@ def run(options: argparse.Namespace) -> None:
     if options.plot:
         from bigbatch.commands.plan_figure import draw_plan
 
-        drawn = [config.plan, config.source_plan]
+        drawn: tuple[Any, ...] = (config.plan, config.source_plan)
         if config.controller is not None:
-            drawn = [config.controller.most_updates(), None, config.controller.fewest_updates()]
+            drawn = (config.controller.most_updates(), None, config.controller.fewest_updates())
         _plot(options.plot, draw_plan, *drawn)
     problems = programs_table.misfits(compiled) if compiled else []
     if problems:

@@ -84,13 +84,15 @@ def _tables(
     head, rule, *body = rows
     columns = list(itertools.zip_longest(map(drawn, head), *(map(drawn, row) for row in body)))
     longest = [max(len(word) for cell in c for word in cell.plain.split() or [""]) for c in columns]
-    widths = [
-        max(word, *(cell.cell_len for cell in column[1:]))
-        for word, column in zip(longest, columns, strict=True)
+    lengths = [[cell.cell_len for cell in column] for column in columns]
+    # As they are; with the heads wrapped; with long cells wrapped too.
+    tries = [
+        [max(cells) for cells in lengths],
+        [max(word, *cells[1:]) for word, cells in zip(longest, lengths, strict=True)],
     ]
-    if sum(widths) + 2 * len(widths) - 2 > width:
-        fewer = (max(word, min(all_, _LONG)) for word, all_ in zip(longest, widths, strict=True))
-        widths = [min(narrow, width // 2 - 1) for narrow in fewer]
+    pairs = zip(longest, tries[1], strict=True)
+    fewest = [min(max(word, min(cells, _LONG)), width // 2 - 1) for word, cells in pairs]
+    widths = next((each for each in tries if sum(each) + 2 * len(each) - 2 <= width), fewest)
     left = list(range(1, len(columns)))
     while left:
         shown = [0, left.pop(0)]
