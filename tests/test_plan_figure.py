@@ -43,7 +43,7 @@ def test_a_long_plan_is_thinned_out(drawn, tmp_path):
     assert 2000 < len(drawn[0].axes[0].lines[0].get_xdata()) < 10_000
 
 
-@pytest.mark.parametrize(("batch_size", "scale"), [(10, "linear"), (50, "linear"), (60, "log")])
+@pytest.mark.parametrize(("batch_size", "scale"), [(50, "linear"), (60, "log")])
 def test_the_updates_have_a_logarithmic_axis_where_a_line_is_short(
     drawn, tmp_path, batch_size, scale
 ):
@@ -65,10 +65,9 @@ def limits_at(area, x):
     return min(found), max(found)
 
 
-@pytest.mark.parametrize("cooldown_epochs", [0, 6])
-def test_adaptive_runs_stay_in_the_band(drawn, tmp_path, cooldown_epochs):
+def test_adaptive_runs_stay_in_the_band(drawn, tmp_path):
     """Those of which few, some and many measurements ask for growth."""
-    adaptive = controller(cooldown_epochs=cooldown_epochs)
+    adaptive = controller(cooldown_epochs=6)
     draw_plan(tmp_path / "plan.png", adaptive.most_updates(), grown=adaptive.fewest_updates())
     rows = np.array(drawn[0].axes).reshape(4, 2)
     grew = set()

@@ -80,6 +80,11 @@ def test_columns_that_do_not_fit_stand_below_beside_the_first():
     ]
 
 
+def test_a_line_below_a_table_that_is_as_long_is_no_row():
+    rows = aligned([["update", "batch size"], ["0", "32"]])
+    assert plain(shown("\n".join([*rows, "throughout: m 0.9."]))).endswith("\nthroughout: m 0.9.\n")
+
+
 def test_of_markdown_no_mark_is_seen():
     text = "# Runs *compared*\n\n- **increase\\_lr**: 2\\*3 \\[b\\]x\\[/b\\]; C:\\dir"
     assert plain(shown(text)).split("\n\n") == [
@@ -101,6 +106,7 @@ def test_colours_only_where_they_are_wanted(environment, is_coloured):
 
 
 def test_elsewhere_a_text_is_as_it_was(capsys):
+    assert shown('{"x": "' + "y " * 80 + '"}') == '{"x": "' + "y " * 80 + '"}\n'
     text = "\n".join(["# **x**", "", *_markdown_table(["a", "b"], [EVIL[:2]]), "", *EVIL])
     show(text)
     assert capsys.readouterr() == (text + "\n", "")

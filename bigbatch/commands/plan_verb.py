@@ -112,10 +112,7 @@ def run(options: argparse.Namespace) -> None:
         times = time_table.times(config, devices, speeds)
         summary["time"] = time_table.summary(times, speeds)
         lines += ["", time_table.text(times, speeds)]
-    if options.json:
-        print(json.dumps(summary))
-    else:
-        tables.show("\n".join(lines))
+    tables.show(json.dumps(summary) if options.json else "\n".join(lines))
     if options.plot:
         from bigbatch.commands.plan_figure import draw_plan
 

@@ -26,9 +26,9 @@ def show(text: str) -> None:
     seen. What names hold is shown and never obeyed.
 
     Args:
-      text: lines.
+      text: lines, or JSON, which is never laid out.
     """
-    if not sys.stdout.isatty():
+    if text.startswith("{") or not sys.stdout.isatty():
         print(text, flush=True)
         return
     # Where nothing is drawn, nothing is imported.
@@ -53,8 +53,8 @@ def _cells(rule: str) -> Callable[[str], list[str]]:
     """What gives the cells of a line of the table with that rule; none of another line."""
     if rule.startswith("|"):
         return lambda line: line[2:-2].split(" | ") if line.startswith("|") else []
-    spans = [slice(*run.span()) for run in re.finditer("-+", rule)]
-    return lambda line: [line[span].strip() for span in spans] if len(line) == len(rule) else []
+    columns = re.compile("  ".join(f"(.{{{len(run)}}})" for run in rule.split("  ")))
+    return lambda line: [*map(str.strip, m.groups())] if (m := columns.fullmatch(line)) else []
 
 
 def _plain(text: str) -> Any:

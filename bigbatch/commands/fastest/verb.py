@@ -53,10 +53,7 @@ def show(config: Config, options: argparse.Namespace, typed: Mapping[str, float]
         noise = calibrated(noise, read(options.critical), plan.epochs)
         notes.append(f"in proportion to the critical batch sizes of {options.critical}")
     found = answer(config, noise, notes, speeds, (most, devices, restart_s), goal)
-    if options.json:
-        print(json.dumps(words.summary(found)))
-    else:
-        tables.show(words.text(found, options))
+    tables.show(json.dumps(words.summary(found)) if options.json else words.text(found, options))
     return found
 
 
