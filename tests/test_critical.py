@@ -129,7 +129,7 @@ def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
     [
         (["--sizes=16,64,128"], "sizes: given 16; nearest: 32"),
         (["--sizes=32,64,64"], "sizes: given [32, 64, 64]; allowed: at least three different"),
-        (["--branches=1"], "branches: given 1; nearest: 2; allowed: a whole number, at least 2"),
+        (["--branches=1"], "branches: given 1; nearest: 2"),
         (
             ["--loss-share=1"],
             "loss_share: given 1.0; nearest: 0.999; allowed: a share above 0 and below 1",
