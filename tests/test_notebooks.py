@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 
 import IPython.display
+import jax
 import jupytext
 import matplotlib.pyplot as plt
 import nbformat
@@ -25,21 +26,25 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.py"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 ADDRESS = PROJECT["urls"]["Repository"]
-_TINY = ("model.strides", "(2,2,1)")
+# On the tests' eight devices, of which none is idle.
+_TINY = [
+    ("ghost_batch_examples", "4"),
+    ("microbatch_examples_per_device", "4"),
+    ("model.strides", "(2,2,1)"),
+]
 SHORT = {
     "train_digits": {
         "EXPERIMENTS": ["decay"],
         "SEEDS": 1,
-        "OVERRIDES": [("epochs", "0.2"), ("policy.boundaries_epochs", "[0.1]"), _TINY],
+        "OVERRIDES": [*_TINY, ("epochs", "0.2"), ("policy.boundaries_epochs", "[0.1]")],
     },
     "noise_scale": {
         "OVERRIDES": [
-            ("noise_small_batch_examples", "32"),
-            ("microbatch_examples_per_device", "32"),
+            *_TINY,
+            ("noise_small_batch_examples", "4"),
             ("keep_every_updates", "5"),
-            ("epochs", "1"),
-            ("policy.boundaries_epochs", "[0.5]"),
-            _TINY,
+            ("epochs", "0.2"),
+            ("policy.boundaries_epochs", "[0.1]"),
         ],
         "FROM_UPDATE": 5,
         "ASKED": Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1),
@@ -75,6 +80,8 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.setattr(IPython.display, "display", lambda shown: print(shown.data))
     plt.switch_backend("agg")
+    # Most of the time is compilation, and next to nothing is computed.
+    jax.config.update("jax_disable_most_optimizations", True)
 
     def cells(source):
         names = {"__name__": "__main__"}
@@ -87,7 +94,8 @@ def run(monkeypatch, tmp_path):
                 yield printed.getvalue(), len(plt.get_fignums())
                 plt.close("all")
 
-    return cells
+    yield cells
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_there_are_notebooks():
