@@ -90,7 +90,9 @@ def run(monkeypatch, tmp_path):
                 with contextlib.redirect_stdout(io.StringIO()) as printed:
                     exec(compile(cell.source, f"{source.name}, cell {number}", "exec"), names)
                 if "parameters" in cell.metadata.get("tags", ()):
-                    names |= SHORT.get(source.stem, {})
+                    short = SHORT.get(source.stem, {})
+                    assert {*short} <= {*names}
+                    names |= short
                 yield printed.getvalue(), len(plt.get_fignums())
                 plt.close("all")
 
