@@ -28,7 +28,7 @@ _CAPTIONS = {
     "metric": "Mean over the seeds; the band is one standard deviation of a run. The first "
     "evaluations may lie outside the figure.",
     "batch_size": "As logged by the first run of each experiment.",
-    "learning_rate": "Likewise.",
+    "learning_rate": "As logged by the first run of each experiment.",
     "noise_scale": "What the plan keeps where the learning rate falls or the batch grows.",
     "gradient_noise": "The batch size at which the noise of the gradient is as large as the "
     "gradient, from the gradients of the first run; the band is one standard error. The table of "
