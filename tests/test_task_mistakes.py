@@ -141,7 +141,7 @@ MISTAKES = {
         {"apply": lambda params, statistics, examples, train: (examples["labels"], {})},
         [
             "task.apply: given \"KeyError: 'labels'\"",
-            "what is there: ghost_mask, label, weight, x",
+            "what is there: label, weight, ghost_mask, x",
             "nearest: 'label'",
         ],
     ),
