@@ -42,8 +42,8 @@ SHORT = {
         "EXPERIMENTS": ["cosine"],
         "OVERRIDES": [
             *_TINY[:2],
-            ("tokens", "8_000"),
-            ("data.train_examples", "100"),
+            ("tokens", "20_000"),
+            ("data.train_examples", "200"),
             ("data.test_examples", "16"),
             ("model.width", "8"),
         ],
