@@ -1,8 +1,8 @@
 """The command `bigbatch VERB --config=FILE.py:EXPERIMENT --workdir=DIR [--config.field=value]`.
 
-Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 130 stopped by
-the keyboard, 129 by SIGHUP, 143 by SIGTERM, where a run is trained with the state saved. Nothing
-heavy is imported before a verb needs it.
+Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 3 at --until,
+130 stopped by the keyboard, 129 by SIGHUP, 143 by SIGTERM, where a run is trained with the state
+saved. Nothing heavy is imported before a verb needs it.
 """
 
 import argparse
@@ -127,6 +127,12 @@ def _parser() -> argparse.ArgumentParser:
         help="let the plan differ from the begun run's after its newest checkpoint",
     )
     train.add_argument("--from-update", type=int, metavar="N", help="go back to that checkpoint")
+    train.add_argument(
+        "--until",
+        metavar="STAGE|TIME",
+        help="end there, state saved, with status 3: after a stage of the plan, from 1, or at "
+        "30_epochs, 2M_examples, 500_updates or 4B_tokens",
+    )
     evaluate = verb("evaluate", _evaluate, "Evaluate the newest checkpoint of a run.")
     evaluate.add_argument("--config", **config)
     evaluate.add_argument("--workdir", **workdir)
@@ -260,7 +266,7 @@ def _train(options: argparse.Namespace) -> None:
         config, files = distributed.together(lambda: (_config(options), _workdir(options.workdir)))
         # Before the directory is claimed: a run without data leaves nothing behind.
         data = distributed.together(lambda: load_data(config, show_progress=sys.stderr.isatty()))
-        asked = {n: getattr(options, n) for n in ("change_future", "from_update")}
+        asked = {n: getattr(options, n) for n in ("change_future", "from_update", "until")}
         result, is_old = train(config, files, data=data, show_progress=True, **asked)
         if is_old:
             updates = result["updates"]

@@ -20,6 +20,7 @@ from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import loop, progress
 from bigbatch.training.prepare import prepare, specialised
+from bigbatch.training.restore import end_of
 from bigbatch.training.run import Run
 from bigbatch.workdir import network_file, packing, resume
 from bigbatch.workdir.files import Workdir, read_json
@@ -106,6 +107,7 @@ def train(
     data: TrainingData | None = None,
     change_future: bool = False,
     from_update: int | None = None,
+    until: str | None = None,
     show_progress: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a config's run in a working directory; all of several processes call.
@@ -116,6 +118,7 @@ def train(
       data: of the config; None to load it.
       change_future: see `open_run`.
       from_update: likewise.
+      until: see `loop.train`.
       show_progress: see `loop.train`.
 
     Returns:
@@ -142,14 +145,17 @@ def train(
         )
         if files.result.exists():
             return read_json(files.result, _RESULT), True
+        decides = config.controller is not None
+        end_of(until, files, plan, plan.tokens_per_example, decides)
         if show_progress and distributed.is_first():
-            name, decides = config.experiment or files.path.name, config.controller is not None
+            name = config.experiment or files.path.name
             print(progress.first_line(name, plan, decides), file=sys.stderr)
         kept, plans = files.microbatch, config.controller or plan
         run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
         options: dict[str, Any] = {
             "keep_checkpoints": config.keep_checkpoints,
             "change_future": change_future,
+            "until": until,
             "record": record,
             "sources": config.sources,
             "show_progress": show_progress,

@@ -33,13 +33,13 @@ from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from bigbatch.training.progress import Progress, span
-from bigbatch.training.restore import restore, saved_elsewhere
+from bigbatch.training.restore import end_of, restore, saved_elsewhere
 from bigbatch.training.run import Run
+from bigbatch.training.trackers import event_files
 from bigbatch.training.updates import updates, waits_for
 from bigbatch.training.watch import STALL_S, Watchdog
 from bigbatch.workdir import metrics, packing, resume, starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints
-from bigbatch.workdir.event_files import EventFiles
 from bigbatch.workdir.files import Workdir, read_json, write_json
 
 # How long the sums of a finished update may wait for those of the next ones: to read and log many
@@ -58,6 +58,7 @@ def train(
     *,
     keep_checkpoints: int = 2,
     change_future: bool = False,
+    until: str | int | None = None,
     record: Mapping[str, Any] | None = None,
     sources: Sequence[Path] = (),
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
@@ -73,6 +74,8 @@ def train(
       keep_checkpoints: how many of the newest are kept, at least 2.
       change_future: lets the plan differ from that of the run in the directory after its newest
         checkpoint.
+      until: ends after that stage of the plan, counted from 1, or at a time such as "30_epochs" or
+        "4B_tokens", with the state saved.
       record: nested plain values that are kept in config.json for the reader; None for what the
         run says of itself, and the directory's name as its `experiment`.
       sources: files that are copied into the directory for the record.
@@ -91,7 +94,7 @@ def train(
       UserError: the directory cannot be used, or holds another run.
       RunError: the loss, the parameters or the last test loss are not finite, a checkpoint cannot
         be written, or the directory has gone.
-      StoppedError: a signal or the runtime asked for it; the state is saved.
+      StoppedError: a signal, the runtime or `until` asked for it; the state is saved.
     """
     checks = Checks()
     # One to go back to where the newest is damaged.
@@ -117,6 +120,8 @@ def train(
             result: dict[str, Any] = read_json(files.result)
             return result
         run = dataclasses.replace(run, plan=plan)
+        decides = run.controller is not None
+        ended = end_of(until, files, plan, run.tokens_per_example, decides)
         show_progress = show_progress and distributed.is_first()
         stays = functools.partial(_stays, run, due.keep_every)
         with (
@@ -133,7 +138,7 @@ def train(
             with (
                 metrics.MetricsLog(
                     files.metrics if distributed.is_first() else None,
-                    _events(run, files, progress, record, metric_names),
+                    event_files(run, files, progress, record, metric_names),
                 ) as log,
                 progress_lib.progress_bar(run, progress, show_progress) as bar,
             ):
@@ -144,6 +149,7 @@ def train(
                     loop = _Loop(
                         run=run,
                         due=due,
+                        ended=ended,
                         state=state,
                         progress=progress,
                         checkpoints=checkpoints,
@@ -203,26 +209,6 @@ def _intervals(run: Run, given: Mapping[str, float | None]) -> Intervals:
     return Intervals.of(given, _OTHERWISE, run.tokens_per_example)
 
 
-def _events(
-    run: Run,
-    files: Workdir,
-    progress: Progress,
-    record: Mapping[str, Any],
-    metric_names: Sequence[str],
-) -> EventFiles | None:
-    """The TensorBoard files of a run that goes on from there; process 0 writes them."""
-    if not distributed.is_first():
-        return None
-    tested = ["loss", *metric_names] if run.data.test_examples else []
-    with storage.writing(files.tensorboard):
-        return EventFiles(
-            files.tensorboard,
-            last_update=progress.updates,
-            config=resume.plain(record),
-            metrics=[*(f"test_{name}" for name in tested), "train_loss"],
-        )
-
-
 def _stays(run: Run, every: Every | None, updates_done: int) -> bool:
     """Whether the checkpoint after so many updates is kept for good."""
     if every is None or not 0 < updates_done <= run.plan.num_updates:
@@ -250,6 +236,7 @@ class _Loop:
 
     run: Run
     due: Intervals
+    ended: Callable[[int, int], StoppedError | None]
     state: functions.State
     progress: Progress
     checkpoints: Checkpoints
@@ -316,12 +303,16 @@ class _Loop:
         evaluation_due = is_last or due.evaluate_every.due(*at)
         checkpoint_due = is_last or due.checkpoint_every.due(*at)
         checkpoint_due = checkpoint_due or _stays(self.run, due.keep_every, row.update + 1)
+        ended = None if is_last else self.ended(at[0] + at[1], row.update + 1)
+        checkpoint_due = checkpoint_due or ended is not None
         if evaluation_due or checkpoint_due or self.log.is_lost:
             self._read()
         if evaluation_due:
             self._evaluate(row)
         if checkpoint_due or self.log.is_lost:
             self._save()
+        if ended is not None:
+            raise ended
 
     def _await(self) -> None:
         """Waits for the update that was sent last."""
