@@ -256,7 +256,9 @@ def _bench(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from bigbatch import distributed
     from bigbatch.training import compilation_cache
+    from bigbatch.workdir import starts
 
+    starts.with_process()
     compilation_cache.use(options.compilation_cache)
     processes = options.coordinator, options.num_processes, options.process
     with distributed.joined(*processes, tell=_tell):
@@ -271,6 +273,8 @@ def _train(options: argparse.Namespace) -> None:
         if is_old:
             updates = result["updates"]
             distributed.say(f"This run is finished ({updates} updates); nothing was trained.")
+    if not is_old and (line := starts.goodput_line(starts.before(files.starts))):
+        distributed.say(line)
     distributed.say(f"{result_line(result)}; {files.result}")
 
 

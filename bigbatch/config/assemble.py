@@ -142,6 +142,7 @@ def train(
             adaptive=config.controller is not None,
             change_future=change_future,
             from_update=from_update,
+            sources=config.sources,
         )
         if files.result.exists():
             return read_json(files.result, _RESULT), True
@@ -158,6 +159,7 @@ def train(
             "until": until,
             "record": record,
             "sources": config.sources,
+            "trackers": config.trackers,
             "show_progress": show_progress,
             **config.intervals,
         }

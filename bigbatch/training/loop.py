@@ -35,12 +35,14 @@ from bigbatch.training.preemption import StopNoticeError, StopRequest
 from bigbatch.training.progress import Progress, span
 from bigbatch.training.restore import end_of, restore, saved_elsewhere
 from bigbatch.training.run import Run
-from bigbatch.training.trackers import event_files
+from bigbatch.training.trackers import opened
 from bigbatch.training.updates import updates, waits_for
+from bigbatch.training.wall_time import WallTime
 from bigbatch.training.watch import STALL_S, Watchdog
 from bigbatch.workdir import metrics, packing, resume, starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir, read_json, write_json
+from bigbatch.workdir.trackers import TENSORBOARD
 
 # How long the sums of a finished update may wait for those of the next ones: to read and log many
 # short updates in one go takes a third of the time.
@@ -61,6 +63,7 @@ def train(
     until: str | int | None = None,
     record: Mapping[str, Any] | None = None,
     sources: Sequence[Path] = (),
+    trackers: Sequence[str] = (TENSORBOARD,),
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     show_progress: bool = False,
     stall_s: float = STALL_S,
@@ -79,7 +82,8 @@ def train(
       record: nested plain values that are kept in config.json for the reader; None for what the
         run says of itself, and the directory's name as its `experiment`.
       sources: files that are copied into the directory for the record.
-      on_record: is told of each record of the log, on process 0: the place of a tracker.
+      trackers: who is told of each record of the log: "tensorboard", "wandb" and "trackio".
+      on_record: is told too, on process 0. Records that a kill took back come again.
       show_progress: whether to show a progress bar (on a terminal) and every evaluation, on
         standard error.
       stall_s: seconds without a movement after which a word is said on standard error.
@@ -134,11 +138,11 @@ def train(
             done, again = progress.updates, progress.evaluation_due
             cut = functools.partial(metrics.truncate, last_update=done, without_test=again)
             distributed.on_first(lambda: cut(files.metrics))
-            distributed.on_first(lambda: starts.note(files, sources))
+            told = opened(trackers, run, files, progress, record, metric_names)
             with (
                 metrics.MetricsLog(
                     files.metrics if distributed.is_first() else None,
-                    event_files(run, files, progress, record, metric_names),
+                    told,
                 ) as log,
                 progress_lib.progress_bar(run, progress, show_progress) as bar,
             ):
@@ -188,6 +192,7 @@ def train(
             # Each process has read its own devices' part of them.
             bad = distributed.gather(str(run.data.num_bad_records).encode())
             result["bad_records"] = sum(map(int, bad))
+        distributed.on_first(lambda: starts.lived(files, loop.wall_time.spent_s()))
         distributed.on_first(lambda: write_json(files.result, result))
         if stop.notice:
             # It came after the last update, and must not be lost on what would follow.
@@ -251,6 +256,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self._start_s = time.monotonic() - self.progress.seconds
+        began_s, before_s = starts.began_s(self.files), self.progress.spent_s
+        self.wall_time = WallTime(began_s, before_s, self.watchdog)
         self._sent: tuple[Row, Sums] | None = None
         self._unread: list[tuple[Row, Sums, float]] = []
         # A controller needs each measurement at once, and several processes must find a loss that
@@ -349,6 +356,7 @@ class _Loop:
 
     def _write(self, record: dict[str, Any]) -> None:
         """Adds a record to the log."""
+        record["unix_s"] = round(time.time(), 3)
         self.log.write(record)
         if distributed.is_first():
             self.on_record(record)
@@ -370,7 +378,9 @@ class _Loop:
         if updates_done == self._saved_updates and not self.log.is_lost:
             return
         self._saved_updates = updates_done
-        self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
+        self.progress = self.progress._replace(
+            seconds=time.monotonic() - self._start_s, spent_s=self.wall_time.spent_s()
+        )
         last = self.run.plan.row(updates_done - 1)
         record = {
             "run": resume.whose(self.run.identity),
@@ -386,3 +396,5 @@ class _Loop:
         with self.watchdog.phase("checkpoint"):
             state = self.run.programs.unite(self.state)
             self.checkpoints.save(updates_done, state, record)
+            if distributed.is_first():
+                starts.lived(self.files, self.progress.spent_s)
