@@ -14,7 +14,7 @@ from bigbatch.commands.plan import abridged, aligned
 from bigbatch.config.config import Config
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout import time_model
-from bigbatch.layout.fastest import paying
+from bigbatch.layout.fastest import choice, paying
 from bigbatch.schedule.run_lengths import run_starts
 
 
@@ -70,14 +70,9 @@ def found_for(
 
     def taken(device: Any) -> dict[str, float]:
         """Of the whole run, with the devices of each stage by index."""
-        own = seconds[np.arange(len(stages)), device]
-        own[1:] += restart_s * (np.diff(device) != 0)
-        device_hours = float(own @ there.devices[device]) / 3600
-        return {
-            "hours": float(own.sum()) / 3600,
-            "device_hours": device_hours,
-            "cost": device_hours * there.price,
-        }
+        of_any_size = np.broadcast_to(counts[:, None], (len(stages), len(sizes)))
+        _, _, hours, cost = choice(of_any_size, there, size, device)
+        return {"hours": hours, "device_hours": cost / there.price, "cost": cost}
 
     rows = [
         {
