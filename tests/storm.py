@@ -45,7 +45,7 @@ def records(directory: Path) -> list[dict]:
     lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     # The last one may just be being written.
     lines = [line for line in lines if line.endswith("\n")]
-    clocks = ("examples_per_s", "input_wait_s", "unix_s")
+    clocks = ("examples_per_s", "tokens_per_s", "input_wait_s", "unix_s")
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
 

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from bigbatch.layout import layout
 from bigbatch.training import loop as train
-from bigbatch.training.programs import gpu_options
+from bigbatch.training.programs import compiler_options
 from tests import trained
 from tests.test_adaptive import ADAPTIVE, FIELDS
 
@@ -76,7 +76,7 @@ def test_what_the_compiler_of_gpus_is_told(monkeypatch):
 
     def options(function, *shape):
         x = jax.ShapeDtypeStruct(shape, np.float32)
-        return list(gpu_options(jax.jit(function).lower(x).as_text()))
+        return list(compiler_options(jax.jit(function).lower(x).as_text(), "gpu", False))
 
     def pool(x):
         return jnp.sum(nn.max_pool(x, (3, 3), (2, 2)))

@@ -31,11 +31,14 @@ from bigbatch.training.wall_time import compiling
 # other's memory; elsewhere too a large network's needs gigabytes.
 _ON_CPU, _ELSEWHERE = 1, 2
 
-# What the compiler of GPUs is told; docs/compilers.md has the reasons.
-_GPU_OPTIONS = {
+# What compilers are told; docs/compilers.md has the reasons.
+_GPU_OPTIONS: dict[str, Any] = {
     "xla_gpu_all_reduce_combine_threshold_bytes": 2**28,
     "xla_gpu_exclude_nondeterministic_ops": True,
 }
+# A program of several devices is searched for what is computed twice before it is simplified, one
+# of a single device only after: other products are fused with sums, and bits move by the number.
+_REPRODUCIBLE_OPTIONS = {"xla_disable_hlo_passes": "cse"}
 _SCATTERED = re.compile(r'stablehlo\.(?:select_and_)?scatter".*?\}\) : \((.*?)\) ->', re.DOTALL)
 # To give a sum of more scattered numbers an order, XLA sorts them for longer than all else takes.
 _MOST_SORTED = 2**20
@@ -101,14 +104,16 @@ class Programs:
         }
 
 
-def gpu_options(text: str) -> dict[str, Any]:
-    """What the compiler of GPUs is told of a lowered program, save what XLA_FLAGS names."""
-    options = dict(_GPU_OPTIONS)
-    # The first is what they are added to.
-    added = [kind for kinds in _SCATTERED.findall(text) for kind in kinds.split("tensor<")[2:]]
-    sizes = [math.prod(int(n) for n in re.findall(r"(\d+)x", kind)) for kind in added]
-    if max(sizes, default=0) > _MOST_SORTED:
-        del options["xla_gpu_exclude_nondeterministic_ops"]
+def compiler_options(text: str, platform: str, reproducible: bool) -> dict[str, Any]:
+    """What the compiler is told of a lowered program, save what XLA_FLAGS names."""
+    options = dict(_REPRODUCIBLE_OPTIONS) if reproducible else {}
+    if platform == "gpu":
+        options |= _GPU_OPTIONS
+        # The first is what they are added to.
+        added = [kind for kinds in _SCATTERED.findall(text) for kind in kinds.split("tensor<")[2:]]
+        sizes = [math.prod(int(n) for n in re.findall(r"(\d+)x", kind)) for kind in added]
+        if max(sizes, default=0) > _MOST_SORTED:
+            del options["xla_gpu_exclude_nondeterministic_ops"]
     given = os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in given}
 
@@ -215,7 +220,8 @@ def compile_programs(
     def compiled(name: str, function: Any, *shapes: Any) -> Callable[[], Any]:
         traced = function.trace(*shapes)
         lowered = traced.lower()
-        options = gpu_options(lowered.as_text()) if platform == "gpu" else {}
+        text = lowered.as_text() if platform == "gpu" else ""
+        options = compiler_options(text, platform, reproducible)
         if compiler:
             return lambda: compiler(name, traced, lowered, options)
         return functools.partial(lowered.compile, options or None)
