@@ -119,7 +119,10 @@ def test_the_command_ends_goes_on_and_loses_nothing(train, tmp_path):
     status, out, _ = train("--until=90_epochs")
     assert status == 0
     # Parameters, losses and updates; the seconds differ.
-    assert out.split(" examples")[0] == whole[1].split(" examples")[0]
+    goodput, line = out.splitlines()
+    assert goodput.startswith("goodput ")
+    assert "in 6 starts device" in goodput
+    assert line.split(" examples")[0] == whole[1].splitlines()[-1].split(" examples")[0]
     logs = [records(tmp_path / name) for name in ("run", "whole")]
     assert logs[0] == logs[1]
     hashes = {
