@@ -17,13 +17,15 @@ copyright = "the bigbatch authors, Apache-2.0"
 release = tomllib.loads((HERE.parent / "pyproject.toml").read_text("utf-8"))["project"]["version"]
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
     "generated",
 ]
-exclude_patterns = ["README.md"]
+exclude_patterns = ["README.md", "tutorials/results"]
+# They are shown as they were committed.
+nb_execution_mode, nb_merge_streams, nb_render_markdown_format = "off", True, "myst"
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 # Docstrings say `name` of code.
@@ -59,9 +61,15 @@ def _math(as_block):
 
 
 def _named(app, page, source):
-    """Links that leave docs/ name a file of the repository, which the site does not hold."""
+    """Links that leave docs/ name a file of the repository, which the site does not hold.
+
+    It has the notebooks, under docs/tutorials, and no image from elsewhere, such as their badge.
+    """
     out = re.escape("../" * (page.count("/") + 1))
-    source[0] = re.sub(rf"(?<!!)\[([^\]]*)\]\({out}([^)#]+)[^)]*\)", r"\1 (`\2`)", source[0])
+    text = re.sub(r"\[!\[([^\]]*)\]\(http[^)]*\)\]", r"[\1]", source[0])
+    notebook = rf"\[([^\]]*)\]\({out}notebooks/(\w+)\.ipynb\)"
+    text = re.sub(notebook, r"{doc}`\1 </tutorials/\2>`", text)
+    source[0] = re.sub(rf"(?<!!)\[([^\]]*)\]\({out}([^)#]+)[^)]*\)", r"\1 (`\2`)", text)
 
 
 def setup(app):

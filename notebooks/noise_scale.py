@@ -14,24 +14,27 @@
 # %% [markdown]
 # # Watch the gradient's noise
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github)
-# (give it the address of this repository, and choose `notebooks/noise_scale.ipynb`)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/the--maintainers/bigbatch/blob/main/notebooks/noise_scale.ipynb)
 #
-# The *planned* noise scale g = lr N / (B (1 - m)) is what a recipe sets. The *gradient* noise scale is measured: the batch
-# size at which the noise of a gradient is as large as the gradient itself. Far below it, twice the batch takes nearly half
-# the updates; far above it, twice the batch gains little. It grows during training, and so may the batch.
+# A gradient is computed from some of the examples, so it is noisy. Its **gradient noise scale** is the batch size at which
+# the noise is as large as the gradient itself.
+#
+# - Far below it, twice the batch needs nearly half the updates.
+# - Far above it, twice the batch gains little.
+#
+# It is measured while a run goes on, and it grows during training. So may the batch.
+# (The *noise scale* of a recipe, g = lr N / (B (1 - m)), is another quantity: it is set and not measured.)
 
 # %%
-# In Colab only: fetch and install the project.
-import os
+# In Colab only: install the project.
 import subprocess
 import sys
 
 if "google.colab" in sys.modules:
-    address = input("Address of the bigbatch repository: ")
-    subprocess.run(["git", "clone", "-q", address, "bigbatch"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./bigbatch"], check=True)
-    os.chdir("bigbatch/notebooks")
+    source = "git+https://github.com/the--maintainers/bigbatch"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", source], check=True
+    )
 
 # %%
 import tempfile
@@ -39,6 +42,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Markdown, display
 
 from bigbatch.commands.critical.measure import Asked, measure
 from bigbatch.commands.critical.table import section
@@ -48,31 +52,37 @@ from bigbatch.config.assemble import train
 from bigbatch.config.file import load_config
 from bigbatch.workdir.files import Workdir
 
-# The tests run this notebook for a few updates.
-FAST = "BIGBATCH_FAST" in os.environ
-SHORT = [
-    ("epochs", "1"),
-    ("policy.boundaries_epochs", "[0.5]"),
-    ("model.strides", "(2,2,1)"),
-    ("keep_every_updates", "5"),
+# %% tags=["parameters"]
+OVERRIDES = [
+    # Measure: gradients of every 32 examples beside that of the whole update.
+    ("noise_small_batch_examples", "32"),
+    # Microbatches of one such small batch are quickest on a CPU.
+    ("microbatch_examples_per_device", "32"),
+    # To go back to, below.
+    ("keep_every_epochs", "1"),
 ]
+FROM_UPDATE = 45
+ASKED = Asked()
 
 # %% [markdown]
-# ## Train, and measure beside it
+# ## Train, and measure
 #
-# One field turns the measurement on: the gradients of every 32 examples are compared with the whole update's. (Microbatches of
-# one such small batch are quickest on a CPU.) A checkpoint of every epoch is kept, to go back to below.
+# Fields of the config turn the measurement on, and keep a checkpoint of every epoch.
 
 # %%
-overrides = [("noise_small_batch_examples", "32"), ("microbatch_examples_per_device", "32")]
-overrides += SHORT if FAST else [("keep_every_epochs", "1")]
-config = load_config("digits:increase_lr", overrides)
+config = load_config("digits:increase", OVERRIDES)
 files = Workdir(Path(tempfile.mkdtemp()) / "run")
 result, _ = train(config, files)
-print(f"test accuracy {result['test_accuracy']:.2%} after {result['updates']} updates")
+print(
+    f"test accuracy {result['test_accuracy']:.2%} after {result['updates']} updates"
+)
 
 # %% [markdown]
 # ## Look
+#
+# The dashed line is the batch size. Where the measured noise scale lies above it, a larger batch would still save updates.
+# An update of 32 examples is one small batch, and the noise is measured between small batches. So there is no estimate before
+# the batch grows, at epoch 9.
 
 # %%
 log = read_run(files.path).training
@@ -81,48 +91,56 @@ known = np.isfinite(measured)
 epochs = log["epoch"][known]
 plt.figure(figsize=(8, 4), layout="constrained")
 low, high = (np.maximum(measured + sign * error, 1)[known] for sign in (-1, 1))
-plt.fill_between(epochs, low, high, alpha=0.25, linewidth=0)
-plt.plot(epochs, measured[known], label="gradient noise scale, measured, one standard error")
+plt.fill_between(
+    epochs, low, high, alpha=0.25, linewidth=0, label="one standard error"
+)
+plt.plot(epochs, measured[known], label="gradient noise scale, measured")
 plt.step(log["epoch"], log["batch_size"], "k--", label="batch size")
 plt.yscale("log")
 plt.xlabel("epochs")
 plt.ylabel("examples")
 plt.legend(frameon=False)
-print(f"{known.sum()} of {known.size} records have an estimate")
+plt.show()
 
 # %% [markdown]
 # ## The critical batch size
 #
-# To a fixed loss, a batch of B takes about `1 + noise scale / B` times as many updates as a huge batch, and
-# `1 + B / noise scale` times as many examples as a tiny one (McCandlish et al. 2018). Where B is the noise scale, both are 2:
-# the *critical* batch size. That is a prediction. The measurement: from a checkpoint, short runs at several batch sizes go
-# on until the training loss has fallen by a given share. `bigbatch critical --workdir=DIR` does this for any run.
+# To a fixed loss, a batch of B takes about `1 + noise scale / B` times as many updates as a huge batch.
+# It takes about `1 + B / noise scale` times as many examples as a tiny one (McCandlish et al. 2018).
+# Where B is the noise scale, both are 2. That B is the *critical batch size*.
+#
+# So far that is a prediction. Here is the measurement: short runs branch off from a checkpoint, at several batch sizes.
+# Each goes on until the training loss has fallen by a given share. `bigbatch critical --workdir=DIR` does this for any run.
 
 # %%
-asked = Asked()
-if FAST:
-    asked = Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1)
-(point,) = measure(run_of(files, config), files, asked, at_updates=[5 if FAST else 9])
-print(section(point))
+(point,) = measure(run_of(files, config), files, ASKED, at_updates=[FROM_UPDATE])
+display(Markdown(section(point).partition("\n\n")[2]))
 
 # %% [markdown]
-# Updates against examples: each point is a batch size, the line the fit, the dashed line what the noise scale predicts, through
-# the same corner.
+# Each point is a branch, the solid line the fit. The dashed line is what the noise scale predicts, through the same corner.
+# The noise scale gives the order of magnitude, and no more: [what was shown](../docs/results/evidence.md#the-noise-scale-and-the-critical-batch-size).
 
 # %%
+plt.figure(figsize=(6, 4), layout="constrained")
+for size in point.sizes:
+    updates = np.array(size.reached)
+    plt.loglog(
+        updates, updates * size.batch_size, "o", label=f"B = {size.batch_size:,}"
+    )
 if point.fit is not None:
     fit, noise = point.fit, point.noise.scale
-    plt.figure(figsize=(6, 4), layout="constrained")
-    for size in point.sizes:
-        if size.reached:
-            updates = np.array(size.reached)
-            plt.loglog(updates, updates * size.batch_size, "o", label=f"B = {size.batch_size:,}")
-    sizes = np.geomspace(point.sizes[0].batch_size / 2, point.sizes[-1].batch_size * 2)
-    updates = fit.updates(sizes)
-    label = f"fit, critical batch size {fit.critical_batch_size:,.0f}"
-    plt.loglog(updates, updates * sizes, "k-", label=label)
-    updates = fit.fewest_updates * (1 + noise / sizes)
-    plt.loglog(updates, updates * sizes, "k--", label=f"noise scale {noise:,.0f}")
-    plt.xlabel("updates")
-    plt.ylabel("examples")
-    plt.legend(frameon=False)
+    sizes = np.geomspace(
+        point.sizes[0].batch_size / 2, point.sizes[-1].batch_size * 2
+    )
+    lines = {
+        f"fit, critical batch size {fit.critical_batch_size:,.0f}": fit.updates(
+            sizes
+        ),
+        f"noise scale {noise:,.0f}": fit.fewest_updates * (1 + noise / sizes),
+    }
+    for (label, updates), style in zip(lines.items(), ("k-", "k--"), strict=True):
+        plt.loglog(updates, updates * sizes, style, label=label)
+plt.xlabel("updates")
+plt.ylabel("examples")
+plt.legend(frameon=False)
+plt.show()

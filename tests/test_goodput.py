@@ -6,7 +6,7 @@ import time
 import pytest
 
 from bigbatch.commands.report import write_report
-from bigbatch.training import loop
+from bigbatch.training import loop, wall_time
 from bigbatch.training.wall_time import WallTime, compiling
 from bigbatch.training.watch import Watchdog
 from bigbatch.workdir import starts
@@ -29,6 +29,7 @@ def clock(monkeypatch):
     found = Clock()
     monkeypatch.setattr(time, "time", found)
     monkeypatch.setattr(time, "monotonic", found)
+    monkeypatch.setattr(wall_time, "_compiled", [])
     return found
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,7 @@ def train(
     from_update: int | None = None,
     until: str | None = None,
     show_progress: bool = False,
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a config's run in a working directory; all of several processes call.
 
@@ -120,6 +121,7 @@ def train(
       from_update: likewise.
       until: see `loop.train`.
       show_progress: see `loop.train`.
+      on_record: likewise.
 
     Returns:
       The result, and whether there was one before.
@@ -150,7 +152,7 @@ def train(
         end_of(until, files, plan, plan.tokens_per_example, decides)
         if show_progress and distributed.is_first():
             name = config.experiment or files.path.name
-            print(progress.first_line(name, plan, decides), file=sys.stderr)
+            progress.say_devices(progress.first_line(name, plan, decides))
         kept, plans = files.microbatch, config.controller or plan
         run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
         options: dict[str, Any] = {
@@ -161,6 +163,7 @@ def train(
             "sources": config.sources,
             "trackers": config.trackers,
             "show_progress": show_progress,
+            "on_record": on_record,
             **config.intervals,
         }
         return loop.train(run, files.path, **options), False

@@ -22,6 +22,7 @@ from bigbatch.commands.report.timing import (
     stage_speeds,
     wall_times,
 )
+from bigbatch.schedule.durations import in_epochs
 
 _CAPTIONS = {
     "loss": "Mean over the seeds of the log training loss; the band is one standard deviation of a "
@@ -35,7 +36,7 @@ _CAPTIONS = {
     "metric": "Mean over the seeds; the band is one standard deviation of a run. The first "
     "evaluations may lie outside the figure.",
     "batch_size": "As logged by the first run of each experiment.",
-    "learning_rate": "Likewise.",
+    "learning_rate": "As logged by the first run of each experiment.",
     "noise_scale": "What the plan keeps where the learning rate falls or the batch grows.",
     "gradient_noise": "The batch size at which the noise of the gradient is as large as the "
     "gradient, from the gradients of the first run; the band is one standard error. The table of "
@@ -310,7 +311,7 @@ def _plans(summary: Summary) -> Iterator[str]:
         yield "<h2>Plans</h2>"
     for name, runs, plan in plans:
         which = f"{name}, seed {runs[0].seed}" if runs[0].decides else name
-        total = f"{which}: {plan['num_updates']:,} updates, {plan['epochs']:g} epochs"
+        total = f"{which}: {plan['num_updates']:,} updates, {in_epochs(plan['epochs'])}"
         yield f"<h3>{escape(total)}</h3>"
         stages = zip(plan["stages"], stage_speeds(runs), strict=True)
         yield _html_table(_STAGE_HEAD, [_stage_row(i, *pair) for i, pair in enumerate(stages, 1)])
