@@ -1,8 +1,8 @@
 """The command `bigbatch VERB --config=FILE.py:EXPERIMENT --workdir=DIR [--config.field=value]`.
 
-Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 130 stopped by
-the keyboard, 129 by SIGHUP, 143 by SIGTERM, where a run is trained with the state saved. Nothing
-heavy is imported before a verb needs it.
+Exit status: 0 done, 1 the run could not go on, 2 a mistake that the user can mend, 3 at --until,
+130 stopped by the keyboard, 129 by SIGHUP, 143 by SIGTERM, where a run is trained with the state
+saved. Nothing heavy is imported before a verb needs it.
 """
 
 import argparse
@@ -138,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
         help="let the plan differ from the begun run's after its newest checkpoint",
     )
     train.add_argument("--from-update", type=int, metavar="N", help="go back to that checkpoint")
+    train.add_argument(
+        "--until",
+        metavar="STAGE|TIME",
+        help="end there, state saved, with status 3: after a stage of the plan, from 1, or at "
+        "30_epochs, 2M_examples, 500_updates or 4B_tokens",
+    )
     evaluate = verb("evaluate", _evaluate, "Evaluate the newest checkpoint of a run.")
     evaluate.add_argument("--config", **config)
     evaluate.add_argument("--workdir", **workdir)
@@ -278,7 +284,9 @@ def _bench(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from bigbatch import distributed
     from bigbatch.training import compilation_cache
+    from bigbatch.workdir import starts
 
+    starts.with_process()
     compilation_cache.use(options.compilation_cache)
     processes = options.coordinator, options.num_processes, options.process
     with distributed.joined(*processes, tell=_tell):
@@ -288,11 +296,13 @@ def _train(options: argparse.Namespace) -> None:
         config, files = distributed.together(lambda: (_config(options), _workdir(options.workdir)))
         # Before the directory is claimed: a run without data leaves nothing behind.
         data = distributed.together(lambda: load_data(config, show_progress=sys.stderr.isatty()))
-        asked = {n: getattr(options, n) for n in ("change_future", "from_update")}
+        asked = {n: getattr(options, n) for n in ("change_future", "from_update", "until")}
         result, is_old = train(config, files, data=data, show_progress=True, **asked)
         if is_old:
             updates = result["updates"]
             distributed.say(f"This run is finished ({updates} updates); nothing was trained.")
+    if not is_old and (line := starts.goodput_line(starts.before(files.starts))):
+        distributed.say(line)
     distributed.say(f"{result_line(result)}; {files.result}")
 
 

@@ -68,7 +68,8 @@ class StoppedError(Exception):
     """A run that was told to stop and has saved its state; the same command continues.
 
     Attributes:
-      exit_status: what a shell reports of a program that the signal has ended (128 + number).
+      exit_status: what a shell reports of a program that the signal has ended (128 + number), or
+        that of a start that was to end there.
     """
 
     def __init__(self, text: str, exit_status: int):

@@ -1,9 +1,10 @@
 """A part of a run, on all devices of this process: `python -m tests.elastic DIRECTORY SHARE STOP`.
 
 Two runs, one in float32 with reproducible sums, one in float64 with plain ones, each in a workdir
-of its own in DIRECTORY. Each begins, or goes on, as `bigbatch train` does; this process is sent
-SIGTERM while it makes the microbatch that holds the example at position STOP. What both have
-trained on, example by example, is added to a file of this process.
+of its own in DIRECTORY. Each begins, or goes on, as `bigbatch train` does. With a STOP such as
+"until=1" it ends there; with a number this process is sent SIGTERM while it makes the microbatch
+that holds the example at that position. What both have trained on, example by example, is added to
+a file of this process.
 """
 
 import contextlib
@@ -31,7 +32,9 @@ from bigbatch.workdir.files import Workdir
 from tests import trained
 
 RUNS = ("float32", "float64")
-PLAN = {"ghost_batch_examples": 8, "policy": trained.DECAY | {"boundaries_epochs": [0.2, 0.4]}}
+# 32, 64, 128 and 160 examples.
+GROWTH = {"boundaries_epochs": [0.2, 0.4, 0.7], "factor": 0.5}
+PLAN = {"ghost_batch_examples": 8, "policy": trained.DECAY | GROWTH}
 
 
 class Network(nn.Module):
@@ -68,16 +71,17 @@ def config(name: str, share: int) -> Config:
     return dataclasses.replace(read, model=NetworkConfig(name))
 
 
-def part(directory: Path, name: str, share: int, stop: int) -> dict[str, str]:
+def part(directory: Path, name: str, share: int, stop: str) -> dict[str, str]:
     """Trains up to the stop or the end; hashes of the examples that were made, by position."""
     asked, files, made = config(name, share), Workdir(directory / name), {}
     data = assemble.load_data(asked)
+    until = stop.removeprefix("until=") if stop.startswith("until=") else None
 
     class Recorded(type(data)):
         """The data set, which writes down what is made of it."""
 
         def training(self, seed, first, number):
-            if first + number > stop:
+            if until is None and first + number > int(stop):
                 os.kill(os.getpid(), signal.SIGTERM)
             examples = super().training(seed, first, number)
             for offset in range(number):
@@ -89,7 +93,7 @@ def part(directory: Path, name: str, share: int, stop: int) -> dict[str, str]:
 
     prepared = trained.prepared(asked, jax.device_count(), data=Recorded(**vars(data)))
     with contextlib.suppress(StoppedError):
-        trained.train(prepared, files.path)
+        trained.train(prepared, files.path, until=until)
     with Checkpoints(files.checkpoints) as checkpoints:
         state, progress = restore(prepared, checkpoints)
     np.savez(directory / f"{name}.npz", *map(np.asarray, jax.tree.leaves(state[:2])))
@@ -100,7 +104,7 @@ def main(directory: str, share: str, stop: str) -> None:
     found = {}
     for name in RUNS:
         jax.config.update("jax_enable_x64", name == "float64")
-        found[name] = part(Path(directory), name, int(share), int(stop))
+        found[name] = part(Path(directory), name, int(share), stop)
     report = {"devices": jax.device_count(), **found}
     (Path(directory) / f"{jax.device_count()}.json").write_text(json.dumps(report))
 

@@ -22,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from bigbatch.workdir import starts
+
 ROOT = Path(__file__).parents[1]
 EVALUATE_EVERY = 5
 # Records without a stage change until a kill comes all the same.
@@ -43,7 +45,7 @@ def records(directory: Path) -> list[dict]:
     lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
     # The last one may just be being written.
     lines = [line for line in lines if line.endswith("\n")]
-    clocks = ("examples_per_s", "tokens_per_s", "input_wait_s")
+    clocks = ("examples_per_s", "tokens_per_s", "input_wait_s", "unix_s")
     return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
 
@@ -204,6 +206,8 @@ def main(kills: str, seed: str = "0", experiment: str = "increase") -> None:
     print(f"{sum(counts.values())} processes of {experiment} killed alive in {runs} runs")
     print(f"{result['updates']} updates, batch sizes {sizes}")
     print(f"each run ended as undisturbed: {result['params_sha256']}")
+    for path in sorted(directory.iterdir()):
+        print(f"{path.name}: {starts.goodput_line(starts.before(path / 'starts.json'))}")
     for name, count in sorted(counts.items()):
         print(f"{count:4} {name}")
 

@@ -52,7 +52,7 @@ def realised(directory):
 
 def records(directory):
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    clock = {"examples_per_s": None, "input_wait_s": None}
+    clock = {"examples_per_s": None, "input_wait_s": None, "unix_s": None}
     return [json.loads(line) | clock for line in lines]
 
 

@@ -279,9 +279,9 @@ def test_train_writes_what_it_says(finished):
         "momentum",
         "noise_scale",
     ]
-    assert list(training[0]) == [*common, "train_loss", "examples_per_s", "input_wait_s"]
+    assert list(training[0]) == [*common, "train_loss", "examples_per_s", "input_wait_s", "unix_s"]
     assert all(0 <= record["input_wait_s"] < 600 for record in training)
-    assert list(tests[0]) == [*common, "test_loss", "test_accuracy"]
+    assert list(tests[0]) == [*common, "test_loss", "test_accuracy", "unix_s"]
     assert [r["update"] for r in training] == list(range(1, result["updates"] + 1))
     assert training[-1]["examples"] == result["examples"]
     assert tests[-1]["update"] == result["updates"]

@@ -1,4 +1,4 @@
-"""One run on 8, then 2, then 4 devices, each in a process of its own: what one device gives."""
+"""One run on other devices in every process, stopped in between: what one device gives."""
 
 import itertools
 import json
@@ -15,9 +15,11 @@ from tests.storm import positions, records
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = elastic.config("float32", 8).plan.num_examples
-# Devices, share of a microbatch, and the example at which the process is told to stop: among the
-# updates of 32, among those of 160, and never.
-PARTS = ((8, 8, 250), (2, 40, 1_200), (4, 16, EXAMPLES + 1))
+END = EXAMPLES + 1
+# Devices, share of a microbatch, and where the process ends: among the updates of 32, among those
+# of 160, and with the run; or with each stage.
+SHRINKING = ((8, 8, "until=250_examples"), (2, 40, 1_500), (4, 16, END))
+BY_STAGES = ((1, 40, "until=1"), (2, 32, "until=2"), (4, 16, "until=3"), (8, 8, END))
 
 
 def run_parts(directory: Path, parts) -> list[dict]:
@@ -37,13 +39,13 @@ def run_parts(directory: Path, parts) -> list[dict]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    return directory, *run_parts(directory, [(1, 160, EXAMPLES + 1)])
+    return directory, *run_parts(directory, [(1, 160, END)])
 
 
-@pytest.fixture(scope="module")
-def moved(tmp_path_factory):
+@pytest.fixture(scope="module", params=[SHRINKING, pytest.param(BY_STAGES, marks=pytest.mark.long)])
+def moved(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("moved")
-    return directory, run_parts(directory, PARTS)
+    return directory, run_parts(directory, request.param)
 
 
 def result(directory: Path, name: str) -> dict:
@@ -58,9 +60,13 @@ def test_the_same_examples_in_the_same_order_each_once(undisturbed, moved, name)
     assert set(expected) == {str(position) for position in range(EXAMPLES)}
     done = [part[name]["updates"] for part in parts]
     sizes = elastic.config(name, 8).plan.batch_sizes
-    # The first change of devices is among the small updates, the second among the large ones.
-    assert 0 < done[0] < done[1] < done[2] == len(sizes)
-    assert (sizes[done[0]], sizes[done[1] - 1]) == (32, 160)
+    assert done == sorted(set(done))
+    assert done[-1] == len(sizes)
+    if len(parts) == len(SHRINKING):
+        # The first change of devices is among the small updates, the second among the large ones.
+        assert (sizes[done[0]], sizes[done[1] - 1]) == (32, 160)
+    else:
+        assert [(sizes[k - 1], sizes[k]) for k in done[:-1]] == [(32, 64), (64, 128), (128, 160)]
     ends = [0, *np.cumsum(sizes)]
     for part, first, last in zip(parts, [0, *done], done, strict=False):
         made = part[name]["examples"]

@@ -377,6 +377,7 @@ HARDWARE_VALUES = {
     "initial_params": ({"initial_params": "{}/network.npz"}, "{}/network.npz"),
     "shard_optimizer": (ON_FOUR, True),
     "device_memory_bytes": ({**AUTO, "device_memory_bytes": 60_000}, 2**30),
+    "trackers": ({}, []),
     "keep_checkpoints": ({}, 3),
     "log_every_epochs": ({}, 0.2),
     "log_every_examples": ({}, 50),

@@ -79,6 +79,7 @@ def train(run: ConfigRun, directory: Path, **options: Any) -> dict[str, Any]:
     config = run.config
     record = {"experiment": config.experiment, **config.tree}
     settings: dict[str, Any] = {"record": record, "keep_checkpoints": config.keep_checkpoints}
+    settings["trackers"] = config.trackers
     return loop.train(run, directory, **settings, **config.intervals, **options)
 
 

@@ -14,7 +14,12 @@ _MOST_DEVICES = 2**20
 
 def add_arguments(plan: argparse.ArgumentParser) -> None:
     """Adds the verb's flags, save --config, to its parser."""
-    plan.add_argument("--devices", type=int, help="plan for so many (default 1)")
+    plan.add_argument(
+        "--devices",
+        type=_devices,
+        metavar="N|auto",
+        help="plan for so many (default 1); auto: as many as pay in each stage, of --max-devices",
+    )
     plan.add_argument(
         "--compile-for",
         metavar="CHIP:SHAPE",
@@ -43,6 +48,13 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     fastest.add_arguments(plan)
 
 
+def _devices(text: str) -> int | str:
+    """A number, or "auto"."""
+    if text == "auto" or text.removeprefix("-").isdecimal():
+        return text if text == "auto" else int(text)
+    raise argparse.ArgumentTypeError(f"given {text!r}; allowed: a whole number, or auto")
+
+
 def run(options: argparse.Namespace) -> None:
     """Prints the plan that the options ask for."""
     from bigbatch.commands import plan as plan_table
@@ -50,9 +62,9 @@ def run(options: argparse.Namespace) -> None:
     from bigbatch.config.file import load_config
     from bigbatch.layout import time_model
 
-    fastest.require_alone(options)
+    mode = fastest.asked(options)
     config = load_config(options.config, options.overrides)
-    devices = 1 if options.devices is None else options.devices
+    devices = 1 if options.devices in (None, "auto") else options.devices
     nearest = min(max(devices, 1), _MOST_DEVICES)
     if devices != nearest:
         allowed = f"a whole number from 1 to {_MOST_DEVICES:,}"
@@ -64,7 +76,12 @@ def run(options: argparse.Namespace) -> None:
         return
     names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
     typed = {name: v for name in names if (v := getattr(options, name)) is not None}
-    if options.fastest:
+    if mode == fastest.BY_STAGES:
+        from bigbatch.commands import plan_devices
+
+        plan_devices.show(config, options, typed)
+        return
+    if mode == fastest.FASTEST:
         from bigbatch.commands.fastest import verb, words
 
         found = verb.show(config, options, typed)

@@ -20,6 +20,7 @@ from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import loop, progress
 from bigbatch.training.prepare import prepare, specialised
+from bigbatch.training.restore import end_of
 from bigbatch.training.run import Run
 from bigbatch.workdir import network_file, packing, resume
 from bigbatch.workdir.files import Workdir, read_json
@@ -106,6 +107,7 @@ def train(
     data: TrainingData | None = None,
     change_future: bool = False,
     from_update: int | None = None,
+    until: str | None = None,
     show_progress: bool = False,
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> tuple[dict[str, Any], bool]:
@@ -117,6 +119,7 @@ def train(
       data: of the config; None to load it.
       change_future: see `open_run`.
       from_update: likewise.
+      until: see `loop.train`.
       show_progress: see `loop.train`.
       on_record: likewise.
 
@@ -141,19 +144,24 @@ def train(
             adaptive=config.controller is not None,
             change_future=change_future,
             from_update=from_update,
+            sources=config.sources,
         )
         if files.result.exists():
             return read_json(files.result, _RESULT), True
+        decides = config.controller is not None
+        end_of(until, files, plan, plan.tokens_per_example, decides)
         if show_progress and distributed.is_first():
-            name, decides = config.experiment or files.path.name, config.controller is not None
+            name = config.experiment or files.path.name
             progress.say_devices(progress.first_line(name, plan, decides))
         kept, plans = files.microbatch, config.controller or plan
         run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
         options: dict[str, Any] = {
             "keep_checkpoints": config.keep_checkpoints,
             "change_future": change_future,
+            "until": until,
             "record": record,
             "sources": config.sources,
+            "trackers": config.trackers,
             "show_progress": show_progress,
             "on_record": on_record,
             **config.intervals,

@@ -39,6 +39,7 @@ class Fields:
         `microbatch_examples_per_device` be one to eight small batches (noise_cpu.md).
       reproducible: sums exactly, so that devices and processes change no bit of the result. Each
         then computes one ghost batch (or small batch) in a call, however many would fit.
+      trackers: who is told of the records of the log.
       keep_checkpoints: how many of the newest are kept.
       log_every_epochs: interval of the training records, in one of four units; so are the others.
       evaluate_every_epochs: of the evaluations.
@@ -59,6 +60,7 @@ class Fields:
     initial_params: str | None = _hardware(None)
     shard_optimizer: bool = _hardware(False)
     device_memory_bytes: int | None = _hardware(None)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = _hardware(("tensorboard",))
     keep_checkpoints: int = _hardware(2)
     log_every_epochs: float | None = _hardware(None)
     log_every_examples: int | None = _hardware(None)

@@ -20,6 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from bigbatch.schedule.run_lengths import run_starts
+
 Array = NDArray[np.float64]
 # A frontier is told as finely as this, as a share of its hours and of its cost.
 _GRAIN = 0.01
@@ -105,6 +107,37 @@ def cheapest(updates: Array, hardware: Hardware, hour_weight: float, cost_weight
         smaller = int(size[part]) + 1
         moves = restart[device[part]] * (np.arange(len(restart)) != device[part])
     return choice(updates, hardware, size, device)
+
+
+def paying(
+    counts: Array, size: NDArray[np.int64], hardware: Hardware, efficiency: float
+) -> NDArray[np.int64]:
+    """The devices of each stage that make it the fastest, of those that are efficient enough.
+
+    Efficient is what needs no more device-seconds than those of the fewest devices, divided by the
+    efficiency. Devices change only where that saves more time than it takes.
+
+    Args:
+      counts: updates of each stage, float64[stages].
+      size: of each stage, as an index into `Hardware.sizes`, int64[stages].
+      hardware: what there is.
+      efficiency: above 0, at most 1.
+
+    Returns:
+      Indices into `Hardware.devices`, int64[stages].
+    """
+
+    def efficient(seconds: Array) -> Array:
+        work = seconds * hardware.devices
+        return np.where(efficiency * work <= work[:, :1] * (1 + _TIE), seconds, np.inf)
+
+    seconds = counts[:, None] * hardware.seconds[size]
+    # Neighbours that want the same are one part: a plan whose every update differs has few.
+    starts = run_starts(np.argmin(efficient(seconds), axis=1))
+    parts = efficient(np.add.reduceat(seconds, starts))
+    own = np.where(np.eye(len(parts), dtype=bool), 1.0, np.inf)
+    ladder = hardware._replace(sizes=np.arange(len(parts)), seconds=parts)
+    return np.repeat(cheapest(own, ladder, 1.0, 0.0).device, np.diff(starts, append=len(counts)))
 
 
 def frontier(updates: Array, hardware: Hardware) -> list[Choice]:

@@ -77,11 +77,13 @@ class Every:
           update: its number, from 0.
           train_examples: of an epoch.
         """
-        start, end = first_example, first_example + batch_size
-        if self.unit == "updates":
-            start, end = update, update + 1
-        length = _earliest(self.value, train_examples if self.unit == "epochs" else 1)
-        return end // length > start // length
+        start = self.passed(first_example, update, train_examples)
+        return self.passed(first_example + batch_size, update + 1, train_examples) > start
+
+    def passed(self, examples: int, updates: int, train_examples: int) -> int:
+        """How many whole intervals there are in so many examples and updates from the start."""
+        done = updates if self.unit == "updates" else examples
+        return done // _earliest(self.value, train_examples if self.unit == "epochs" else 1)
 
 
 class Intervals(NamedTuple):

@@ -33,14 +33,16 @@ from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from bigbatch.training.progress import Progress, span
-from bigbatch.training.restore import restore, saved_elsewhere
+from bigbatch.training.restore import end_of, restore, saved_elsewhere
 from bigbatch.training.run import Run
+from bigbatch.training.trackers import opened
 from bigbatch.training.updates import updates, waits_for
+from bigbatch.training.wall_time import WallTime
 from bigbatch.training.watch import STALL_S, Watchdog
 from bigbatch.workdir import metrics, packing, resume, starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints
-from bigbatch.workdir.event_files import EventFiles
 from bigbatch.workdir.files import Workdir, read_json, write_json
+from bigbatch.workdir.trackers import TENSORBOARD
 
 # How long the sums of a finished update may wait for those of the next ones: to read and log many
 # short updates in one go takes a third of the time.
@@ -58,8 +60,10 @@ def train(
     *,
     keep_checkpoints: int = 2,
     change_future: bool = False,
+    until: str | int | None = None,
     record: Mapping[str, Any] | None = None,
     sources: Sequence[Path] = (),
+    trackers: Sequence[str] = (TENSORBOARD,),
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     show_progress: bool = False,
     stall_s: float = STALL_S,
@@ -73,10 +77,13 @@ def train(
       keep_checkpoints: how many of the newest are kept, at least 2.
       change_future: lets the plan differ from that of the run in the directory after its newest
         checkpoint.
+      until: ends after that stage of the plan, counted from 1, or at a time such as "30_epochs" or
+        "4B_tokens", with the state saved.
       record: nested plain values that are kept in config.json for the reader; None for what the
         run says of itself, and the directory's name as its `experiment`.
       sources: files that are copied into the directory for the record.
-      on_record: is told of each record of the log, on process 0: the place of a tracker.
+      trackers: who is told of each record of the log: "tensorboard", "wandb" and "trackio".
+      on_record: is told too, on process 0. Records that a kill took back come again.
       show_progress: whether to show a progress bar (on a terminal) and every evaluation, on
         standard error.
       stall_s: seconds without a movement after which a word is said on standard error.
@@ -91,7 +98,7 @@ def train(
       UserError: the directory cannot be used, or holds another run.
       RunError: the loss, the parameters or the last test loss are not finite, a checkpoint cannot
         be written, or the directory has gone.
-      StoppedError: a signal or the runtime asked for it; the state is saved.
+      StoppedError: a signal, the runtime or `until` asked for it; the state is saved.
     """
     checks = Checks()
     # One to go back to where the newest is damaged.
@@ -117,6 +124,8 @@ def train(
             result: dict[str, Any] = read_json(files.result)
             return result
         run = dataclasses.replace(run, plan=plan)
+        decides = run.controller is not None
+        ended = end_of(until, files, plan, run.tokens_per_example, decides)
         show_progress = show_progress and distributed.is_first()
         stays = functools.partial(_stays, run, due.keep_every)
         with (
@@ -129,11 +138,11 @@ def train(
             done, again = progress.updates, progress.evaluation_due
             cut = functools.partial(metrics.truncate, last_update=done, without_test=again)
             distributed.on_first(lambda: cut(files.metrics))
-            distributed.on_first(lambda: starts.note(files, sources))
+            told = opened(trackers, run, files, progress, record, metric_names)
             with (
                 metrics.MetricsLog(
                     files.metrics if distributed.is_first() else None,
-                    _events(run, files, progress, record, metric_names),
+                    told,
                 ) as log,
                 progress_lib.progress_bar(run, progress, show_progress) as bar,
             ):
@@ -144,6 +153,7 @@ def train(
                     loop = _Loop(
                         run=run,
                         due=due,
+                        ended=ended,
                         state=state,
                         progress=progress,
                         checkpoints=checkpoints,
@@ -182,6 +192,7 @@ def train(
             # Each process has read its own devices' part of them.
             bad = distributed.gather(str(run.data.num_bad_records).encode())
             result["bad_records"] = sum(map(int, bad))
+        distributed.on_first(lambda: starts.lived(files, loop.wall_time.spent_s()))
         distributed.on_first(lambda: write_json(files.result, result))
         if stop.notice:
             # It came after the last update, and must not be lost on what would follow.
@@ -201,26 +212,6 @@ def _intervals(run: Run, given: Mapping[str, float | None]) -> Intervals:
         if name not in names:
             raise TypeError(f"train() has no argument {name!r}; its intervals: {', '.join(names)}")
     return Intervals.of(given, _OTHERWISE, run.tokens_per_example)
-
-
-def _events(
-    run: Run,
-    files: Workdir,
-    progress: Progress,
-    record: Mapping[str, Any],
-    metric_names: Sequence[str],
-) -> EventFiles | None:
-    """The TensorBoard files of a run that goes on from there; process 0 writes them."""
-    if not distributed.is_first():
-        return None
-    tested = ["loss", *metric_names] if run.data.test_examples else []
-    with storage.writing(files.tensorboard):
-        return EventFiles(
-            files.tensorboard,
-            last_update=progress.updates,
-            config=resume.plain(record),
-            metrics=[*(f"test_{name}" for name in tested), "train_loss"],
-        )
 
 
 def _stays(run: Run, every: Every | None, updates_done: int) -> bool:
@@ -250,6 +241,7 @@ class _Loop:
 
     run: Run
     due: Intervals
+    ended: Callable[[int, int], StoppedError | None]
     state: functions.State
     progress: Progress
     checkpoints: Checkpoints
@@ -264,6 +256,8 @@ class _Loop:
 
     def __post_init__(self) -> None:
         self._start_s = time.monotonic() - self.progress.seconds
+        began_s, before_s = starts.began_s(self.files), self.progress.spent_s
+        self.wall_time = WallTime(began_s, before_s, self.watchdog)
         self._sent: tuple[Row, Sums] | None = None
         self._unread: list[tuple[Row, Sums, float]] = []
         # A controller needs each measurement at once, and several processes must find a loss that
@@ -316,12 +310,16 @@ class _Loop:
         evaluation_due = is_last or due.evaluate_every.due(*at)
         checkpoint_due = is_last or due.checkpoint_every.due(*at)
         checkpoint_due = checkpoint_due or _stays(self.run, due.keep_every, row.update + 1)
+        ended = None if is_last else self.ended(at[0] + at[1], row.update + 1)
+        checkpoint_due = checkpoint_due or ended is not None
         if evaluation_due or checkpoint_due or self.log.is_lost:
             self._read()
         if evaluation_due:
             self._evaluate(row)
         if checkpoint_due or self.log.is_lost:
             self._save()
+        if ended is not None:
+            raise ended
 
     def _await(self) -> None:
         """Waits for the update that was sent last."""
@@ -358,6 +356,7 @@ class _Loop:
 
     def _write(self, record: dict[str, Any]) -> None:
         """Adds a record to the log."""
+        record["unix_s"] = round(time.time(), 3)
         self.log.write(record)
         if distributed.is_first():
             self.on_record(record)
@@ -379,7 +378,9 @@ class _Loop:
         if updates_done == self._saved_updates and not self.log.is_lost:
             return
         self._saved_updates = updates_done
-        self.progress = self.progress._replace(seconds=time.monotonic() - self._start_s)
+        self.progress = self.progress._replace(
+            seconds=time.monotonic() - self._start_s, spent_s=self.wall_time.spent_s()
+        )
         last = self.run.plan.row(updates_done - 1)
         record = {
             "run": resume.whose(self.run.identity),
@@ -395,3 +396,5 @@ class _Loop:
         with self.watchdog.phase("checkpoint"):
             state = self.run.programs.unite(self.state)
             self.checkpoints.save(updates_done, state, record)
+            if distributed.is_first():
+                starts.lived(self.files, self.progress.spent_s)

@@ -25,6 +25,7 @@ from bigbatch.engine.task import PyTree, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.layout import memory
 from bigbatch.training import compilation_cache
+from bigbatch.training.wall_time import compiling
 
 # Programs that are compiled at once. On CPU one uses all cores, and two would only take each
 # other's memory; elsewhere too a large network's needs gigabytes.
@@ -135,6 +136,7 @@ def _while_in_use(compile_anew: Callable[..., Programs]) -> Callable[..., Progra
 
 
 @_while_in_use
+@compiling()
 @compilation_cache.guarded()
 def compile_programs(
     task: Task,

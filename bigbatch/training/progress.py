@@ -35,6 +35,7 @@ class Progress(NamedTuple):
       train_loss: of that record.
       test: the last evaluation's results, by name; empty before the first.
       evaluation_due: whether the evaluation after the last update was cut short.
+      spent_s: seconds of the wall time up to the newest checkpoint, by `starts.KINDS`.
       noise: averages of the gradient noise, empty where it is not measured.
       controller: an adaptive run's decisions so far and what the next is made from; see `course`.
     """
@@ -51,6 +52,7 @@ class Progress(NamedTuple):
     test: dict[str, float] = {}  # noqa: RUF012 - never changed in place
     controller: dict[str, Any] | None = None
     evaluation_due: bool = False
+    spent_s: dict[str, float] = {}  # noqa: RUF012 - likewise
     noise: gradient_noise.Smoothed = gradient_noise.Smoothed()
 
     @classmethod

@@ -1,7 +1,7 @@
 """The state of a run from its checkpoints, and to where its directory was moved."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,17 @@ import jax
 
 from bigbatch import distributed
 from bigbatch.engine.functions import State
-from bigbatch.errors import Problem, RunError, UserError
+from bigbatch.errors import Problem, RunError, StoppedError, UserError
+from bigbatch.schedule.plan import Plan
+from bigbatch.schedule.until import until
 from bigbatch.training.progress import Progress
 from bigbatch.training.run import Run
 from bigbatch.workdir import resume
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir
+
+# The exit status of a start that has come to the time at which it was to end.
+UNTIL_STATUS = 3
 
 
 def restore(run: Run, checkpoints: Checkpoints, at: int | None = None) -> tuple[State, Progress]:
@@ -50,6 +55,46 @@ def newest(run: Run, directory: str | Path, at: int | None = None) -> tuple[Stat
         allowed = "the directory of a run that has saved a checkpoint; this one has not yet"
         raise UserError(Problem("workdir", str(files.path), allowed))
     return state, progress.updates
+
+
+def end_of(
+    given: str | int | None,
+    files: Workdir,
+    plan: Plan,
+    tokens_per_example: int | None,
+    decides: bool,
+) -> Callable[[int, int], StoppedError | None]:
+    """What ends this start, of the examples and updates done; None as long as nothing does.
+
+    Args:
+      given: as of `until`, which also says what the last three are; None: it ends with the run.
+      files: the run's directory.
+      plan: of the run.
+      tokens_per_example: likewise.
+      decides: likewise.
+
+    Raises:
+      UserError: there is no such time.
+      StoppedError: the newest checkpoint is there, or past it.
+    """
+    if given is None:
+        return lambda examples, updates: None
+    end = until(given, plan, tokens_per_example, decides)
+
+    def ended(examples: int, updates: int, words: str = "saved") -> StoppedError | None:
+        if not end.passed(examples, updates, plan.train_examples):
+            return None
+        return StoppedError(
+            f"until {given}: {words} after update {updates:,}; without it, or with a later one, "
+            "the same command continues",
+            UNTIL_STATUS,
+        )
+
+    with Checkpoints(files.checkpoints) as checkpoints:
+        updates, record = checkpoints.latest() or (0, {"examples": 0})
+    if past := ended(record["examples"], updates, "nothing was trained: the run is"):
+        raise past
+    return ended
 
 
 def saved_elsewhere(

@@ -4,6 +4,7 @@ The loop tells in which phase it is; a thread looks on. It says and does not end
 disk may come back, and a host that is gone is found by JAX's heartbeats.
 """
 
+import collections
 import threading
 import time
 from collections.abc import Callable
@@ -27,11 +28,15 @@ class Watchdog:
     Args:
       say: told in words when a phase has lasted `stall_s`, and again after each doubling.
       stall_s: seconds without a movement that are worth a word.
+
+    Attributes:
+      spent_s: seconds in each phase so far, those within another one left out.
     """
 
     def __init__(self, say: Callable[[str], None] = lambda text: None, stall_s: float = STALL_S):
         self._say = say
         self._stall_s = stall_s
+        self.spent_s: dict[str, float] = collections.defaultdict(float)
         self._where = "at the start"
         self._phase: tuple[str, float] | None = None
         self._ended = threading.Event()
@@ -74,16 +79,18 @@ class Watchdog:
 class _Phase:
     """A context manager. The loop enters several an update, and one of a generator costs more."""
 
-    __slots__ = ("_name", "_outer", "_watchdog")
+    __slots__ = ("_began_s", "_name", "_outer", "_watchdog")
 
     def __init__(self, watchdog: Watchdog, name: str):
         self._watchdog, self._name = watchdog, name
 
     def __enter__(self) -> None:
-        self._outer = self._watchdog._phase
-        self._watchdog._phase = (self._name, time.monotonic())
+        self._outer, self._began_s = self._watchdog._phase, time.monotonic()
+        self._watchdog._phase = (self._name, self._began_s)
 
     def __exit__(self, *exception: object) -> None:
         # Something has moved: the outer phase counts anew.
-        outer = self._outer
-        self._watchdog._phase = None if outer is None else (outer[0], time.monotonic())
+        outer, now_s = self._outer, time.monotonic()
+        if outer is None:
+            self._watchdog.spent_s[self._name] += now_s - self._began_s
+        self._watchdog._phase = None if outer is None else (outer[0], now_s)

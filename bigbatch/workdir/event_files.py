@@ -45,6 +45,15 @@ def tag(field: str) -> str:
     return _GROUPS.get(beginning, "schedule/") + field.removeprefix(beginning)
 
 
+def numbers_by_tag(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record of the log, but for its place and time."""
+    return {
+        tag(name): number
+        for name, number in record.items()
+        if name not in ("update", "unix_s") and isinstance(number, int | float)
+    }
+
+
 class EventFiles:
     """Writes records as one of TensorBoard's event files. They are on disk after `sync`.
 
@@ -89,14 +98,10 @@ class EventFiles:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record of the log."""
-        numbers = {
-            name: number
-            for name, number in record.items()
-            if name != "update" and isinstance(number, int | float)
-        }
+        numbers = numbers_by_tag(record)
         names = tuple(numbers)
         if names not in self._made:
-            values = [self._summary.Value(tag=tag(name)) for name in names]
+            values = [self._summary.Value(tag=name) for name in names]
             self._made[names] = self._event(summary=self._summary(value=values))
         event = self._made[names]
         for value, number in zip(event.summary.value, numbers.values(), strict=True):

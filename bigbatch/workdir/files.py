@@ -3,10 +3,12 @@
     config.json     the config as it was read, with the experiment's name
     run.json        what decides the run's result, the names of its metrics, versions
     plan.json       the plan; the truth for every resume
-    starts.json     when, where and by which command it was started; for the report
+    starts.json     when, where and by which command it was started, and where the wall time of
+                    each start went; for the report
     source/         copies of the config file and of the modules beside it, for the record
     metrics.jsonl   one JSON object a line
     tensorboard/    the same for TensorBoard
+    trackers/       what other trackers have of it, and wandb's own files
     result.json     written last: the run is finished
     microbatch.json the microbatch that was found to fit the devices
     checkpoints/    by update
@@ -50,6 +52,7 @@ class Workdir:
     plan = property(lambda self: self.path / "plan.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     tensorboard = property(lambda self: self.path / "tensorboard")
+    trackers = property(lambda self: self.path / "trackers")
     result = property(lambda self: self.path / "result.json")
     microbatch = property(lambda self: self.path / "microbatch.json")
     checkpoints = property(lambda self: self.path / "checkpoints")
@@ -57,8 +60,11 @@ class Workdir:
     programs = property(lambda self: self.path / "programs")
     lock = property(lambda self: self.path / "lock")
 
-    def claim(self) -> None:
+    def claim(self) -> bool:
         """Makes the directory, or makes sure that it holds a run or nothing like it, and holds it.
+
+        Returns:
+          Whether this thread did not hold it before.
 
         Raises:
           UserError: it is a file, cannot be made, holds something else, or somebody else trains
@@ -71,8 +77,9 @@ class Workdir:
             )
             raise UserError(Problem("workdir", str(self.path), allowed))
         storage.claim(self.path, "workdir")
-        storage.hold(self.lock, "workdir")
+        is_new = storage.hold(self.lock, "workdir")
         self._refuse_foreign()
+        return is_new
 
     @contextlib.contextmanager
     def released(self) -> Iterator[None]:

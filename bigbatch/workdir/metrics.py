@@ -8,12 +8,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from bigbatch.workdir import storage
-from bigbatch.workdir.event_files import EventFiles
+from bigbatch.workdir.trackers import Tracker
 
 
 def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ class MetricsLog:
 
     Args:
       path: the file; it is made if it does not exist. None: nothing is written.
-      events: gets every record too, if given; it is closed with the log.
+      trackers: get every record too; they are closed with the log.
 
     Attributes:
       is_lost: whether a write has found that the file is no more in its place: it was removed, or
@@ -36,8 +36,8 @@ class MetricsLog:
 
     is_lost = False
 
-    def __init__(self, path: Path | None, events: EventFiles | None = None):
-        self._events = events
+    def __init__(self, path: Path | None, trackers: Sequence[Tracker] = ()):
+        self._trackers = trackers
         self._path = Path(os.devnull) if path is None else path
         with storage.writing(self._path):
             self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
@@ -52,8 +52,8 @@ class MetricsLog:
         with storage.writing(self._path):
             self._file.write(json.dumps(as_json(record), allow_nan=False) + "\n")
             self._file.flush()
-            if self._events is not None:
-                self._events.write(record)
+            for tracker in self._trackers:
+                tracker.write(record)
         self._look()
 
     def sync(self) -> None:
@@ -65,8 +65,8 @@ class MetricsLog:
         with storage.writing(self._path):
             if self._is_file:
                 os.fsync(self._file.fileno())
-            if self._events is not None:
-                self._events.sync()
+            for tracker in self._trackers:
+                tracker.sync()
         self._look()
 
     def directory(self) -> Path | None:
@@ -89,8 +89,8 @@ class MetricsLog:
     def __exit__(self, *exception: object) -> None:
         with storage.writing(self._path):
             self._file.close()
-            if self._events is not None:
-                self._events.close()
+            for tracker in self._trackers:
+                tracker.close()
 
 
 def truncate(path: Path, *, last_update: int, without_test: bool = False) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from bigbatch import distributed
 from bigbatch.errors import Problem, UserError
 from bigbatch.schedule.plan import Plan
-from bigbatch.workdir import storage
+from bigbatch.workdir import starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints, version
 from bigbatch.workdir.files import Workdir, read_json, write_json
 
@@ -70,7 +70,7 @@ def open_run(
     plans: list[Plan] = []
 
     def open_first() -> None:
-        files.claim()
+        is_start = files.claim()
         chosen = plan
         if from_update is not None:
             files.expect_run()
@@ -97,6 +97,8 @@ def open_run(
         for source in sources:
             storage.claim(files.source, "workdir")
             storage.put(files.source / source.name, storage.read(source))
+        if is_start and not files.result.exists():
+            starts.note(files, sources)
         plans.append(chosen)
 
     try:

@@ -52,7 +52,7 @@ def claim(directory: Path, field: str) -> None:
         raise UserError(Problem(field, str(directory), allowed))
 
 
-def hold(lock: Path, field: str) -> None:
+def hold(lock: Path, field: str) -> bool:
     """Keeps all others from a lock file's directory; a thread may hold what it holds already.
 
     It falls with its process, however that ends. Other hosts are kept away too where the file
@@ -62,13 +62,16 @@ def hold(lock: Path, field: str) -> None:
       lock: the file; it says who holds it, and is there no longer than that.
       field: the directory's name in the words of the user.
 
+    Returns:
+      Whether the thread did not hold it before.
+
     Raises:
       UserError: another process or thread holds it.
       RunError: it cannot be written.
     """
     place = os.path.realpath(lock)
     if _locks.get(place, (0,))[0] == threading.get_ident():
-        return
+        return False
     taken = False
     while not taken:
         with writing(lock), contextlib.ExitStack() as undo:
@@ -94,6 +97,7 @@ def hold(lock: Path, field: str) -> None:
                 file.flush()
                 _locks[place] = threading.get_ident(), file
                 undo.pop_all()
+    return True
 
 
 def release(lock: Path) -> None:

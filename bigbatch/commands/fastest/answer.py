@@ -265,8 +265,17 @@ def hardware(
     sizes: NDArray[np.int64],
     devices: int,
     restart_s: float,
+    likely: Plan | None = None,
 ) -> Hardware:
     """The seconds of an update of each size on powers of two of devices, and on all there are.
+
+    Args:
+      config: a validated config.
+      speeds: of the hardware.
+      sizes: the batch sizes, rising.
+      devices: that there are.
+      restart_s: as of `Hardware`.
+      likely: the plan that the layouts are for; None: of each size over an equal share of the run.
 
     Raises:
       UserError: no layout can be formed on any number.
@@ -275,9 +284,9 @@ def hardware(
     if config.microbatch_examples_per_device == "auto":
         fits = -(-int(plan.batch_sizes.max()) // unit) * unit
         config = dataclasses.replace(config, microbatch_examples_per_device=fits)
-    # Each size over an equal share of the run, so that the layout's shapes suit them all.
-    counts = np.ceil(plan.num_examples / len(sizes) / sizes).astype(np.int64)
-    likely = dataclasses.replace(plan, batch_sizes=np.repeat(sizes, counts), hypers={})
+    if likely is None:
+        counts = np.ceil(plan.num_examples / len(sizes) / sizes).astype(np.int64)
+        likely = dataclasses.replace(plan, batch_sizes=np.repeat(sizes, counts), hypers={})
     sent = gradient_bytes(config)
     columns: dict[int, list[float]] = {}
     refused: UserError | None = None

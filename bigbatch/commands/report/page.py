@@ -13,7 +13,15 @@ from bigbatch.commands.report import figures, linear_scaling, table
 from bigbatch.commands.report.interactive import axes, page_data
 from bigbatch.commands.report.runs import LoggedRun
 from bigbatch.commands.report.summary import MeanSd, Summary
-from bigbatch.commands.report.timing import StageSpeed, equal_budgets, input_wait_s, stage_speeds
+from bigbatch.commands.report.timing import (
+    WALL_NOTE,
+    WALL_TIME,
+    StageSpeed,
+    equal_budgets,
+    input_wait_s,
+    stage_speeds,
+    wall_times,
+)
 from bigbatch.schedule.durations import in_epochs
 
 _CAPTIONS = {
@@ -248,6 +256,9 @@ def _times(summary: Summary) -> Iterator[str]:
         rows.append((experiment.name, *cells))
     yield "<h2>Where the time went</h2>"
     yield _html_table(("experiment", "seconds", "of them waiting for input", "%"), rows)
+    if walls := wall_times({e.name: e.runs for e in summary.experiments}):
+        yield _html_table(WALL_TIME, walls)
+        yield f'<p class="small">{escape(WALL_NOTE)}</p>'
 
 
 def _linear_scaling(summary: Summary) -> Iterator[str]:

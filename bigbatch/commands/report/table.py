@@ -9,6 +9,7 @@ from bigbatch.commands.report.curves import CurveGap
 from bigbatch.commands.report.metric import Metric
 from bigbatch.commands.report.runs import LoggedRun
 from bigbatch.commands.report.summary import Difference, Experiment, MeanSd, Summary
+from bigbatch.commands.report.timing import WALL_NOTE, WALL_TIME, wall_times
 
 MISSING = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
@@ -178,6 +179,9 @@ def markdown(summary: Summary) -> str:
         lines += ["## Where linear scaling ends", ""]
         lines += [*_markdown_table(linear_scaling.COLUMNS, scaling), ""]
         lines += [_escape(linear_scaling.NOTE), ""]
+    if walls := wall_times({e.name: e.runs for e in summary.experiments}):
+        lines += ["## Where the wall time went", "", *_markdown_table(WALL_TIME, walls), ""]
+        lines += [_escape(WALL_NOTE), ""]
     if summary.warnings:
         lines += ["## Missing or not comparable", ""]
         lines += [f"- {_escape(warning)}" for warning in summary.warnings] + [""]

@@ -1,12 +1,14 @@
 """When things happened: seconds of a run at any example, of each stage, of waiting for input."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from bigbatch.commands.report.metric import Metric
 from bigbatch.commands.report.runs import Columns, LoggedRun
+from bigbatch.workdir import starts
+from bigbatch.workdir.starts import goodput
 
 
 def seconds_at(run: LoggedRun, examples: np.ndarray) -> np.ndarray:
@@ -79,6 +81,29 @@ def input_wait_s(run: LoggedRun) -> float:
     waited = run.training["input_wait_s"]
     known = np.isfinite(waited)
     return float(waited[known].sum()) if known.any() else np.nan
+
+
+WALL_TIME = ("experiment", "starts", "wall seconds", "goodput %", *starts.KINDS, starts.LOST)
+WALL_NOTE = (
+    "Means over the runs of the wall seconds of all starts of a run together. Goodput: the share "
+    "of the device, which is all of the loop that waited for nothing else. Lost: updates that a "
+    "kill took back, and starts that came to no checkpoint."
+)
+
+
+def wall_times(groups: Mapping[str, Sequence[LoggedRun]]) -> list[tuple[str, ...]]:
+    """A row of `WALL_TIME` for each experiment whose runs say where their wall time went."""
+    rows = []
+    for name, runs in groups.items():
+        known = [(len(run.starts), seconds) for run in runs if (seconds := goodput(run.starts))]
+        total = sum(sum(seconds.values()) for _, seconds in known)
+        if total > 0:
+            count = sum(count for count, _ in known) / len(known)
+            means = {k: sum(s.get(k, 0.0) for _, s in known) / len(known) for k in WALL_TIME[4:]}
+            share = 100 * means["device"] * len(known) / total
+            cells = f"{count:.3g}", f"{total / len(known):,.1f}", f"{share:.0f}"
+            rows.append((name, *cells, *(f"{value:,.1f}" for value in means.values())))
+    return rows
 
 
 class Budget(NamedTuple):
