@@ -14,7 +14,6 @@ import tomllib
 from pathlib import Path
 
 import IPython.display
-import jax
 import jupytext
 import matplotlib.pyplot as plt
 import nbformat
@@ -80,8 +79,6 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.setattr(IPython.display, "display", lambda shown: print(shown.data))
     plt.switch_backend("agg")
-    # Most of the time is compilation, and next to nothing is computed.
-    jax.config.update("jax_disable_most_optimizations", True)
 
     def cells(source):
         names = {"__name__": "__main__"}
@@ -96,8 +93,7 @@ def run(monkeypatch, tmp_path):
                 yield printed.getvalue(), len(plt.get_fignums())
                 plt.close("all")
 
-    yield cells
-    jax.config.update("jax_disable_most_optimizations", False)
+    return cells
 
 
 def test_there_are_notebooks():
