@@ -46,7 +46,7 @@ SHORT = {
             ("policy.boundaries_epochs", "[0.1]"),
         ],
         "FROM_UPDATE": 5,
-        "ASKED": Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1),
+        "ASKED": Asked(sizes=(32, 64, 128), branches=2, loss_share=0.05, most_epochs=0.5),
     },
 }
 _NUMBER = re.compile(r"(?<!\w)-?(?:\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b")
