@@ -8,8 +8,8 @@ False
 >>> checks.done()
 Traceback (most recent call last):
 ...
-bigbatch.errors.UserError: momentum: given 1.0; allowed: a number from 0 to below 1; nearest: 0.999
-batch_size: given 0; allowed: a whole number of examples, at least 1; nearest: 1
+bigbatch.errors.UserError: momentum: given 1.0; nearest: 0.999; allowed: a number from 0 to below 1
+batch_size: given 0; nearest: 1; allowed: a whole number of examples, at least 1
 """
 
 import dataclasses

@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigbatch
-from bigbatch.commands import check_log, interrupts, plan_verb
+from bigbatch.commands import check_log, interrupts, plan_verb, tables
 from bigbatch.commands.data import add_data
-from bigbatch.errors import Problem, RunError, StoppedError, UserError
+from bigbatch.errors import Problem, RunError, StoppedError, UserError, among
 
 if TYPE_CHECKING:
     from bigbatch.commands.report import Report
 
 # What a shell reports of a program that SIGPIPE has ended.
 _BROKEN_PIPE = 141
+_COLUMNS = 80
 _OVERRIDE = re.compile(r"--config\.([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 
 
@@ -37,14 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What the terminal's encoding lacks is shown by its number.
         sys.stdout.reconfigure(errors="backslashreplace")
-    if arguments == ["--version"]:
-        print("bigbatch", bigbatch.__version__)
-        return 0
     overrides = [m.groups() for m in map(_OVERRIDE.fullmatch, arguments) if m]
-    options = _parser().parse_args([a for a in arguments if not _OVERRIDE.fullmatch(a)])
-    options.overrides = overrides
+    arguments = [a for a in arguments if not _OVERRIDE.fullmatch(a)]
     try:
-        options.verb(options)
+        if arguments == ["--version"]:
+            print("bigbatch", bigbatch.__version__)
+        else:
+            parser = _parser()
+            _expect_known(parser, arguments)
+            options = parser.parse_args(arguments)
+            options.overrides = overrides
+            if "workdir" in options and sys.stderr.isatty():
+                # JAX takes a second or more to import.
+                _say(f"bigbatch {arguments[0]}: {options.workdir}; starting JAX ...")
+            options.verb(options)
         print(end="", flush=True)
     except (UserError, RunError, StoppedError) as error:
         return _tell(error)
@@ -82,7 +89,11 @@ def _tell(error: BaseException) -> int:
         count = len(error.problems)
         print(f"bigbatch: {count} mistake{'s' * (count > 1)}", file=sys.stderr)
         for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr)
+            text, last = f"  {problem}", "; allowed: "
+            if problem.nearest is not None and len(text) > _COLUMNS:
+                # What to type stands in a short line.
+                text = text.replace(last, f"\n    {last[2:]}", 1)
+            print(text, file=sys.stderr)
         return 2
     if isinstance(error, RunError | StoppedError):
         print(f"bigbatch: {error}", file=sys.stderr)
@@ -174,6 +185,23 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", required=True, metavar="DIR")
     add_data(verbs)
     return parser
+
+
+def _expect_known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Makes sure that a verb and its flags are spelled as they are known, or as a beginning."""
+    verbs = next((a.choices for a in parser._actions if isinstance(a.choices, dict)), None)
+    if verbs is None:
+        for text in arguments:
+            flag, known = text.partition("=")[0], parser._option_string_actions
+            if flag.startswith("--config."):
+                raise UserError(Problem("flag", text, "one with its value behind =", f"{flag}=3"))
+            if flag.startswith("--") and not any(name.startswith(flag) for name in known):
+                names = [name for name in known if name.startswith("--")]
+                raise UserError(Problem("flag", flag, *among(flag, names)))
+    elif arguments and arguments[0] in verbs:
+        _expect_known(verbs[arguments[0]], arguments[1:])
+    elif arguments and not arguments[0].startswith("-"):
+        raise UserError(Problem("verb", arguments[0], *among(arguments[0], verbs)))
 
 
 def _add_processes(verb: Any) -> None:
@@ -331,8 +359,8 @@ def _critical(options: argparse.Namespace) -> None:
     run = run_of(files, config)
     for point in measure(run, files, asked, options.at_updates, _say):
         points.append(point)
-        print(write(points, files.critical), end="\n\n", flush=True)
-    print(along(points))
+        tables.show(write(points, files.critical) + "\n")
+    tables.show(along(points))
     print(files.critical / "critical.md")
 
 
@@ -350,8 +378,8 @@ def _report(options: argparse.Namespace) -> None:
 def _show(report: "Report") -> None:
     for warning in report.warnings:
         print(f"bigbatch: {warning}", file=sys.stderr)
-    print(report.table.read_text(encoding="utf-8"))
     print(report.page)
+    tables.show(report.table.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

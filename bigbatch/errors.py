@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 
 # Of a value that was given, in a message.
 _MOST_CHARACTERS = 1_000
+# More names than these are told by so many of them.
+_MOST_NAMES, _OF_MORE = 8, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Problem:
         given = repr(self.given)
         if len(given) > _MOST_CHARACTERS:
             given = f"{given[:_MOST_CHARACTERS]}..."
-        text = f"{self.field}: given {given}; allowed: {self.allowed}"
-        return text if self.nearest is None else f"{text}; nearest: {self.nearest!r}"
+        nearest = "" if self.nearest is None else f"; nearest: {self.nearest!r}"
+        return f"{self.field}: given {given}{nearest}; allowed: {self.allowed}"
 
     def under(self, prefix: str) -> "Problem":
         """The same problem seen from one level further out: `prefix.field`."""
@@ -81,3 +83,30 @@ def nearest_name(name: str, names: Sequence[str]) -> str | None:
     'increase'
     """
     return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.5)), None)
+
+
+def among(name: object, names: Iterable[str], words: str = "one of ") -> tuple[str, str | None]:
+    """What is allowed in place of a name that is none of `names`, and the nearest of them.
+
+    Where one is near, it is the first of a few. Else whoever gave the name needs them all.
+
+    >>> among("increse", ["decay", "increase"])
+    ('one of increase, decay', 'increase')
+    """
+    known = list(names)
+    nearest = nearest_name(str(name), known)
+    if nearest is None:
+        return words + ", ".join(known), None
+    return words + listed(difflib.get_close_matches(str(name), known, len(known), 0)), nearest
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names with commas between, the first few of many.
+
+    >>> listed("abcde"), listed("abcdefghij")
+    ('a, b, c, d, e', 'a, b, c, d and 6 more')
+    """
+    known = list(names)
+    if len(known) <= _MOST_NAMES:
+        return ", ".join(known)
+    return f"{', '.join(known[:_OF_MORE])} and {len(known) - _OF_MORE} more"

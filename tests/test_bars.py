@@ -22,12 +22,15 @@ print(bar.shown)
 """
 
 
-def test_a_bar_fits_a_terminal_of_80_columns():
+def on_a_terminal(*command, **piped):
+    """The lines on a terminal of 80 columns, what was piped, and the exit status."""
     ours, theirs = os.openpty()
     environment = {**os.environ, "COLUMNS": "80", "TERM": "xterm"}
-    command = [sys.executable, "-c", SCRIPT]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=theirs, env=environment, text=True
+        [sys.executable, *command],
+        env=environment,
+        text=True,
+        **{"stdout": theirs, "stderr": theirs, **piped},
     ) as process:
         os.close(theirs)
         seen = b""
@@ -39,10 +42,32 @@ def test_a_bar_fits_a_terminal_of_80_columns():
             if not piece:
                 break
             seen += piece
-        assert process.stdout.read() == "True\n"
+        out = process.stdout.read() if process.stdout else ""
     os.close(ours)
-    assert process.returncode == 0
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode()))
+    return lines, out, process.returncode
+
+
+def test_a_plan_is_a_table_on_a_terminal():
+    plan = ["-m", "bigbatch", "plan", "--config=imagenet_resnet50"]
+    lines, _, status = on_a_terminal(*plan)
+    assert status == 0
+    assert max(map(len, lines)) <= 80
+    assert lines[lines.index("\N{BOX DRAWINGS LIGHT HORIZONTAL}" * 79) - 1].startswith(
+        "update  upd"
+    )
+
+
+def test_the_first_line_does_not_wait_for_jax():
+    compare = ["compare", "--config=digits:decay", "--workdir=nowhere", "--seeds=0"]
+    lines, *_ = on_a_terminal("-X", "importtime", "-m", "bigbatch", *compare)
+    jax = next(n for n, line in enumerate(lines) if re.fullmatch(r"import.*\| +jax", line))
+    assert "bigbatch compare: nowhere; starting JAX ..." in lines[:jax]
+
+
+def test_a_bar_fits_a_terminal_of_80_columns():
+    lines, out, status = on_a_terminal("-c", SCRIPT, stdout=subprocess.PIPE)
+    assert (out, status) == ("True\n", 0)
     assert max(map(len, lines)) <= 80
     assert [line for line in lines if line.startswith("a line")] == [
         f"a line {n}" for n in range(3)
@@ -58,3 +83,17 @@ def test_no_terminal_no_bar(capsys, show):
         bar.move(3, words="x")
     assert not bar.shown
     assert capsys.readouterr() == ("", "")
+
+
+COMPARED = """
+from bigbatch.bars import Bar
+from bigbatch.commands.compare import _move
+with Bar(200, "examples", show=True, words="[2/2] increase, seed 0") as bar:
+    _move(bar, 100, {"update": 3, "examples": 50})
+"""
+
+
+def test_the_bar_of_a_comparison_is_of_all_its_runs():
+    """One of 100 examples is done, and a half of the other."""
+    lines, *_ = on_a_terminal("-c", COMPARED)
+    assert any(re.fullmatch(r"\[2/2\] increase, seed 0 .* 75% .*", line) for line in lines)

@@ -153,7 +153,7 @@ def test_all_mistakes_are_found_at_once():
     names = "one of size, rate, name"
     assert problems == [
         Problem("part.rate", "0.1", "a number", 0.1),
-        Problem("part.nmae", "a", names, "name"),
+        Problem("part.nmae", "a", "one of name, rate, size", "name"),
         Problem("part.name", "c", "one of a, b"),
         Problem("part.epochs", 3, names),
         Problem("part.size", "nothing", "a whole number; the field is required"),

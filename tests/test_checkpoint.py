@@ -168,7 +168,7 @@ def test_going_back_moves_what_came_after(tmp_path):
     directory = tmp_path / "checkpoints"
     save(directory, 1, 2)
     with Checkpoints(directory) as checkpoints:
-        with pytest.raises(UserError, match=r"from-update: given 3; allowed: .*: 2, 1; nearest: 2"):
+        with pytest.raises(UserError, match=r"from-update: given 3; nearest: 2; allowed: .*: 2, 1"):
             checkpoints.go_back(3)
         checkpoints.go_back(1)
     assert restored(directory).updates == 1

@@ -1,5 +1,6 @@
 """The command as a user meets it: exit status, stdout and stderr, and what it leaves on disk."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 
 from bigbatch import cli
 from bigbatch.commands.report import runs as report_runs
+from bigbatch.config.fields import Fields
 from bigbatch.errors import UserError
 from bigbatch.workdir.files import Workdir
 
@@ -141,6 +143,44 @@ MISTAKES = [
         ["4 mistakes", "seed", "model.width", "policy.batch_size", "nearest: 'epochs'"],
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        (["pln"], "verb: given 'pln'; nearest: 'plan'"),
+        (["data", "inf"], "verb: given 'inf'; nearest: 'info'; allowed: one of info, "),
+        (["plan", "--confg=digits"], "flag: given '--confg'; nearest: '--config'"),
+        (
+            ["train", "--config=digits", "--workdr=x"],
+            "flag: given '--workdr'; nearest: '--workdir'",
+        ),
+        (
+            ["plan", "--config=digits", "--config.seed", "3"],
+            "flag: given '--config.seed'; nearest: ",
+        ),
+        (["plan", "--config=digits:incraese"], "config: given 'incraese'; nearest: 'increase'"),
+        (
+            ["plan", "--config=digits", "--config.polcy.batch_size=3"],
+            "polcy: given {'batch_size': 3}; nearest: 'policy'",
+        ),
+    ],
+)
+def test_a_typo_is_answered_in_a_short_line(capsys, arguments, first):
+    """And of many names that there are, with a few."""
+    status, out, err = run(*arguments, capsys=capsys)
+    head, line, *rest = err.splitlines()
+    assert (status, out, head) == (2, "", "bigbatch: 1 mistake")
+    assert line.startswith(f"  {first}")
+    assert len(line) <= 80
+    assert err.count(",") <= 7
+    assert [text[:13] for text in rest] == ["    allowed: "] * len(rest)
+
+
+def test_where_no_name_is_near_all_are_told(capsys):
+    *_, err = run("plan", "--config=digits", "--config.zzz=3", capsys=capsys)
+    fields = {field.name for field in dataclasses.fields(Fields)}
+    assert fields < set(err.partition("allowed: a field of the config: ")[2].strip().split(", "))
 
 
 @pytest.mark.parametrize(("overrides", "expected"), MISTAKES, ids=lambda v: " ".join(v)[:60])
@@ -325,9 +365,8 @@ def test_a_run_goes_back_to_a_checkpoint_and_ends_as_before(capsys, finished, tm
     command = ["train", f"--config={DIGITS}:increase", f"--workdir={workdir}", *QUICK]
     status, _, err = run(*command, "--from-update=5", capsys=capsys)
     assert status == 2
-    assert (
-        "from-update: given 5; allowed: the updates done at a checkpoint that is kept: 6, 4" in err
-    )
+    assert "from-update: given 5; nearest: 6\n    allowed: updates done at a checkpoint" in err
+    assert "that is kept: 6, 4\n" in err
     for verb, out in (("evaluate", ()), ("export", (f"--out={tmp_path / 'network.npz'}",))):
         status, shown, _ = run(verb, f"--workdir={workdir}", "--update=4", *out, capsys=capsys)
         assert (status, json.loads(shown)["updates"]) == (0, 4)

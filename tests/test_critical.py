@@ -127,14 +127,20 @@ def test_a_branch_trains_from_a_copy_on_examples_of_its_own(finished):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes=16,64,128"], "sizes: given 16; allowed: a multiple of the 32 examples of a"),
+        (["--sizes=16,64,128"], "sizes: given 16; nearest: 32"),
         (["--sizes=32,64,64"], "sizes: given [32, 64, 64]; allowed: at least three different"),
-        (["--branches=1"], "branches: given 1; allowed: a whole number, at least 2"),
-        (["--loss-share=1"], "loss_share: given 1.0; allowed: a share above 0 and below 1"),
+        (["--branches=1"], "branches: given 1; nearest: 2"),
+        (
+            ["--loss-share=1"],
+            "loss_share: given 1.0; nearest: 0.999; allowed: a share above 0 and below 1",
+        ),
         (["--most-epochs=0"], "most_epochs: given 0.0; allowed: a number of epochs above 0"),
         (["--lr-factors=1,0"], "lr_factors: given 0; allowed: numbers above 0"),
         (["--target=loss=nan"], "target: given nan; allowed: a finite number"),
-        (["--at-updates=20"], "at_updates: given 20; allowed: updates with a checkpoint: 24 (keep"),
+        (
+            ["--at-updates=20"],
+            "at_updates: given 20; nearest: 24\n    allowed: updates with a checkpoint: 24 (keep",
+        ),
         (["--config.seed=1"], "config.seed: given '1'; allowed: nothing without --config"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 
 from bigbatch import cli
 from bigbatch.errors import UserError
+from bigbatch.training import progress
 from tests import trained
 from tests.test_distributed import ROOT
 
@@ -38,10 +39,11 @@ def command(*arguments, environment=None, **options):
     )
 
 
-def test_nobody_reads_what_is_printed():
+@pytest.mark.parametrize("arguments", [PLAN, ["--version"]])
+def test_nobody_reads_what_is_printed(arguments):
     read, write = os.pipe()
     os.close(read)
-    process = command(*PLAN, stdout=write)
+    process = command(*arguments, stdout=write)
     os.close(write)
     assert process.communicate()[1] == b""
     assert process.returncode == 141
@@ -77,6 +79,27 @@ def test_platforms_that_are_not_there(tmp_path, platform):
     assert process.returncode == 2, said
     assert f"JAX_PLATFORMS: given '{platform}'; allowed: platforms".encode() in said
     assert b"Traceback" not in said
+
+
+@pytest.mark.parametrize(("asked", "count"), [(None, 1), ("cpu", 0)])
+def test_a_cpu_in_place_of_what_is_installed(tmp_path, monkeypatch, capsys, asked, count):
+    """A plugin of JAX for other devices, of which none is here."""
+    place = tmp_path / "jax_cuda99_plugin-1.0.dist-info"
+    place.mkdir()
+    (place / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: jax-cuda99-plugin\nVersion: 1.0\n"
+    )
+    (place / "entry_points.txt").write_text("[jax_plugins]\nxla_cuda99 = nowhere\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = jax.config.values["jax_platforms"]
+    jax.config.update("jax_platforms", asked)
+    try:
+        progress.say_devices("a run")
+    finally:
+        jax.config.update("jax_platforms", before)
+    said = capsys.readouterr().err
+    assert said.startswith("a run; 8 x cpu; compiling ...\n")
+    assert said.count("warning: this runs on the CPU: JAX's plugin xla_cuda99 is") == count
 
 
 def test_programs_that_are_not_to_be_compiled():

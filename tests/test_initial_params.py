@@ -182,7 +182,7 @@ NETWORK = "allowed: the 4 arrays of this config's network"
         ),
         (
             {f"params/{number}": np.zeros(1) for number in range(9)},
-            ["with params/0, params/1, params/2, params/3, params/4, params/5 and 3 more'"],
+            ["with " + ", ".join(f"params/{number}" for number in range(4)) + " and 5 more'"],
         ),
         ({BIAS: np.array([None])}, ["allowed: an npz file that can be read (ValueError: "]),
     ],

@@ -367,7 +367,7 @@ def test_masked_examples_of_any_content_add_nothing():
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"width": 10, "heads": 4}, "width: given 10; allowed: an even multiple"),
+        ({"width": 10, "heads": 4}, "width: given 10; nearest: .*; allowed: an even multiple"),
         ({"layers": 0}, "layers: given 0"),
     ],
 )

@@ -37,6 +37,16 @@ SHORT = {
         "SEEDS": 1,
         "OVERRIDES": [*_TINY, ("epochs", "0.2"), ("policy.boundaries_epochs", "[0.1]")],
     },
+    "language_model": {
+        "EXPERIMENTS": ["cosine"],
+        "OVERRIDES": [
+            *_TINY[:2],
+            ("tokens", "8_000"),
+            ("data.train_examples", "100"),
+            ("data.test_examples", "16"),
+            ("model.width", "8"),
+        ],
+    },
     "noise_scale": {
         "OVERRIDES": [
             *_TINY,

@@ -236,7 +236,7 @@ def test_at_epoch():
     # Updates start at 0, 7, 14, 21 and 28.
     assert [plan.at_epoch(e) for e in (0, 0.7, 0.71, 1, 2, 2.1)] == [0, 1, 1, 1, 2, 3]
     assert plan.at_example(np.array([[6, 7], [13, 34]])).tolist() == [[0, 1], [1, 4]]
-    with pytest.raises(errors.UserError, match=r"position: given 35; .* 0 to 34; nearest: 34"):
+    with pytest.raises(errors.UserError, match=r"position: given 35; nearest: 34; .* 0 to 34"):
         plan.at_example(35)
     with pytest.raises(IndexError):
         plan.row(5)
@@ -300,7 +300,7 @@ def test_a_batch_size_of_more_than_31_bits_is_no_schedule():
 def test_more_examples_than_can_be_told_apart_are_refused():
     plan = make_plan(constant(0.1, 2**40), train_examples=2**32, epochs=2**16)
     assert plan.num_examples == 2**48
-    with pytest.raises(errors.UserError, match=r"epochs: given 65537; .* nearest: 65536"):
+    with pytest.raises(errors.UserError, match=r"epochs: given 65537; nearest: 65536"):
         make_plan(constant(0.1, 2**40), train_examples=2**32, epochs=2**16 + 1)
 
 

@@ -33,12 +33,12 @@ def no_programs(monkeypatch):
         (
             regression.prepare,
             {"mesh": Mesh(DEVICES.reshape(2, 4), ("data", "model"))},
-            "mesh: given ('data', 'model'); allowed: a mesh of the one axis 'data': parameters are",
+            "mesh: given ('data', 'model'); nearest: ('data',); allowed: a mesh of the one axis",
         ),
         (
             regression.prepare,
             {"mesh": Mesh(DEVICES, ("batch",))},
-            "mesh: given ('batch',); allowed: a mesh of the one axis 'data'",
+            "mesh: given ('batch',); nearest: ('data',); allowed: a mesh of the one axis 'data'",
         ),
         (
             regression.prepare,
@@ -63,14 +63,14 @@ def no_programs(monkeypatch):
         (
             linen_batch_norm.prepare,
             {"microbatch_examples_per_device": 4, "mesh": data_mesh(list(DEVICES[:4]))},
-            "microbatch_examples_per_device: given 4; allowed: a multiple of ghost_batch_examples "
-            "= 16: this task forms its statistics or random numbers on one device. Devices share a "
-            "ghost batch with bigbatch.GhostNorm; nearest: 16",
+            "microbatch_examples_per_device: given 4; nearest: 16; allowed: a multiple of "
+            "ghost_batch_examples = 16: this task forms its statistics or random numbers on one "
+            "device. Devices share a ghost batch with bigbatch.GhostNorm",
         ),
         (
             regression.prepare,
             {"reproducible": True, "shard_optimizer": True},
-            "reproducible: given True; allowed: False with shard_optimizer",
+            "reproducible: given True; nearest: False; allowed: False with shard_optimizer",
         ),
     ],
 )

@@ -162,8 +162,9 @@ def test_what_is_wrong_with_files_is_said(tmp_path):
     assert f"directory: given 'token 70 at position 3 of {path}'; allowed: tokens from 0 to 9" in (
         refused("tokens", 2, directory)
     )
-    assert "sequence_tokens: given 6; allowed: fewer than the 6 tokens of the train part" in (
-        refused("tokens", 6, directory)
+    assert (
+        "sequence_tokens: given 6; nearest: 5; allowed: fewer than the 6 tokens of the train part"
+        in (refused("tokens", 6, directory))
     )
     path.write_bytes(path.read_bytes()[:-3])
     assert "train.bin has 9 bytes'; allowed: 12 bytes, the 6 tokens that tokens.json tells of" in (
@@ -183,7 +184,8 @@ def test_what_is_wrong_with_files_is_said(tmp_path):
         "tokens", 2, written(tmp_path / "u", [1] * 5), train_examples=3
     )
     unmarked = written(tmp_path / "v", [1] * 5, separator=None)
-    assert "documents: given 'masked'; allowed: packed" in refused("tokens", 2, unmarked, "masked")
+    masked = refused("tokens", 2, unmarked, "masked")
+    assert "documents: given 'masked'; nearest: 'packed'; allowed: packed, as" in masked
 
 
 def test_a_wrong_token_of_a_large_file_is_found_where_it_is_read(tmp_path, monkeypatch):
@@ -208,11 +210,11 @@ LANGUAGE = {
     [
         (
             {"model": {**LANGUAGE["model"], "vocabulary": 100}},
-            "model.vocabulary: given 100; allowed: at least 256, the vocabulary of the data",
+            "model.vocabulary: given 100; nearest: 256; allowed: at least 256, the vocabulary",
         ),
         ({"data": {"name": "digits"}}, "model: given 'TransformerConfig'; allowed: data of tokens"),
         ({"model": trained.FLOAT64_MODEL}, "model: given 'WideResNetConfig'; allowed: a bundled"),
-        ({"label_smoothing": 0.1}, "label_smoothing: given 0.1; allowed: 0 but for images"),
+        ({"label_smoothing": 0.1}, "label_smoothing: given 0.1; nearest: 0.0; allowed: 0 but"),
         ({"data": {"name": "bible_kjv"}}, "data.sequence_tokens: given 'nothing'"),
         ({"data": {"name": "bible"}}, "nearest: 'bible_kjv'"),
     ],

@@ -5,11 +5,14 @@ with that of the first experiment, where it is among them: one report a variant,
 on the names without one.
 """
 
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from bigbatch.bars import Bar
 from bigbatch.commands.report import Report, write_report
 from bigbatch.commands.report.summary import REFERENCE_NAME
 from bigbatch.config.config import Config
@@ -71,24 +74,33 @@ def compare(
         raise UserError(problems)
 
     from bigbatch.config.assemble import train
-    from bigbatch.training.progress import in_words, main_metric
+    from bigbatch.training.progress import in_words, main_metric, say_devices
 
-    trained, start_s = 0, time.monotonic()
-    for number, ((name, seed), config) in enumerate(configs.items(), 1):
-        files = _files(directory, name, seed)
-        print(
-            f"[{number}/{len(configs)}] {name}, seed {seed}: ", end="", file=sys.stderr, flush=True
-        )
-        result, is_old = train(config, files)
-        words = "finished before"
-        if not is_old:
-            shown = in_words(main_metric(result), result[main_metric(result)])
-            words = f"{result['updates']} updates, {shown}, {result['seconds']:.1f} s"
-            trained += 1
-            left_s = (time.monotonic() - start_s) / trained * (len(configs) - number)
-            if left_s > 0:
-                words += f"; about {left_s / 60:,.0f} min left" if left_s > 90 else "; soon done"
-        print(words, file=sys.stderr)
+    trained, start_s, done = 0, time.monotonic(), 0
+    total = sum(
+        config.plan.num_examples
+        for key, config in configs.items()
+        if not _files(directory, *key).result.exists()
+    )
+    say_devices(f"{len(configs)} runs")
+    with Bar(total, "examples", show=total > 0) as bar:
+        for number, ((name, seed), config) in enumerate(configs.items(), 1):
+            files = _files(directory, name, seed)
+            run = f"[{number}/{len(configs)}] {name}, seed {seed}"
+            if not bar.shown:
+                print(f"{run}: ", end="", file=sys.stderr, flush=True)
+            bar.move(0, words=run)
+            result, is_old = train(config, files, on_record=functools.partial(_move, bar, done))
+            words = "finished before"
+            if not is_old:
+                shown = in_words(main_metric(result), result[main_metric(result)])
+                words = f"{result['updates']} updates, {shown}, {result['seconds']:.1f} s"
+                trained, done = trained + 1, done + config.plan.num_examples
+                left_s = (time.monotonic() - start_s) / trained * (len(configs) - number)
+                if left_s > 0:
+                    minutes = f"about {left_s / 60:,.0f} min left" if left_s > 90 else "soon done"
+                    words += f"; {minutes}"
+            print(f"{run}: {words}" if bar.shown else words, file=sys.stderr)
     return [
         write_report(
             [_files(directory, name, seed).path for seed in range(seeds) for name in family],
@@ -96,6 +108,11 @@ def compare(
         )
         for variant, family in families(names).items()
     ]
+
+
+def _move(bar: Bar, before: int, record: Mapping[str, Any]) -> None:
+    """Moves the bar of all runs on to a record of one, after so many examples of others."""
+    bar.move(0, completed=before + record["examples"])
 
 
 def _files(directory: Path, name: str, seed: int) -> Workdir:

@@ -10,7 +10,7 @@ import numpy as np
 from bigbatch.config.config import Config
 from bigbatch.layout.layout import Layout, idle_share
 from bigbatch.schedule.diagnostics import diagnose, floors
-from bigbatch.schedule.durations import short
+from bigbatch.schedule.durations import in_epochs, short
 from bigbatch.schedule.plan import Plan, Stage
 
 # A plan whose every update differs has thousands of stages.
@@ -44,7 +44,7 @@ def text(config: Config, *, devices: int) -> str:
     ]
     lines = [
         f"{config.experiment or 'plan'}: {plan.train_examples:,} training examples, "
-        f"{plan.epochs:g} epoch{'s' * (plan.epochs != 1)}",
+        + in_epochs(plan.epochs),
         "",
         *aligned([header, *rows]),
         *([f"throughout: {fixed}"] if fixed else []),

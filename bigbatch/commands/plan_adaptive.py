@@ -6,6 +6,7 @@ from typing import Any
 from bigbatch.commands.plan import aligned, tokens
 from bigbatch.config.config import Config
 from bigbatch.schedule.adaptive.controller import Controller
+from bigbatch.schedule.durations import in_epochs
 
 _HEADER = (
     "level",
@@ -54,7 +55,7 @@ def text(config: Config, *, devices: int) -> str:
     return "\n".join(
         [
             f"{config.experiment or 'plan'}: {config.plan.train_examples:,} training examples, "
-            f"{config.plan.epochs:g} epochs{tokens(config.plan)}, adaptive",
+            f"{in_epochs(config.plan.epochs)}{tokens(config.plan)}, adaptive",
             "",
             *aligned([_HEADER, *rows]),
             "",

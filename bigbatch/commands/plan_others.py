@@ -8,9 +8,10 @@ import sys
 from typing import Any
 
 from bigbatch.checks import Checks, text_of
+from bigbatch.commands import tables
 from bigbatch.commands.plan import abridged, aligned
 from bigbatch.config.file import load_config
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 from bigbatch.schedule.plan import Plan, Stage
 from bigbatch.schedule.trainers.emit import FORMATS, stray
 
@@ -34,7 +35,7 @@ def show(config: Any, options: argparse.Namespace) -> None:
     told = plan.tokens_per_example or 1
     sequence_length = told if options.sequence_length is None else options.sequence_length
     if options.against:
-        print(beside(plan, read(options.against, plan, ranks, sequence_length)))
+        tables.show(beside(plan, read(options.against, plan, ranks, sequence_length)))
         return
     done = plan.emit(options.emit, ranks=ranks, sequence_length=sequence_length)
     print(done.text, end="")
@@ -82,8 +83,8 @@ def read(reference: str, plan: Plan, ranks: int, sequence_length: int) -> Plan:
         else:
             other = _known(load_config(reference), "against")
     except UserError as error:
-        allowed = f"a config, or FORMAT:FILE with a format of {', '.join(_READ)}"
-        problem = Problem("against", reference, allowed, nearest_name(name, _READ))
+        known = among(name, _READ, "a config, or FORMAT:FILE with a format of ")
+        problem = Problem("against", reference, *known)
         is_neither = name not in _READ and error.problems[0].field == "config"
         raise UserError([*[problem] * is_neither, *error.problems]) from error
     except (OSError, ValueError) as error:

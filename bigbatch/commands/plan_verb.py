@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from bigbatch.commands import fastest
+from bigbatch.commands import fastest, tables
 from bigbatch.errors import Problem, UserError
 
 _MOST_DEVICES = 2**20
@@ -112,11 +112,14 @@ def run(options: argparse.Namespace) -> None:
         times = time_table.times(config, devices, speeds)
         summary["time"] = time_table.summary(times, speeds)
         lines += ["", time_table.text(times, speeds)]
-    print(json.dumps(summary) if options.json else "\n".join(lines))
+    tables.show(json.dumps(summary) if options.json else "\n".join(lines))
     if options.plot:
         from bigbatch.commands.plan_figure import draw_plan
 
-        _plot(options.plot, draw_plan, config.plan, config.source_plan)
+        drawn: tuple[Any, ...] = (config.plan, config.source_plan)
+        if config.controller is not None:
+            drawn = (config.controller.most_updates(), None, config.controller.fewest_updates())
+        _plot(options.plot, draw_plan, *drawn)
     problems = programs_table.misfits(compiled) if compiled else []
     if problems:
         raise UserError(problems)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def train(
     change_future: bool = False,
     from_update: int | None = None,
     show_progress: bool = False,
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
 ) -> tuple[dict[str, Any], bool]:
     """Trains a config's run in a working directory; all of several processes call.
 
@@ -117,6 +118,7 @@ def train(
       change_future: see `open_run`.
       from_update: likewise.
       show_progress: see `loop.train`.
+      on_record: likewise.
 
     Returns:
       The result, and whether there was one before.
@@ -144,7 +146,7 @@ def train(
             return read_json(files.result, _RESULT), True
         if show_progress and distributed.is_first():
             name, decides = config.experiment or files.path.name, config.controller is not None
-            print(progress.first_line(name, plan, decides), file=sys.stderr)
+            progress.say_devices(progress.first_line(name, plan, decides))
         kept, plans = files.microbatch, config.controller or plan
         run = distributed.together(lambda: prepared(config, plans, data=data, kept=kept))
         options: dict[str, Any] = {
@@ -153,6 +155,7 @@ def train(
             "record": record,
             "sources": config.sources,
             "show_progress": show_progress,
+            "on_record": on_record,
             **config.intervals,
         }
         return loop.train(run, files.path, **options), False

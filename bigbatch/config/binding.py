@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bigbatch.checks import MOST_WHOLE
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among, nearest_name
 
 
 def bind(
@@ -54,8 +54,8 @@ def bind(
     mended: set[str] = set()
     for name, value in fields.items():
         if name not in names:
-            allowed = "one of " + ", ".join(names) if names else "no field at all"
-            found.append(Problem(name, value, allowed, nearest_name(name, names)))
+            allowed, nearest = among(name, names)
+            found.append(Problem(name, value, allowed if names else "no field at all", nearest))
             continue
         converted = convert(value, hints.get(name, Any))
         if not isinstance(converted, Mismatch):

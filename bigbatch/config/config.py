@@ -17,7 +17,7 @@ from bigbatch.config.fields import Fields
 from bigbatch.config.lengths import facts_of, in_examples, tokens_per_example
 from bigbatch.data import sets
 from bigbatch.engine.optimizer import OPTIMIZERS
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 from bigbatch.layout.layout import Layout
 from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller
@@ -302,9 +302,8 @@ class _Reader:
         elif isinstance(name, str) and name in registry:
             constructor = registry[name]
         else:
-            own = ['"package.module:callable"'] if prefix in _OWN else []
-            allowed = "one of " + ", ".join([*registry, *own])
-            nearest = nearest_name(str(name), list(registry))
+            allowed, nearest = among(name, registry)
+            allowed += ', "package.module:callable"' * (prefix in _OWN)
             self._problems.append(Problem(f"{prefix}.name", name, allowed, nearest))
             return None
         assert constructor is not None
@@ -341,9 +340,11 @@ def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:
     """Binds the plain fields; groups count among the names that a misspelt one is compared with."""
     fields = [field.name for field in dataclasses.fields(Fields)]
     names = [*fields, *_GROUPS, "transformations", "tokens"]
-    for name in [name for name in tree if name not in names]:
-        allowed = "a field of the config: " + ", ".join(names)
-        problems.append(Problem(name, tree[name], allowed, nearest_name(name, names)))
+    problems += [
+        Problem(name, value, *among(name, names, "a field of the config: "))
+        for name, value in tree.items()
+        if name not in names
+    ]
     return bind(Fields, {n: v for n, v in tree.items() if n in fields}, problems)
 
 

@@ -36,7 +36,7 @@ class Fields:
       noise_small_batch_examples: examples of the small batches from which the gradient noise is
         measured; None to measure nothing. More than four in a device's share of a microbatch are a
         loop within a program, in which XLA's CPU client computes much slower: there let
-        `microbatch_examples_per_device` be one to four small batches (noise_cpu.md).
+        `microbatch_examples_per_device` be one to eight small batches (noise_cpu.md).
       reproducible: sums exactly, so that devices and processes change no bit of the result. Each
         then computes one ghost batch (or small batch) in a call, however many would fit.
       keep_checkpoints: how many of the newest are kept.

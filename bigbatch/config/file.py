@@ -7,7 +7,6 @@ project come with the package, and go by their names alone: `digits:increase`.
 
 import ast
 import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from bigbatch.config.config import Config, read_config
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among, nearest_name
 from bigbatch.schedule.durations import TIME_UNITS
 
 
@@ -41,8 +40,7 @@ def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Co
     names = _names(module, "EXPERIMENTS") or []
     experiment = experiment or (names[0] if names else "")
     if names and experiment not in names:
-        allowed = "one of " + ", ".join(names)
-        raise UserError(Problem("config", experiment, allowed, nearest_name(experiment, names)))
+        raise UserError(Problem("config", experiment, *among(experiment, names)))
     tree = _run(reference, lambda: plain(module.get_config(experiment)))
     if not isinstance(tree, dict):
         allowed = "a file whose get_config returns a ConfigDict"
@@ -108,9 +106,8 @@ def _load_module(path: str) -> ModuleType:
     file = path if Path(path).is_file() else bundled.get(path)
     if file is None:
         siblings = [str(p) for p in Path(path).parent.glob("*.py")]
-        named = ", ".join(difflib.get_close_matches(path, bundled, n=len(bundled), cutoff=0))
-        allowed = "a Python file, optionally followed by a colon and an experiment, or instead of "
-        allowed += f"the file the name of a bundled one: {named}"
+        words = "a Python file, optionally followed by a colon and an experiment, or instead of "
+        allowed, _ = among(path, bundled, f"{words}the file the name of a bundled one: ")
         nearest = nearest_name(path, [*siblings, *bundled])
         raise UserError(Problem("config", path, allowed, nearest))
     spec = importlib.util.spec_from_file_location(f"bigbatch_config_{Path(file).stem}", file)
@@ -247,8 +244,8 @@ def _child(node: Any, group: str, problem: Problem) -> Any:
         if sum(str(entry.get("name")) == group for entry in entries) > 1:
             allowed = f"a group of which there is one; several are named {group!r}: change them in "
             raise UserError(dataclasses.replace(problem, allowed=f"{allowed}the config file"))
-        allowed = "one of " + ", ".join(named) if named else "nothing: the list holds no groups"
-        nearest = nearest_name(group, list(named))
+        allowed, nearest = among(group, named)
+        allowed = allowed if named else "nothing: the list holds no groups"
     if not isinstance(child, dict | list):
         raise UserError(dataclasses.replace(problem, allowed=allowed, nearest=nearest))
     return child

@@ -18,7 +18,7 @@ import numpy as np
 
 from bigbatch.checks import Checks
 from bigbatch.data.fingerprint import is_read_whole
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 
 Example = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype]]
@@ -106,8 +106,8 @@ class Part:
         if isinstance(given, Mapping):
             for name in names or ():
                 if name not in given:
-                    allowed = f"entries of {self.name}: {', '.join(given)}"
-                    raise UserError(Problem("names", name, allowed, nearest_name(name, [*given])))
+                    found = among(name, given, f"entries of {self.name}: ")
+                    raise UserError(Problem("names", name, *found))
             return {name: np.asarray(given[name]) for name in names or given}
         if names is None:
             allowed = "arrays by name, or a tuple of arrays, whose names the argument `names` gives"

@@ -18,7 +18,7 @@ from bigbatch.data.records.record_set import RecordSet
 from bigbatch.data.stream import Arrays
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tokens import TokenOptions
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 
 __all__ = [
     "NAMES",
@@ -250,10 +250,10 @@ class Options:
         prepared = self._prepared
         if prepared is None:
             known = [*_INFOS, own_arrays.NAME, *tokens.NAMES]
-            allowed = "one of " + ", ".join(known) + ", or a data set for image classification "
-            allowed += f"prepared in {tfds_metadata.data_directory(self.directory)} by: "
+            allowed, nearest = among(self.name, known)
+            place = tfds_metadata.data_directory(self.directory)
+            allowed += f", or a data set for image classification prepared in {place} by: "
             allowed += tfds_files.prepare_command(self.name, self.directory)
-            nearest = nearest_name(str(self.name), known)
             raise UserError(Problem("name", self.name, allowed, nearest))
         tfds_files.check(prepared, any_shape=self.is_record_set)
         splits = "train", _test_split(prepared)

@@ -23,7 +23,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from bigbatch.engine.ghost_batches import GHOST_STATISTICS, RUNNING_STATISTICS
 from bigbatch.engine.task import Examples, PyTree, Sums, Task
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 
 Loss = Callable[[PyTree, Examples], Sums]
 Inputs = Mapping[str, str] | None
@@ -254,10 +254,9 @@ def _entries(kind: type, inputs: Mapping[str, str], shapes: Described) -> dict[s
     required = [p.name for p in named if p.default is p.empty and p.name in names]
     entries = {name: name for name in names if name in shapes} | dict(inputs)
     given = {name: entries.get(name) for name in [*required, *inputs]}
-    allowed = f"for a parameter of {kind.__name__}.__call__ an entry of the examples: "
-    allowed += ", ".join(shapes)
+    words = f"for a parameter of {kind.__name__}.__call__ an entry of the examples: "
     problems = [
-        Problem(f"inputs.{name}", entry, allowed, nearest_name(entry or name, list(shapes)))
+        Problem(f"inputs.{name}", entry, *among(entry or name, shapes, words))
         for name, entry in given.items()
         if entry not in (*shapes, "key")
     ]

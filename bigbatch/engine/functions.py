@@ -189,7 +189,8 @@ def accumulate(
             # The same program on every layout.
             assert unit is None, "one unit a call"
             into = functools.partial(exact_sums.add, exponents=bounds)
-        total = units.add_units(addend, into, accumulator, microbatch, unit)
+        platform = mesh.devices.flat[0].platform
+        total = units.add_units(addend, into, accumulator, microbatch, unit, platform=platform)
         return jax.tree.map(lambda leaf: leaf[None], total)
 
     return jax.shard_map(

@@ -20,7 +20,7 @@ from bigbatch.engine import functions
 from bigbatch.engine.accumulator import RESTS
 from bigbatch.engine.functions import REPLICATED, SHARDED
 from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 from bigbatch.schedule.adaptive.gradient_noise import SUMMED
 
 Shaped = Mapping[str, jax.ShapeDtypeStruct]
@@ -95,8 +95,7 @@ def _told(field: str, allowed: str, readable: Mapping[str, Any] | None = None) -
         given, nearest = textwrap.shorten(f"{type(error).__name__}: {error}", 200), None
         if isinstance(error, KeyError) and readable:
             name = str(next(iter(error.args), ""))
-            allowed = f"what is there: {', '.join(readable)}"
-            nearest = nearest_name(name, list(readable))
+            allowed, nearest = among(name, readable, "what is there: ")
             if name in _IN_TRAINING_ONLY:
                 allowed += "; ghost_mask in training, key there too and with takes_keys=True"
         raise UserError(Problem(field, given, allowed, nearest)) from error

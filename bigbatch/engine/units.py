@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bigbatch.engine.task import Examples, PyTree
 
 # More would take too long to compile.
-_WRITTEN_OUT = 4
+_WRITTEN_OUT, _WRITTEN_OUT_ON_CPU = 4, 8
 
 
 def add_units(
@@ -17,11 +17,13 @@ def add_units(
     total: PyTree,
     examples: Examples,
     unit_examples: int | None,
+    *,
+    platform: str,
 ) -> PyTree:
     """Adds what `function` makes of each unit of a device's share to a total, one after another.
 
-    A few units are written out: XLA's CPU client is slow at a loop's convolutions. More are a loop,
-    whose masked ones, at the end of a share, are not computed.
+    A few units are written out: XLA's CPU client takes twice as long for a loop's convolutions.
+    More are a loop, whose masked ones, at the end of a share, are not computed.
 
     Args:
       function: the examples of one unit -> an addend.
@@ -29,6 +31,7 @@ def add_units(
       total: the sums so far.
       examples: a device's share, [examples, ...] by name, and `ghost_mask`, [ghost batches].
       unit_examples: examples of a unit; None: the whole share is one.
+      platform: of the device.
 
     Returns:
       The total with all units added.
@@ -41,7 +44,7 @@ def add_units(
         name: array.reshape(count, len(array) // count, *array.shape[1:])
         for name, array in examples.items()
     }
-    if count <= _WRITTEN_OUT:
+    if count <= (_WRITTEN_OUT_ON_CPU if platform == "cpu" else _WRITTEN_OUT):
         for index in range(count):
             unit = {name: array[index] for name, array in units.items()}
             total = add(total, function(unit))

@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bigbatch.errors import Problem, UserError
+from bigbatch.errors import Problem, UserError, listed
 from bigbatch.noise.sums import square, wide
 
 
@@ -94,7 +94,7 @@ def by_group(**patterns: str) -> Geometry:
         empty = [name for name, leaves in groups.items() if not leaves]
         if empty:
             paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
-            allowed = "a regular expression that fits one of " + ", ".join(paths)
+            allowed = "a regular expression that fits one of " + listed(paths)
             raise UserError(Problem(name, patterns[name], allowed) for name in empty)
         found = [square(leaves) for leaves in groups.values()]
         return jnp.stack([*found[: len(patterns)], sum(found[1:], start=found[0])])

@@ -16,6 +16,7 @@ import dataclasses
 
 import numpy as np
 
+from bigbatch.schedule.durations import in_epochs
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy
@@ -98,9 +99,9 @@ def momentum_lag(plan: Plan) -> Diagnostic:
         "momentum_lag",
         lag / length,
         MAX_LAG_SHARE,
-        f"momentum lag: {lag:.2g} epochs, {lag / length:.1%} of the {length:.3g} epochs at about "
-        f"batch size {size:,}",
-        f"the velocity follows a change only after {lag:.2g} epochs, which is "
+        f"momentum lag: {in_epochs(lag, 2)}, {lag / length:.1%} of the {in_epochs(length, 3)} at "
+        f"about batch size {size:,}",
+        f"the velocity follows a change only after {in_epochs(lag, 2)}, which is "
         f"{lag / length:.1%} of the time at about batch size {size:,}: lower the momentum or "
         "max_batch_size, or train for more epochs",
     )

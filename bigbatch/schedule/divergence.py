@@ -3,6 +3,7 @@
 The arithmetic is that of `bigbatch.schedule.diagnostics`, at the update where it happened.
 """
 
+from bigbatch.schedule.durations import in_epochs
 from bigbatch.schedule.plan import Plan, Row
 
 # The paper raised the effective learning rate to 1 on CIFAR-10 without trouble, and to 5 with
@@ -33,8 +34,8 @@ def diagnosis(plan: Plan, row: Row, what: str, last_loss: float) -> str:
         f"{max(row.update - 1, 0)} to {row.update}, as all before were finite, and the last "
         f"training loss logged is {last_loss:.4g}. There: batch size {row.batch_size:,}, {hyper}, "
         f"effective learning rate lr/(1-m) {effective:.3g}, noise scale {row.noise_scale:.4g}, "
-        f"momentum lag {lag_epochs:.2g} epochs. Checkpoints of earlier updates are kept. To try: "
-        + "; ".join(_advice(row, effective, lag_epochs))
+        f"momentum lag {in_epochs(lag_epochs, 2)}. Checkpoints of earlier updates are kept. To "
+        "try: " + "; ".join(_advice(row, effective, lag_epochs))
     )
 
 

@@ -145,6 +145,16 @@ def short(count: float) -> str:
     return f"{count / multiple:.4g}{letter}"
 
 
+def in_epochs(number: float, digits: int = 6) -> str:
+    """A time in words, to so many digits.
+
+    >>> in_epochs(1.0), in_epochs(2.25, 2)
+    ('1 epoch', '2.2 epochs')
+    """
+    text = f"{number:.{digits}g}"
+    return f"{text} epoch{'s' * (text != '1')}"
+
+
 def quantity(number: str, multiple: str) -> Fraction:
     """The number that the two parts of `QUANTITY` stand for, exactly."""
     return Fraction(number) * _MULTIPLES[multiple]

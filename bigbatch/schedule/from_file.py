@@ -7,7 +7,7 @@ import numpy as np
 
 from bigbatch.checks import Checks, text_of
 from bigbatch.errors import Problem, UserError
-from bigbatch.schedule.durations import num_reached
+from bigbatch.schedule.durations import in_epochs, num_reached
 from bigbatch.schedule.noise_scale import Array, make_rule
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy, Settings
@@ -45,7 +45,7 @@ def plan_file(
         plan.epochs >= epochs,
         "path",
         path,
-        f"the plan of at least {epochs:g} epochs; this one is for {plan.epochs:g}",
+        f"the plan of at least {in_epochs(epochs)}; this one is for {plan.epochs:g}",
     )
     odd = plan.batch_sizes[plan.batch_sizes % batch_multiple_examples != 0]
     checks.require(

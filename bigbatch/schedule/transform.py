@@ -79,8 +79,7 @@ def with_rule(
       UserError: there is no such rule, or it needs something that is missing.
     """
     checks = Checks()
-    nearest = errors.nearest_name(str(rule), list(RULES))
-    checks.require(rule in RULES, "rule", rule, "one of " + ", ".join(RULES), nearest)
+    checks.require(rule in RULES, "rule", rule, *errors.among(rule, RULES))
     if rule == "linear_exact":
         given = "nothing" if train_examples is None else train_examples
         checks.whole("train_examples", given, "the number of training examples")

@@ -1,6 +1,8 @@
 """What a run says of itself while it trains: progress, the records of the log, the bar."""
 
+import importlib.metadata
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -220,11 +222,21 @@ def first_line(name: str, plan: Plan, decides: bool) -> str:
     updates = (
         "batch sizes that it decides" if decides else f"{plan.num_updates:,} updates of {sizes}"
     )
+    return f"{name}: {plan.num_examples:,} examples, {updates}"
+
+
+def say_devices(words: str) -> None:
+    """Says on standard error what is begun and on which devices, and if these are a fallback."""
     devices = jax.devices()
-    return (
-        f"{name}: {plan.num_examples:,} examples, {updates}; {len(devices)} x "
-        f"{devices[0].device_kind}; compiling ..."
-    )
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    print(f"{words}; {kind}; compiling ...", file=sys.stderr)
+    if devices[0].platform == "cpu" and not jax.config.values["jax_platforms"]:
+        for plugin in importlib.metadata.entry_points(group="jax_plugins"):
+            print(
+                f"bigbatch: warning: this runs on the CPU: JAX's plugin {plugin.name} is installed "
+                "and finds no device (where that is meant: JAX_PLATFORMS=cpu)",
+                file=sys.stderr,
+            )
 
 
 def progress_bar(run: Run, progress: Progress, show: bool) -> Bar:

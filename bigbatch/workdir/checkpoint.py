@@ -30,7 +30,7 @@ from orbax.checkpoint import v1 as ocp
 
 from bigbatch import distributed
 from bigbatch.engine.functions import State
-from bigbatch.errors import Problem, RunError, StoppedError, UserError
+from bigbatch.errors import Problem, RunError, StoppedError, UserError, listed
 from bigbatch.workdir import packing
 
 # Counts up when an older version could not read what this one writes, or the other way round.
@@ -122,7 +122,7 @@ class Checkpoints:
         """
         there = self.saved()
         if updates not in there:
-            allowed = "the updates done at a checkpoint that is kept: " + ", ".join(map(str, there))
+            allowed = "updates done at a checkpoint that is kept: " + listed(map(str, there))
             nearest = min(there, key=lambda other: abs(other - updates), default=None)
             raise UserError(Problem(field, updates, allowed, nearest))
 

@@ -18,7 +18,8 @@ from bigbatch.data.tfrecord import framed
 _GROUPS = {
     "test_": "eval/",
     "train_": "train/",
-    "gradient_": "noise/",
+    "gradient_": "noise/gradient_",
+    "gradient_noise_": "noise/",
     "input_": "input/",
     "examples_per_s": "train/examples_per_s",
     "tokens_per_s": "train/tokens_per_s",
@@ -37,6 +38,8 @@ def tag(field: str) -> str:
 
     >>> tag("test_accuracy"), tag("examples_per_s"), tag("batch_size")
     ('eval/accuracy', 'train/examples_per_s', 'schedule/batch_size')
+    >>> tag("gradient_square"), tag("gradient_noise_scale")
+    ('noise/gradient_square', 'noise/scale')
     """
     beginning = max((b for b in _GROUPS if field.startswith(b)), key=len, default="")
     return _GROUPS.get(beginning, "schedule/") + field.removeprefix(beginning)

@@ -4,7 +4,7 @@
 place in the network.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +12,10 @@ import jax
 import numpy as np
 
 from bigbatch.engine.task import PyTree
-from bigbatch.errors import Problem, UserError
+from bigbatch.errors import Problem, UserError, listed
 from bigbatch.replacing import replacing
 
 FIELD = "initial_params"
-# So many arrays that do not fit are told by their names.
-_NAMED = 6
 
 
 class Network(NamedTuple):
@@ -85,16 +83,16 @@ def _unlike(
     problems = []
     missing = [name for name in expected if name not in arrays]
     if missing:
-        problems.append(Problem(FIELD, f"{path}, without {_listed(missing)}", network))
+        problems.append(Problem(FIELD, f"{path}, without {listed(missing)}", network))
     superfluous = [name for name in arrays if name not in expected]
     if superfluous:
-        problems.append(Problem(FIELD, f"{path}, with {_listed(superfluous)}", network))
+        problems.append(Problem(FIELD, f"{path}, with {listed(superfluous)}", network))
     given = {name: _words(arrays[name]) for name in expected if name in arrays}
     allowed = {name: _words(expected[name]) for name in given}
     others = [name for name in given if given[name] != allowed[name]]
     if others:
-        found = _listed(f"{name} {given[name]}" for name in others)
-        wanted = _listed(f"{name} {allowed[name]}" for name in others)
+        found = listed(f"{name} {given[name]}" for name in others)
+        wanted = listed(f"{name} {allowed[name]}" for name in others)
         problems.append(Problem(FIELD, f"{path}, with {found}", wanted))
     return problems
 
@@ -109,10 +107,3 @@ def named(network: Network) -> dict[str, Any]:
 
 def _words(array: np.ndarray | jax.ShapeDtypeStruct) -> str:
     return f"{array.dtype}{list(array.shape)}"
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Names with commas between, the first few of many."""
-    names = list(names)
-    more = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -6,7 +6,7 @@ One process, one device, updates of 256 examples (digits, WRN-10-1, ghost batche
 variant's update in turn, over and over, so that a busy machine slows all of them alike. Printed is
 the median of each against that of the plain one, and the quartiles of the ratio to the plain update
 of the same round. Where a microbatch is the whole update, small batches smaller than it are written
-out within the program, up to four, or a loop; where a microbatch is one small batch, the host's
+out within the program, up to eight, or a loop; where a microbatch is one small batch, the host's
 loop over microbatches does that.
 """
 

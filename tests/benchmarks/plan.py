@@ -1,4 +1,4 @@
-"""How long a plan of a million updates takes to make, and how much memory.
+"""How long a plan of one to two million updates takes to make, and how much memory.
 
     python -m tests.benchmarks.plan
 
@@ -17,18 +17,29 @@ import numpy as np
 import bigbatch
 
 RUNS = 7
-TRAIN_EXAMPLES = 1_281_167
 
 
-def recipes() -> dict[str, tuple[bigbatch.Policy, float]]:
-    """Policies and lengths whose plans have about a million updates."""
+def recipes() -> dict[str, tuple[bigbatch.Policy, dict[str, float]]]:
+    """Policies and lengths."""
     step = bigbatch.step_decay(0.1, 128, 0.9, boundaries_epochs=[30, 60, 80], factor=0.1)
     cosine = bigbatch.cosine(0.1, 128, 0.9, epochs=100)
     small = bigbatch.cosine(0.1, 64, 0.9, epochs=100)
+    images = {"train_examples": 1_281_167, "epochs": 100}
+    # 15 trillion tokens in sequences of 8,192: the batch from 3 to 12 million tokens over the first
+    # trillion, the learning rate a cosine.
+    tokens, facts = 15 * 10**12, {"train_examples": 2 * 10**9, "tokens_per_example": 8_192}
+    large = bigbatch.adam(bigbatch.cosine(3e-4, 1_536, until_token=tokens, **facts))
+    ramp = bigbatch.batch_ramp(
+        large, initial_batch_size=384, increment_examples=128, ramp_tokens=10**12, **facts
+    )
     return {
-        "step decay": (step, 100),
-        "cosine": (cosine, 100),
-        "cosine, growing to 8,192 in ones": (bigbatch.grow_batch(small, max_batch_size=8192), 100),
+        "step decay": (step, images),
+        "cosine": (cosine, images),
+        "cosine, growing to 8,192 in ones": (
+            bigbatch.grow_batch(small, max_batch_size=8192),
+            images,
+        ),
+        "15 trillion tokens, a ramp": (ramp, facts | {"tokens": tokens}),
     }
 
 
@@ -37,10 +48,10 @@ def main() -> None:
     print(f"Python {platform.python_version()}, NumPy {np.__version__}, {os.cpu_count()} cores\n")
     print("| recipe | updates | batch sizes | seconds (min .. max) | peak MB |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for name, (policy, epochs) in recipes().items():
+    for name, (policy, length) in recipes().items():
 
-        def make(policy=policy, epochs=epochs) -> bigbatch.Plan:
-            plan = bigbatch.make_plan(policy, train_examples=TRAIN_EXAMPLES, epochs=epochs)
+        def make(policy=policy, length=length) -> bigbatch.Plan:
+            plan = bigbatch.make_plan(policy, **length)
             # What a run reads of it.
             _ = plan.first_examples, plan.noise_scales, plan.fingerprint
             return plan

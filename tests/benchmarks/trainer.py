@@ -48,6 +48,14 @@ WORKS = {
         11,
     ),
     "wrn16-4": ("configs/cifar10.py:decay", _WRN, 1, 6, 5),
+    # Batches of 4 sequences of 128 tokens.
+    "language": (
+        "configs/language.py:cosine",
+        {"evaluate_every_tokens": 10**12, "evaluate_every_epochs": None},
+        1,
+        100,
+        9,
+    ),
     "wrn16-4-8-devices": (
         "configs/cifar10.py:decay",
         {**_WRN, "ghost_batch_examples": 8, "microbatch_examples_per_device": 8},
@@ -86,7 +94,7 @@ def measure(name: str) -> dict:
     reference, changes, devices, stretch, rounds = WORKS[name]
     jax.config.update("jax_num_cpu_devices", devices)
     needed = max((rounds + 1) * stretch, HOST_UPDATES) + 10
-    overrides = {**changes, "evaluate_every_epochs": 1_000_000}
+    overrides = {"evaluate_every_epochs": 1_000_000, **changes}
     config = load_config(reference, [(key, str(value)) for key, value in overrides.items()])
     batch_size = int(config.plan.batch_sizes[0])
     plan = dataclasses.replace(
@@ -96,7 +104,7 @@ def measure(name: str) -> dict:
     )
     info = config.data.info
     data = None
-    if info.name != "digits":
+    if hasattr(info, "image_shape") and info.name != "digits":
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (info.train_examples, *info.image_shape), np.uint8)
         noise = arrays(images, rng.integers(0, info.num_classes, len(images)))

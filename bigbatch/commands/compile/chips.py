@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 
 _GIB = 2**30
 _CLOUD = "docs.cloud.google.com/tpu/docs"
@@ -117,8 +117,8 @@ def target(asked: str) -> Target:
         if chip.platform == "cuda":
             card = (_CARDS / f"{name}.txtpb").read_text("utf-8")
     else:
-        allowed = f"one of the chips {', '.join(CHIPS)}, or FILE.txtpb, before the colon"
-        raise problem(allowed, nearest_name(name, list(CHIPS)))
+        allowed, nearest = among(name, CHIPS, "before the colon FILE.txtpb, or one of the chips ")
+        raise problem(allowed, nearest)
     if not any(map(importlib.util.find_spec, _PACKAGES[chip.platform])):
         extra = chip.platform
         raise problem(f"with the compiler of this chip: pip install 'bigbatch[{extra}]'")

@@ -42,7 +42,7 @@ from bigbatch.commands.critical.branches import (
 )
 from bigbatch.commands.critical.table import Noise, Point, SizeResult, write
 from bigbatch.engine.functions import State
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among, listed
 from bigbatch.schedule.adaptive.gradient_noise import best_learning_rate
 from bigbatch.schedule.plan import Plan
 from bigbatch.training.run import Run
@@ -185,7 +185,7 @@ def _there(
             "(checkpoint_every_epochs says when one is made, keep_every_epochs which stay)"
         )
         raise UserError(Problem("workdir", str(files.path), allowed))
-    allowed = f"updates with a checkpoint: {', '.join(map(str, found))} (keep_every_* keeps more)"
+    allowed = f"updates with a checkpoint: {listed(map(str, found))} (keep_every_* keeps more)"
     problems = [
         Problem("at_updates", given, allowed, min(found, key=lambda there: abs(there - given)))
         for given in at_updates or ()
@@ -264,9 +264,7 @@ class _Bench:
             return Target("loss", noise.loss * (1 - self._asked.loss_share))
         metric, value = self._asked.target
         if metric not in noise.metrics:
-            allowed = "one of " + ", ".join(noise.metrics)
-            nearest = nearest_name(metric, list(noise.metrics))
-            raise UserError(Problem("target", metric, allowed, nearest))
+            raise UserError(Problem("target", metric, *among(metric, noise.metrics)))
         return Target(metric, value, value > noise.metrics[metric])
 
     def _size(self, update: int, noise: Noise, size: int, target: Target) -> SizeResult:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bigbatch.checks import Checks
+from bigbatch.commands import tables
 from bigbatch.commands.critical.limits import read
 from bigbatch.commands.fastest import words
 from bigbatch.commands.fastest.answer import Answer, Objective, answer, calibrated, pilot
@@ -52,7 +53,7 @@ def show(config: Config, options: argparse.Namespace, typed: Mapping[str, float]
         noise = calibrated(noise, read(options.critical), plan.epochs)
         notes.append(f"in proportion to the critical batch sizes of {options.critical}")
     found = answer(config, noise, notes, speeds, (most, devices, restart_s), goal)
-    print(json.dumps(words.summary(found)) if options.json else words.text(found, options))
+    tables.show(json.dumps(words.summary(found)) if options.json else words.text(found, options))
     return found
 
 

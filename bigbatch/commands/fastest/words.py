@@ -12,6 +12,7 @@ from bigbatch.commands.fastest.answer import FASTEST, ONE_SIZE, THIS, Answer, Re
 from bigbatch.commands.plan import abridged, aligned
 from bigbatch.replacing import replacing
 from bigbatch.schedule.diagnostics import diagnose
+from bigbatch.schedule.durations import in_epochs
 
 _STAGES = (
     "first update",
@@ -61,7 +62,8 @@ def text(found: Answer, options: argparse.Namespace) -> str:
     return "\n".join(
         [
             f"the fastest plan at equal progress with {found.config.experiment or 'this recipe'}: "
-            f"{plan.train_examples:,} training examples, {reference.epochs:g} epochs of the recipe",
+            f"{plan.train_examples:,} training examples, {in_epochs(reference.epochs)} of the "
+            "recipe",
             f"least: {found.goal.words}",
             *found.notes,
             f"rule {rule.name}: lr times k^{rule.learning_rate_power:g}, with "
@@ -69,8 +71,9 @@ def text(found: Answer, options: argparse.Namespace) -> str:
             "",
             *aligned([_STAGES, *abridged(_stages(found), len(_STAGES))]),
             "",
-            f"{plan.num_updates:,} updates, {plan.num_examples:,} examples ({plan.epochs:.4g} "
-            f"epochs) instead of {reference.num_updates:,} and {reference.num_examples:,}",
+            f"{plan.num_updates:,} updates, {plan.num_examples:,} examples "
+            f"({in_epochs(plan.epochs, 4)}) instead of {reference.num_updates:,} and "
+            f"{reference.num_examples:,}",
             f"95 % interval by the noise's standard errors: {low:.4g} to {high:.4g} hours",
             "",
             *aligned(table),

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bigbatch.commands.report.runs import LoggedRun
+from bigbatch.schedule.durations import in_epochs
 
 
 def within(name: str, runs: Sequence[LoggedRun]) -> Iterator[str]:
@@ -49,7 +50,7 @@ def between(name: str, run: LoggedRun, reference_name: str, reference: LoggedRun
         epochs, reference_epochs = run.plan["epochs"], reference.plan["epochs"]
         if epochs != reference_epochs:
             yield (
-                f"{name}: planned for {epochs:g} epochs and {reference_name} for "
+                f"{name}: planned for {in_epochs(epochs)} and {reference_name} for "
                 f"{reference_epochs:g}; the curve gap is over the epochs that both have."
             )
 

@@ -14,6 +14,7 @@ from bigbatch.commands.report.interactive import axes, page_data
 from bigbatch.commands.report.runs import LoggedRun
 from bigbatch.commands.report.summary import MeanSd, Summary
 from bigbatch.commands.report.timing import StageSpeed, equal_budgets, input_wait_s, stage_speeds
+from bigbatch.schedule.durations import in_epochs
 
 _CAPTIONS = {
     "loss": "Mean over the seeds of the log training loss; the band is one standard deviation of a "
@@ -299,7 +300,7 @@ def _plans(summary: Summary) -> Iterator[str]:
         yield "<h2>Plans</h2>"
     for name, runs, plan in plans:
         which = f"{name}, seed {runs[0].seed}" if runs[0].decides else name
-        total = f"{which}: {plan['num_updates']:,} updates, {plan['epochs']:g} epochs"
+        total = f"{which}: {plan['num_updates']:,} updates, {in_epochs(plan['epochs'])}"
         yield f"<h3>{escape(total)}</h3>"
         stages = zip(plan["stages"], stage_speeds(runs), strict=True)
         yield _html_table(_STAGE_HEAD, [_stage_row(i, *pair) for i, pair in enumerate(stages, 1)])

@@ -67,7 +67,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigbatch.checks import HARDWARE, Checks
-from bigbatch.errors import nearest_name
+from bigbatch.errors import among
 from bigbatch.schedule.adaptive.gradient_noise import (
     Estimate,
     Measurement,
@@ -76,7 +76,7 @@ from bigbatch.schedule.adaptive.gradient_noise import (
     measurement_from,
     smooth,
 )
-from bigbatch.schedule.durations import first_example_from
+from bigbatch.schedule.durations import first_example_from, in_epochs
 from bigbatch.schedule.noise_scale import RULES, Array
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.policy import Policy, Settings, constant
@@ -203,14 +203,12 @@ class Controller:
         checks.number("growth_factor", self.growth_factor, "a number above 1", above=1)
         checks.number("smoothing", self.smoothing, "a share above 0", above=0)
         if self.cooldown_epochs is not None:
-            allowed = f"a time from 0 to the run's {self.epochs:g} epochs"
+            allowed = f"a time from 0 to the run's {in_epochs(self.epochs)}"
             limits = {"at_least": 0, "at_most": self.epochs}
             checks.number("cooldown_epochs", self.cooldown_epochs, allowed, **limits)
         # The exact rule has no batch larger than the training set, as its levels may be.
         rules = [name for name in RULES if name != "linear_exact"]
-        allowed = "one of " + ", ".join(rules)
-        nearest = nearest_name(str(self.rule), rules)
-        checks.require(self.rule in rules, "rule", self.rule, allowed, nearest)
+        checks.require(self.rule in rules, "rule", self.rule, *among(self.rule, rules))
         for name in ("b1", "b2", "eps"):
             default, given = getattr(Controller, name), getattr(self, name)
             allowed = f"{default:g} but with the rule square_root, which alone reads it"

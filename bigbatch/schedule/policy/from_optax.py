@@ -107,8 +107,8 @@ def from_optax_name(
     public = [name for name in vars(optax.schedules) if not name.startswith("_")]
     names = [name for name in public if name.endswith(("_schedule", "_decay"))]
     checks = Checks()
-    nearest = errors.nearest_name(schedule, names)
-    checks.require(schedule in names, "schedule", schedule, "one of " + ", ".join(names), nearest)
+    known = errors.among(schedule, names)
+    checks.require(schedule in names, "schedule", schedule, *known)
     checks.done()
     try:
         made = getattr(optax.schedules, schedule)(**arguments)

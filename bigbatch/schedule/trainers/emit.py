@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigbatch.checks import Checks
-from bigbatch.errors import UserError, nearest_name
+from bigbatch.errors import UserError, among
 from bigbatch.schedule.from_file import as_policy
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan, make_plan
@@ -90,8 +90,7 @@ def emit(plan: Plan, name: str, *, ranks: int = 1, sequence_length: int = 1) -> 
         smaller than the ranks.
     """
     checks = Checks()
-    allowed = "one of " + ", ".join(FORMATS)
-    checks.require(name in FORMATS, "emit", name, allowed, nearest_name(name, list(FORMATS)))
+    checks.require(name in FORMATS, "emit", name, *among(name, FORMATS))
     checks.whole("ranks", ranks, "a whole number, at least 1")
     checks.whole("sequence_length", sequence_length, "a whole number of tokens, at least 1")
     checks.done()

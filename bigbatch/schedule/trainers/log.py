@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bigbatch.checks import Checks
-from bigbatch.errors import nearest_name
+from bigbatch.errors import among
 from bigbatch.schedule.noise_scale import Array
 
 
@@ -78,8 +78,7 @@ def read_log(
     checks = Checks()
     for field, names, known in (("preset", [preset], PRESETS), ("columns", columns, _NAMES)):
         for name in names:
-            allowed = "one of " + ", ".join(known)
-            checks.require(name in known, field, name, allowed, nearest_name(name, [*known]))
+            checks.require(name in known, field, name, *among(name, known))
     checks.whole("sequence_length", sequence_length, "tokens of an example, at least 1")
     checks.done()
     records = _records(text)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bigbatch.checks import Checks, is_number, text_of
-from bigbatch.errors import Problem, UserError, nearest_name
+from bigbatch.errors import Problem, UserError, among
 from bigbatch.schedule.durations import MOST_UPDATES
 from bigbatch.schedule.noise_scale import Array
 from bigbatch.schedule.plan import Plan
@@ -181,9 +181,8 @@ def fields(checks: Checks, given: Any, known: Known, where: str = "") -> dict[st
         return values
     required = {name: None for name, (_, default) in known.items() if default is ...}
     for name, value in (required | dict(given)).items():
-        allowed = "the fields of a schedule alone: " + ", ".join(known)
-        nearest = nearest_name(str(name), list(known))
-        is_known = checks.require(name in known, f"{where}{name}", value, allowed, nearest)
+        fields = among(name, known, "the fields of a schedule alone: ")
+        is_known = checks.require(name in known, f"{where}{name}", value, *fields)
         if is_known and not (value is None and name not in required):
             values[name], *words = _as_kind(value, known[name][0])
             told = "nothing" if value is None else value
@@ -194,9 +193,7 @@ def fields(checks: Checks, given: Any, known: Known, where: str = "") -> dict[st
 def _as_kind(value: Any, kind: Any) -> tuple[Any, ...]:
     """The value, None if it is of another kind; what is allowed, and perhaps the nearest of it."""
     if isinstance(kind, tuple):
-        names = [*map(str, kind)]
-        found = value if value in kind else None
-        return found, f"one of {', '.join(names)}", nearest_name(str(value), names)
+        return value if value in kind else None, *among(value, map(str, kind))
     if kind not in (int, float):
         words = f"a value of type {getattr(kind, '__name__', kind)}"
         return value if isinstance(value, kind) else None, words

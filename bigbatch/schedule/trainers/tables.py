@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bigbatch.errors import Problem, UserError
+from bigbatch.schedule.durations import in_epochs
 from bigbatch.schedule.plan import Plan
 from bigbatch.schedule.run_lengths import run_starts
 
-_MODULE = '''"""{updates:,} updates on {examples:,} examples, {epochs:g} epochs of {all:,}.
+_MODULE = '''"""{updates:,} updates on {examples:,} examples, {epochs} of {all:,}.
 
 {use}
 """
@@ -78,8 +79,8 @@ def _module(plan: Plan, unit: str, use: str, imports: str) -> str:
         starts = run_starts(column)
         lines += f'    "{name}": ({places[starts].tolist()}, {column[starts].tolist()}),\n'
     return _MODULE.format(
-        updates=plan.num_updates, examples=plan.num_examples, epochs=plan.epochs, use=use,
-        all=plan.train_examples, imports=imports, unit=unit, columns=lines,
+        updates=plan.num_updates, examples=plan.num_examples, epochs=in_epochs(plan.epochs),
+        use=use, all=plan.train_examples, imports=imports, unit=unit, columns=lines,
     )  # fmt: skip
 
 
