@@ -14,7 +14,6 @@ import tomllib
 from pathlib import Path
 
 import IPython.display
-import jax
 import jupytext
 import matplotlib.pyplot as plt
 import nbformat
@@ -57,7 +56,7 @@ SHORT = {
             ("policy.boundaries_epochs", "[0.1]"),
         ],
         "FROM_UPDATE": 5,
-        "ASKED": Asked(sizes=(32, 64, 128), branches=2, loss_share=0.1, most_epochs=1),
+        "ASKED": Asked(sizes=(32, 64, 128), branches=2, loss_share=0.05, most_epochs=0.5),
     },
 }
 _NUMBER = re.compile(r"(?<!\w)-?(?:\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?|nan|inf)\b")
@@ -90,8 +89,6 @@ def run(monkeypatch, tmp_path):
     monkeypatch.setattr(plt, "show", lambda: None)
     monkeypatch.setattr(IPython.display, "display", lambda shown: print(shown.data))
     plt.switch_backend("agg")
-    # Most of the time is compilation, and next to nothing is computed.
-    jax.config.update("jax_disable_most_optimizations", True)
 
     def cells(source):
         names = {"__name__": "__main__"}
@@ -106,8 +103,7 @@ def run(monkeypatch, tmp_path):
                 yield printed.getvalue(), len(plt.get_fignums())
                 plt.close("all")
 
-    yield cells
-    jax.config.update("jax_disable_most_optimizations", False)
+    return cells
 
 
 def test_there_are_notebooks():
