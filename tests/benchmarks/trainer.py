@@ -31,6 +31,7 @@ _WRN = {
     "microbatch_examples_per_device": 64,
     "policy.batch_size": 64,
 }
+_LANGUAGE = {"evaluate_every_tokens": 10**12, "evaluate_every_epochs": None}
 WORKS = {
     "digits": ("configs/digits.py:decay", _DIGITS, 1, 1350, 15),
     "digits-noise": (
@@ -48,10 +49,11 @@ WORKS = {
         11,
     ),
     "wrn16-4": ("configs/cifar10.py:decay", _WRN, 1, 6, 5),
-    # Batches of 4 sequences of 128 tokens.
-    "language": (
+    # Batches of 4 sequences of 128 tokens; a checkpoint every 293 updates, and none.
+    "language": ("configs/language.py:cosine", _LANGUAGE, 1, 100, 9),
+    "language-no-checkpoint": (
         "configs/language.py:cosine",
-        {"evaluate_every_tokens": 10**12, "evaluate_every_epochs": None},
+        {**_LANGUAGE, "checkpoint_every_tokens": 10**12, "keep_every_tokens": None},
         1,
         100,
         9,
