@@ -40,4 +40,7 @@ def drawn(monkeypatch):
 
 
 # They need PyTorch, which the project does not.
-collect_ignore = ["benchmarks/growing_torch.py", "accelerator/torch_peers.py"]
+collect_ignore = [
+    *(f"benchmarks/{name}_torch.py" for name in ("growing", "language")),
+    "accelerator/torch_peers.py",
+]
