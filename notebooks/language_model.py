@@ -106,7 +106,7 @@ for experiment in report.summary.experiments:
 # %% [markdown]
 # One seed shows little: with AdamW seeds differ by 2.6 %. Three seeds of these and more are in `notebooks/results/language`.
 # There no growing batch was shown to equal `cosine`. `seesaw` cost 2.2 ± 5.6 % of the perplexity and `late` 5.4 ± 5.7 %; `large` doubled it.
-# The critical batch size was measured too: 12 to 46 sequences. All of these grow past it.
+# The critical batch size was measured too: 12 to 46 sequences. All of these but `cosine` go past it.
 #
 # The same on your own text: `bigbatch data prepare tokens --from FILES --directory=DIR`, and `"data": {"name": "tokens", "directory": DIR, ...}` in a
 # config of your own.

@@ -134,7 +134,8 @@ def test_a_notebook_is_its_source_with_outputs(source):
     outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
     # No errors, and no values that happen to end a cell: they have addresses in memory.
     assert {out.output_type for out in outputs} == {"stream", "display_data"}
-    assert not re.search(r"/tmp/|/home/|/root/", "".join(out.get("text", "") for out in outputs))
+    # A path from the root on is that of one machine.
+    assert not re.search(r"(?<![\w.:/])/\w+/", "".join(out.get("text", "") for out in outputs))
     assert source.with_suffix(".ipynb").stat().st_size < 300_000
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch import errors
-from bigbatch.schedule.noise_scale import exact_noise_scale, noise_scale
+from bigbatch.schedule.noise_scale import noise_scale
 from bigbatch.schedule.plan import make_plan
 from bigbatch.schedule.policy import (
     Policy,
@@ -60,6 +60,11 @@ def test_linear_rule_keeps_the_noise_scale(recipe):
     assert plan.hypers["learning_rate"].max() <= recipe.peak * (1 + 1e-12)
 
 
+def exact_noise_scale(learning_rate, batch_size, momentum, train_examples):
+    """The paper's, before it is approximated: lr / (1 - m) * (N/B - 1)."""
+    return learning_rate / (1 - momentum) * (train_examples / batch_size - 1)
+
+
 @settings(max_examples=1000, deadline=None)
 @given(recipe=recipes(rule="linear_exact"))
 def test_exact_rule_keeps_the_exact_noise_scale(recipe):
@@ -69,7 +74,7 @@ def test_exact_rule_keeps_the_exact_noise_scale(recipe):
         hyper["learning_rate"], batch_size, hyper["momentum"], plan.train_examples
     )
     after = exact_noise_scale(rates, plan.batch_sizes, momenta, plan.train_examples)
-    # 1 - B/N, which both sides of this test compute, loses digits as B comes near N.
+    # N/B - 1, which both sides of this test compute, loses digits as B comes near N.
     tolerance = 1e-12 * plan.train_examples / (plan.train_examples - plan.batch_sizes)
     assert np.all(np.abs(after - before) <= tolerance * before)
     assert plan.batch_sizes.min() >= 1

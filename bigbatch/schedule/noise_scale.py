@@ -45,17 +45,6 @@ def noise_scale(
     )
 
 
-def exact_noise_scale(
-    learning_rate: ArrayLike, batch_size: ArrayLike, momentum: ArrayLike, train_examples: int
-) -> Array:
-    """Exact noise scale lr / (1 - m) * (N/B - 1); 0 when the batch is the whole training set.
-
-    Arguments and result as in `noise_scale`, of which it is the part 1 - B/N.
-    """
-    remaining = 1 - np.asarray(batch_size, np.float64) / train_examples
-    return noise_scale(learning_rate, batch_size, momentum, train_examples) * remaining
-
-
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """How hyperparameters follow the batch size so that training per example stays the same.
