@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigbatch import distributed
 from bigbatch.engine.functions import State
 from bigbatch.errors import RunError, UserError
 from bigbatch.workdir import checkpoint
@@ -104,6 +105,14 @@ def test_where_all_are_damaged_nothing_is_changed(original, tmp_path):
     gc.collect()
 
 
+def test_processes_that_see_other_checkpoints_are_told(original, monkeypatch):
+    """As where a workdir is on the disk of one host."""
+    other = json.dumps({"checkpoints": [1]}).encode()
+    monkeypatch.setattr(distributed, "gather", lambda facts: [facts, other])
+    with pytest.raises(UserError, match=r"checkpoints: given 'process 1: \[1\]'"):
+        restored(original)
+
+
 def test_a_checkpoint_of_another_run_is_refused(original, tmp_path):
     with pytest.raises(UserError, match="this one is of another"):
         restored(original, run="another")
@@ -177,6 +186,23 @@ def test_going_back_moves_what_came_after(tmp_path):
         checkpoints.go_back(1)
     later = {path.name for path in (tmp_path / "later-checkpoints").iterdir()}
     assert later == {"2-0", "2-1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: it went"), jax.errors.JaxRuntimeError),
+        (OSError(), RunError),
+    ],
+)
+def test_a_process_that_went_is_no_fault_of_the_file_system(tmp_path, monkeypatch, error, kind):
+    def failing(*_, **__):
+        raise error
+
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "save_async", failing)
+        with pytest.raises(kind):
+            checkpoints.save(1, state_of(1), {"run": "this"})
 
 
 def test_an_error_waits_for_what_is_being_written(tmp_path):

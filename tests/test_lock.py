@@ -85,6 +85,11 @@ def test_another_thread_is_refused_and_the_same_is_not(tmp_path):
     assert len(errors) == 1
 
 
+def test_a_claim_says_whether_it_is_the_first(tmp_path):
+    with Workdir(tmp_path).released():
+        assert [Workdir(tmp_path).claim() for _ in range(3)] == [True, False, False]
+
+
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(95, os.strerror(95))

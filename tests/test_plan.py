@@ -185,6 +185,7 @@ def test_positions(recipe, data):
     update = data.draw(st.integers(0, plan.num_updates - 1))
     row = plan.row(update)
     assert plan.at_example(row.first_example) == update
+    assert type(plan.at_example(row.first_example)) is int
     assert plan.at_example(row.first_example + row.batch_size - 1) == update
     position = data.draw(st.integers(0, plan.num_examples - 1))
     row = plan.row(plan.at_example(position))

@@ -405,6 +405,15 @@ def test_what_a_trainer_cannot_say_is_told():
     assert any(limit.startswith("a b2 that moves") for limit in moments.emit("megatron").limits)
 
 
+def test_a_ramp_under_a_line_in_maxtext():
+    """Its updates are counted from those of each size of the ramp."""
+    line = polynomial(0.1, 10, epochs=6)
+    ramp = batch_ramp(line, initial_batch_size=4, increment_examples=2, ramp_epochs=3)
+    stray = plan_of(ramp).emit("maxtext").stray
+    assert stray.batch_size == 0
+    assert 6000 <= stray.num_examples < 6010
+
+
 def test_an_optax_module_is_followed_by_an_optimizer():
     plan = plan_of(grow_batch(STEPS, 160))
     done = plan.emit("optax")
