@@ -16,7 +16,7 @@ Changes are comparisons, arithmetic, boolean operators, conditions, constants, m
 filters, returned values and calls whose value is not used; in words, types, decorators and what is
 raised there are none. Each is made in FOLDER/tree, a copy of the project, and judged by a forked
 process in which the large libraries are imported already. The limits are of processor time, so that
-a busy machine kills nothing.
+a busy machine kills nothing. Run it in a clone that nobody edits meanwhile.
 """
 
 import ast

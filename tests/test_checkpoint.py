@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import shutil
+import sys
 import threading
+import types
 import zlib
 from pathlib import Path
 
@@ -163,6 +165,17 @@ def test_a_record_that_was_changed_gives_the_checkpoint_before(original, tmp_pat
     np.testing.assert_array_equal(found.state.params["a"], state_of(1).params["a"])
 
 
+def test_what_is_put_aside_is_no_checkpoint_any_more(original, tmp_path):
+    """Of three the newest two are kept, and the damaged one is none of them."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    cut(directory / "2" / "state" / "_METADATA")
+    with Checkpoints(directory, 2) as checkpoints:
+        assert checkpoints.restore(state_of(0), "this", print).updates == 1
+        checkpoints.save(3, state_of(3), {"run": "this"})
+    assert numbers_in(directory) == [1, 3]
+
+
 @pytest.mark.parametrize("change", [{"metrics": 7}, {"init_timestamp_nsecs": "yesterday"}])
 def test_a_record_that_orbax_cannot_read_is_said(original, tmp_path, change):
     directory = tmp_path / "checkpoints"
@@ -294,3 +307,13 @@ def test_a_state_of_another_shape_is_not_used(original):
         other.params[name] = array
         with Checkpoints(original) as checkpoints, pytest.raises(RunError, match="are damaged"):
             checkpoints.restore(other)
+
+
+def test_only_what_orbax_leaves_of_its_loop_is_not_told(monkeypatch):
+    """Python has remarks on errors that nobody can catch."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    checkpoint._say_nothing_twice()
+    for words in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(words)))
+    assert [str(each.exc_value) for each in told] == ["another"]

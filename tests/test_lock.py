@@ -21,6 +21,7 @@ import os, sys, time
 from pathlib import Path
 from bigbatch.workdir import storage
 storage.hold(Path(sys.argv[1]), "workdir")
+storage.hold(Path(sys.argv[1]).parent.with_name("other"), "workdir")
 if os.fork() == 0:
     print("held", flush=True)
     time.sleep(60)

@@ -287,5 +287,5 @@ def test_the_limit_of_open_files_is_raised_where_there_are_more(monkeypatch, lim
     assert bool(asked) == raised
     assert all(soft > 1024 and hard == limits[1] for soft, hard in asked)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 100))
-    with pytest.raises(UserError, match="open files: given 100; .*1,024 record files"):
+    with pytest.raises(UserError, match=r"open files: given 100; .*1,024 record files"):
         reader._allow_open_files(1024)
