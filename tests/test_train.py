@@ -1,6 +1,7 @@
 """The loop: stopped anywhere and continued, it ends where an undisturbed run ends."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -50,6 +51,7 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     assert {k: result[k] for k in same} == {k: expected[k] for k in same}
     first, last = json.loads((tmp_path / "starts.json").read_text())
     assert ("spent_s" in first) == (stop_at >= 5)
+    assert re.fullmatch(r"8 x cpu, \w+", last["hardware"])
     assert last["spent_s"].keys() >= {"device", "compilation"}
     assert records(tmp_path) == records(expected_directory)
 
