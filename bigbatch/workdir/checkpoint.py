@@ -31,7 +31,8 @@ from orbax.checkpoint import v1 as ocp
 from bigbatch import distributed
 from bigbatch.engine.functions import State
 from bigbatch.errors import Problem, RunError, StoppedError, UserError, listed
-from bigbatch.workdir import packing
+from bigbatch.places import absolute
+from bigbatch.workdir import packing, storage
 
 # Counts up when an older version could not read what this one writes, or the other way round.
 FORMAT = 4
@@ -72,7 +73,7 @@ class Checkpoints:
         keep: int | None = None,
         keep_always: Callable[[int], bool] = lambda updates: False,
     ):
-        self.directory = directory.absolute()
+        self.directory = absolute(directory)
         self._writes = keep is not None
         self._being_written: Any = None
         _say_nothing_twice()
@@ -292,8 +293,8 @@ class Checkpoints:
         beside = self.directory.with_name(name)
         beside.mkdir(exist_ok=True)
         for updates in checkpoints:
-            own = f"{updates}-{len(list(beside.iterdir()))}"
-            (self.directory / str(updates)).rename(beside / own)
+            own = f"{updates}-{len(storage.listed(beside))}"
+            storage.move(self.directory / str(updates), beside / own)
 
     def _not_written(self, error: Exception) -> RunError:
         """What to say where a checkpoint cannot be written."""
