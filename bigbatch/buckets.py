@@ -16,6 +16,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,6 +200,14 @@ def read(path: Path, begin: int | None = None, end: int | None = None) -> bytes:
     """Bytes of an object, of all or of a range."""
     data: bytes = _store().cat_file(str(path), start=begin, end=end)
     return data
+
+
+def read_ranges(path: Path, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Ranges of an object's bytes, many at a time."""
+    begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
+    names = [str(path)] * len(ranges)
+    found: list[bytes] = _store().cat_ranges(names, begins, ends, on_error="raise")
+    return found
 
 
 def move(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ these cannot do is in `bigbatch.buckets`.
 
 import re
 from pathlib import Path
+from typing import Any
 
 from bigbatch.errors import Problem, UserError
 
@@ -43,6 +44,19 @@ def place(path: str | Path, field: str = "path") -> Path:
         allowed = f"a path on this machine: buckets need pip install 'bigbatch[gcs]' ({error})"
         raise UserError(Problem(field, text, allowed)) from error
     return buckets.path_of(text)
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file that is there."""
+    status: Any = path.stat()
+    return int(status.length if is_bucket(path) else status.st_size)
+
+
+def to_prepare(directory: str | Path) -> str:
+    """How a directory is given to `bigbatch data prepare`, which fills one on this machine."""
+    if not is_bucket(directory):
+        return f"--directory={directory}"
+    return f"--directory=DIR, and then: gcloud storage cp --recursive 'DIR/*' {directory}"
 
 
 def file_to_write(path: str | Path, field: str) -> Path:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from bigbatch import cli
+from bigbatch.data import sets, token_files, tokens
 from bigbatch.errors import RunError, UserError
 from bigbatch.places import is_bucket, place
 from bigbatch.replacing import replacing
@@ -23,6 +24,7 @@ from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.event_files import EventFiles
 from bigbatch.workdir.files import Workdir
 from tests import bucket as buckets_here
+from tests import bucket_storm
 from tests.test_checkpoint import save, state_of
 from tests.test_distributed import ROOT
 from tests.test_event_files import scalars
@@ -134,7 +136,7 @@ def log_of(path, seed, kills):
         return file.read()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_log_in_parts_is_the_log_of_a_disk(bucket, tmp_path, seed):
     bucket.force = lambda m, p: "lost" if random.random() < 0.02 else "stale"
     updates = sorted([*range(1, 61), *range(7, 61, 7)])
@@ -287,6 +289,22 @@ def test_checkpoints_in_a_bucket(bucket):
     gc.collect()
 
 
+def test_a_checkpoint_that_an_old_list_hides_is_saved_again(bucket):
+    directory = place(f"{WHERE}/a/checkpoints")
+    save(directory, 1)
+    with Checkpoints(directory) as checkpoints:
+        assert checkpoints.saved() == [1]
+        save(directory, 2)
+    bucket.force = lambda method, path: "stale"
+    with Checkpoints(directory, 2) as checkpoints:
+        assert checkpoints.restore(state_of(0)).updates == 1
+        bucket.force = lambda method, path: None
+        checkpoints.save(2, state_of(2), {"run": "this"})
+    found = restored(directory, [])
+    assert found.updates == 2
+    jax.tree.map(np.testing.assert_array_equal, found.state, state_of(2))
+
+
 TRAIN = ["train", f"--config={ROOT / 'configs/digits.py'}:increase", "--compilation-cache=off"]
 
 
@@ -347,3 +365,76 @@ def test_what_only_reads_says_that_there_is_no_bucket(bucket, capfd, tmp_path, v
     flags = [where, f"--out={tmp_path}"] if verb == "report" else [f"--workdir={where}"]
     assert cli.main([verb, *flags]) == 2
     assert "there is no such bucket or object" in capfd.readouterr().err
+
+
+def copied(bucket, directory, name):
+    """Copies a directory into the bucket; its place there."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            bucket.write(f"{name}/{path.relative_to(directory)}", path.read_bytes())
+    return f"{WHERE}/{name}"
+
+
+@pytest.mark.parametrize("file_format", ["array_record", "tfrecord"])
+def test_records_in_a_bucket_are_those_of_the_disk(
+    bucket, imagenet, tmp_path, monkeypatch, file_format
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = imagenet.directories[file_format]
+    options = {"name": "imagenet2012", "image_size": 8, "train_examples": 36, "test_examples": 11}
+    there = copied(bucket, here, "data")
+    bucket.rate = 0.01
+    found = [sets.Options(directory=where, **options).load() for where in (there, here)]
+    for shown in ("training", "evaluation"):
+        asked = (3, 5, 60) if shown == "training" else (0, 11)
+        ours, expected = (getattr(data, shown)(*asked) for data in found)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(ours[name], values)
+    assert found[0].description == found[1].description
+    if file_format == "tfrecord":
+        assert len(list(tmp_path.rglob("*.bigbatch_index.npz"))) == 2
+    assert not [name for name in bucket.names("data/") if "bigbatch" in name]
+    for data in found:
+        data.train.close()
+        data.test.close()
+
+
+@pytest.mark.parametrize("documents", ["packed", "padded"])
+def test_tokens_in_a_bucket_are_those_of_the_disk(bucket, tmp_path, monkeypatch, documents):
+    (tmp_path / "text").write_text("in the beginning\n" * 50)
+    token_files.prepare(tmp_path / "tokens", [str(tmp_path / "text")])
+    there = copied(bucket, tmp_path / "tokens", "tokens")
+    numbers = np.array([5, 0, 12, 5])
+    (expected,) = (part.read(numbers) for part in parts_of(tmp_path / "tokens", documents))
+    for small in (True, False):
+        monkeypatch.setattr(tokens, "_READ_WHOLE_BYTES", 2**20 if small else 0)
+        (part,) = parts_of(there, documents)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(part.read(numbers)[name], values)
+        np.testing.assert_array_equal(part.tokens[3:9], list(b"the be"))
+
+
+def parts_of(directory, documents):
+    options = {"name": tokens.NAMES[-1], "sequence_tokens": 7, "documents": documents}
+    return tokens.TokenOptions(directory=str(directory), **options).parts.values()
+
+
+def test_arrays_in_a_bucket_are_those_of_the_disk(bucket, tmp_path):
+    (tmp_path / "digits.npz").write_bytes(bucket_storm.data())
+    bucket.write("digits.npz", bucket_storm.data())
+    options = [{"path": f"{WHERE}/digits.npz"}, {"path": str(tmp_path / "digits.npz")}]
+    ours, expected = (sets.Options(name="arrays", **option).load() for option in options)
+    assert ours.description == expected.description
+    assert ours.train_examples == 1437
+
+
+def test_data_that_is_not_there_is_one_sentence(bucket, capfd):
+    data = ["--config.data.name=cifar10", f"--config.data.directory={WHERE}/none"]
+    assert cli.main([*TRAIN, *data, "--workdir=/dev/null/x"]) == 2
+    assert f"nothing is in {WHERE}/none/cifar10" in capfd.readouterr().err
+    bucket.force = no_such
+    assert cli.main([*TRAIN, *data, "--workdir=/dev/null/x"]) == 2
+    assert "data.directory: given" in (error := capfd.readouterr().err)
+    assert "there is no such bucket" in error
+    assert cli.main(["data", "prepare", "mnist", f"--directory={WHERE}/none"]) == 2
+    assert "gcloud storage cp --recursive" in capfd.readouterr().err

@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from bigbatch import distributed
 from bigbatch.engine.functions import State
 from bigbatch.errors import Problem, RunError, StoppedError, UserError, listed
-from bigbatch.places import absolute
+from bigbatch.places import absolute, is_bucket
 from bigbatch.workdir import packing, storage
 
 # Counts up when an older version could not read what this one writes, or the other way round.
@@ -39,6 +39,8 @@ FORMAT = 4
 # The state is written in pieces of so many bytes, some at a time.
 _PIECE_BYTES = 2**25
 _PACKAGES = ("bigbatch", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+# A bucket's list may be an old one, and another process's a newer one.
+_LOOKS = 4
 _DAMAGED, _LATER = "damaged-checkpoints", "later-checkpoints"
 # What reading a damaged file raises; Orbax has no one error for it.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
@@ -155,8 +157,7 @@ class Checkpoints:
           UserError: the checkpoints are of another run, project or version.
           RunError: there are checkpoints, and all are damaged.
         """
-        there = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-        distributed.agree({"checkpoints": there}, "list (a workdir that all processes see)")
+        self._agree(_LOOKS if is_bucket(self.directory) else 1)
         damaged: list[int] = []
         for updates, record in self._records():
             if at not in (None, updates):
@@ -183,6 +184,17 @@ class Checkpoints:
                 "new workdir"
             )
         return None
+
+    def _agree(self, looks: int) -> None:
+        """Makes sure that all processes see the same checkpoints, after so many looks."""
+        there = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        try:
+            distributed.agree({"checkpoints": there}, "list (a workdir that all processes see)")
+        except UserError:
+            if looks == 1:
+                raise
+            self._checkpointer.reload()
+            self._agree(looks - 1)
 
     def save(self, update: int, state: State, record: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint, and waits for the one before if it is not written yet.
