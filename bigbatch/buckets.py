@@ -215,7 +215,9 @@ def move(source: Path, target: Path) -> None:
     store = _store()
     for name in store.find(str(source)):
         store.cp_file(name, str(target) + name.removeprefix(str(source).removeprefix("gs://")))
-    store.rm(str(source), recursive=True)
+    # Where the answer was lost, all may be removed already.
+    with contextlib.suppress(FileNotFoundError):
+        store.rm(str(source), recursive=True)
 
 
 def expect(path: Path) -> None:
@@ -274,10 +276,11 @@ class Lease:
         while True:
             found, generation = look(self.path), None
             told = _holder(found.data) if found else {}
+            who = told.get("who", "another process")
             if found is None:
                 generation = put_if(self.path, self._data)
             elif watched not in ("", found.generation):
-                raise HeldError(told.get("who", "another process"))
+                raise HeldError(who)
             elif (
                 found.age_s > OLD_LEASE_S
                 or _is_dead(told.get("life"))
@@ -286,7 +289,9 @@ class Lease:
                 generation = put_if(self.path, self._data, found.generation)
             elif not watched:
                 watched, since_s = found.generation, time.monotonic()
-                words = f"{told.get('who')} may still train here; waiting up to {LEASE_S:.0f} s"
+                words = (
+                    f"{who} may still train in {self.path.parent}; waiting up to {LEASE_S:.0f} s"
+                )
                 print(f"bigbatch: {words} for a sign of it", file=sys.stderr)
             if generation is not None:
                 return generation

@@ -59,11 +59,11 @@ def records(log: bytes) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in CLOCKS} for line in lines]
 
 
-def started(command: list[str], environment: dict, processes: int) -> list[subprocess.Popen]:
+def started(commands: list[list[str]], environment: dict) -> list[subprocess.Popen]:
     """The processes of a run."""
-    address = f"127.0.0.1:{buckets.free_port()}"
+    address, processes = f"127.0.0.1:{buckets.free_port()}", len(commands)
     made = []
-    for process in range(processes):
+    for process, command in enumerate(commands):
         flags = [f"--coordinator={address}", f"--num-processes={processes}", f"--process={process}"]
         own = [*command, *(flags if processes > 1 else ())]
         options = {"cwd": ROOT, "env": environment, "text": True, "start_new_session": True}
@@ -96,14 +96,14 @@ def storm(kills: int, processes: int, seed: int, rate: float, epochs: int) -> No
         (place / "digits.npz").write_bytes(data())
         bucket.write("data/digits.npz", data())
         command = command_for(str(place / "disk"), str(place / "digits.npz"), epochs, cache)
-        said = ended(started(command, environment, processes))
+        said = ended(started([command] * processes, environment))
         assert (place / "disk/result.json").exists(), said
         environment |= bucket.environment
         where = f"gs://{buckets.NAME}"
         command = command_for(f"{where}/run", f"{where}/data/digits.npz", epochs, cache)
         while True:
             before, start_s = saved(bucket), time.monotonic()
-            running = started(command, environment, processes)
+            running = started([command] * processes, environment)
             new = draws.randrange(1, 8)
             while all(process.poll() is None for process in running):
                 if killed < kills and len(saved(bucket) - before) >= new:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import os
 import random
 import re
 import subprocess
@@ -193,7 +194,10 @@ def test_a_lease_is_kept_by_who_renews_it_and_lost_by_who_does_not(bucket, quick
     lease._thread.join()
     bucket.write("a/lock", json.dumps({"who": "process 1 on there", "life": ["x", "y"]}).encode())
     assert files.claim()
-    assert "process 1 on there may still train here; waiting up to 1 s" in capfd.readouterr().err
+    assert (
+        "process 1 on there may still train in gs://tests/a; waiting up to 1 s"
+        in capfd.readouterr().err
+    )
     storage.release(files.lock)
     assert bucket.names() == []
 
@@ -438,3 +442,23 @@ def test_data_that_is_not_there_is_one_sentence(bucket, capfd):
     assert "there is no such bucket" in error
     assert cli.main(["data", "prepare", "mnist", f"--directory={WHERE}/none"]) == 2
     assert "gcloud storage cp --recursive" in capfd.readouterr().err
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_20_times_is_that_of_the_disk(processes):
+    bucket_storm.storm(20, processes, 0, 0.03, 15)
+
+
+@pytest.mark.long
+def test_processes_of_a_disk_and_of_a_bucket_are_refused(bucket, tmp_path):
+    commands = [[sys.executable, "-m", "bigbatch", *TRAIN] for _ in range(2)]
+    for command, workdir in zip(commands, (f"{WHERE}/a", tmp_path / "a"), strict=True):
+        command.append(f"--workdir={workdir}")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    running = bucket_storm.started(commands, environment)
+    said = bucket_storm.ended(running)
+    assert [process.returncode for process in running] == [2, 2]
+    assert "workdir: given 'process 1: \"no bucket\"'; allowed: one value for all" in said
+    assert bucket.names() == []
+    assert not (tmp_path / "a").exists()
