@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+import bigbatch
 from bigbatch import cli
 from bigbatch.data import sets, token_files, tokens
 from bigbatch.errors import RunError, UserError
@@ -349,6 +350,13 @@ def test_a_directory_that_cannot_be_used_is_one_sentence(
     assert re.search(words, error), error
     bucket.force = lambda *_: None
     assert bucket.names() == sorted(f"a/{name}" for name in held)
+
+
+def test_without_the_library_it_is_named(monkeypatch):
+    monkeypatch.delattr(bigbatch, "buckets", raising=False)
+    monkeypatch.setitem(sys.modules, "bigbatch.buckets", None)
+    with pytest.raises(UserError, match=r"buckets need pip install 'bigbatch\[gcs\]'"):
+        Workdir.at(f"{WHERE}/a")
 
 
 def test_a_log_copied_from_a_bucket_is_not_gone_on_with_on_a_disk(tmp_path):

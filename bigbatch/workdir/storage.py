@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bigbatch.errors import Problem, RunError, UserError
 from bigbatch.places import expect_bucket, is_bucket
@@ -191,24 +191,11 @@ def move(source: Path, target: Path) -> None:
         source.rename(target)
 
 
-class Growing(Protocol):
-    """What is appended to; `storage.growing` opens it."""
-
-    def write(self, data: bytes, /) -> Any:
-        """Appends bytes, which belong together."""
-
-    def flush(self) -> None:
-        """Gives them to the operating system, or before long to the bucket."""
-
-    def sync(self) -> None:
-        """Makes sure that they outlive a kill and a loss of power."""
-
-    def close(self) -> None:
-        """Gives away what is left."""
-
-
-def growing(path: Path, *, parts_beside: bool = False) -> Growing:
+def growing(path: Path, *, parts_beside: bool = False) -> "_File | _Parts":
     """Opens a file to append to, or the parts of one in a bucket.
+
+    `write` takes bytes that belong together. `flush` gives them to the operating system, or before
+    long to the bucket; what `sync` has given away outlives a kill and a loss of power.
 
     Args:
       path: of the file; in a bucket that of a directory, which holds its parts.
