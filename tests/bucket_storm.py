@@ -3,7 +3,8 @@
     python -m tests.bucket_storm KILLS [PROCESSES [SEED [RATE [EPOCHS]]]]
 
 It is compared with one that nobody has disturbed, on this machine's disk: the same bits, and the
-same records, each once. Where the faults end it with a word, it is started again. Two processes are killed one at a time, by turns; the other one ends then.
+same records, each once. Where the faults end it with a word, it is started again. Two processes are
+killed one at a time, by turns; the other one ends then.
 """
 
 import io
@@ -131,7 +132,8 @@ def storm(kills: int, processes: int, seed: int, rate: float, epochs: int) -> No
         assert "run/lock" not in bucket.names("run/lock")
         print(
             f"{killed} kills of {processes} process(es): {result['params_sha256'][:16]} and "
-            f"{len(log)} records in {len(parts)} parts as on the disk; {dict(bucket.counts)}; given up {len(given_up)} times",
+            f"{len(log)} records in {len(parts)} parts as on the disk; {dict(bucket.counts)}",
+            f"given up {len(given_up)} times",
             *given_up,
             sep="\n",
         )
