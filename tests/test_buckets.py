@@ -258,7 +258,7 @@ def restored(directory, warnings):
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_checkpoints_in_a_bucket(bucket):
+def test_checkpoints_in_a_bucket(bucket, tmp_path):
     directory = place(f"{WHERE}/a/checkpoints")
     bucket.rate = 0.02
     save(directory, 1, 2, 3)
@@ -278,6 +278,11 @@ def test_checkpoints_in_a_bucket(bucket):
     assert steps == {"2"}
     assert {name.split("/")[2] for name in bucket.names("a/damaged-checkpoints/")} == {"3-0"}
     save(directory, 3)
+    # A copy on a disk is read.
+    for name in bucket.names("a/checkpoints/"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bucket.read(name))
+    assert restored(tmp_path / "a/checkpoints", warnings).updates == 3
     with Checkpoints(directory) as checkpoints:
         assert checkpoints.saved() == [3, 2]
         checkpoints.go_back(2)
