@@ -19,6 +19,7 @@ from bigbatch.engine import functions as step
 from bigbatch.engine.optimizer import Sgd
 from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
+from bigbatch.noise.sums import small_batch_sums
 from bigbatch.schedule.adaptive import gradient_noise
 from bigbatch.schedule.adaptive.controller import Controller, Decisions
 from bigbatch.training import loop as train
@@ -498,3 +499,14 @@ def test_updates_of_whole_epochs_add_nothing_to_the_averages():
         assert noise.average(noise.start(like), whole, memory_examples=100).weight == 0
         drawn = whole._replace(small_shares=1.0)
         assert noise.average(noise.start(like), drawn, memory_examples=100).weight > 0
+
+
+def test_the_sums_begin_in_the_dtypes_that_they_have():
+    """Of parameters of several dtypes too."""
+    with jax.enable_x64(True):
+        gradients = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones(3, jnp.float64)}
+        begun = noise.empty(gradients, noise.SIGN)
+        found = small_batch_sums(gradients, jnp.asarray(2.0), noise.SIGN.moments)
+        for name, sums in found.items():
+            kinds = [jax.tree.map(lambda leaf: leaf.dtype, of) for of in (begun[name], sums)]
+            assert kinds[0] == kinds[1], name
