@@ -375,7 +375,7 @@ HARDWARE_VALUES = {
     "microbatch_examples_per_device": ({}, 32),
     "evaluation_batch_examples": ({}, 32),
     "initial_params": ({"initial_params": "{}/network.npz"}, "{}/network.npz"),
-    "shard_optimizer": (ON_FOUR, True),
+    "shard": (ON_FOUR, "update"),
     "device_memory_bytes": ({**AUTO, "device_memory_bytes": 60_000}, 2**30),
     "trackers": ({}, []),
     "keep_checkpoints": ({}, 3),
@@ -410,7 +410,7 @@ HARDWARE_VALUES = {
     ),
 }
 # Sums that lie elsewhere on other devices are not those of one order.
-NOT_TO_THE_BIT = {"shard_optimizer"}
+NOT_TO_THE_BIT = {"shard"}
 # Where nothing is reproducible, these cut the updates in another way.
 CUTS = {"microbatch_examples_per_device", "device_memory_bytes"}
 # They compile programs of their own, or write a data set.
