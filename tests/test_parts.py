@@ -15,10 +15,11 @@ from bigbatch.engine import functions as step
 from bigbatch.engine.optimizer import OPTIMIZERS, arguments
 from bigbatch.engine.parts import Parts
 from bigbatch.engine.task import Task
+from bigbatch.errors import UserError
 from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, SMALL_SQUARES
 from bigbatch.training.loop import updates
 from bigbatch.training.prepare import prepare
-from tests import optimizers
+from tests import optimizers, trained
 from tests.hlo import collectives, moved
 
 DEVICES = 8
@@ -174,6 +175,11 @@ def test_each_sum_is_scattered_once_and_each_parameter_gathered_once():
     assert found["all-gather"] == 4 * (64 + 28)
     # A quarter of the kernel, the bias, the scalar, sums in two parts, norms.
     assert found["all-reduce"] < 4 * (7 + 7 + 24)
+
+
+def test_the_old_name_is_refused_with_the_new_one():
+    with pytest.raises(UserError, match=r"shard_optimizer: given True; nearest: 'shard'"):
+        trained.config(shard_optimizer=True)
 
 
 def test_planted_faults_are_found():
