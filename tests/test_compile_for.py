@@ -175,6 +175,15 @@ def test_groups_in_every_writing_are_along_axes_of_the_mesh(groups, over):
     assert found["over"] == over
 
 
+def test_what_is_started_early_counts_once():
+    lines = (
+        "%p = f32[2,3]{1,0} parameter(0)",
+        ("%g = (f32[2,3]{1,0}, f32[16,3]{1,0}) all-gather-start(%p), replica_groups=[1,8]<=[8]"),
+    )
+    text = "ENTRY %main (p: f32[2,3]) -> f32[16,3] {\n  " + "\n  ".join(lines) + "\n}"
+    assert read.collectives(text)[0]["bytes"] == 4 * 16 * 3
+
+
 @pytest.mark.parametrize("over", [("data",), ("fsdp",), ("data", "fsdp")])
 def test_sums_in_loops_are_read_by_axis_and_trips(over):
     """What XLA makes of sums that are known."""

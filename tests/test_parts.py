@@ -19,8 +19,9 @@ from bigbatch.errors import UserError
 from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, SMALL_SQUARES
 from bigbatch.training.loop import updates
 from bigbatch.training.prepare import prepare
-from tests import optimizers, trained
+from tests import optimizers
 from tests.hlo import collectives, moved
+from tests.trained import config
 
 DEVICES = 8
 EXAMPLES = 96
@@ -179,7 +180,7 @@ def test_each_sum_is_scattered_once_and_each_parameter_gathered_once():
 
 def test_the_old_name_is_refused_with_the_new_one():
     with pytest.raises(UserError, match=r"shard_optimizer: given True; nearest: 'shard'"):
-        trained.config(shard_optimizer=True)
+        config(shard_optimizer=True)
 
 
 def test_planted_faults_are_found():

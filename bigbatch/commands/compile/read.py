@@ -72,6 +72,7 @@ def collectives(text: str, axes: Mapping[str, int] | None = None) -> list[dict[s
     trips = _trips(entry, blocks)
     found: dict[tuple[str, str, float, str], list[int]] = {}
     for block, lines in blocks.items():
+        known = {line.name: line.gives for line in lines}
         for line in lines:
             kind = _COLLECTIVE.fullmatch(line.kind)
             if kind:
@@ -83,6 +84,9 @@ def collectives(text: str, axes: Mapping[str, int] | None = None) -> list[dict[s
                 entry_of[0] += 1
                 # A send also gives a number of four bytes.
                 entry_of[1] += _bytes(line.gives) - 4 * (kind[1] == "send")
+                # What is started early gives what it takes beside its results; sums do not.
+                if line.kind.endswith("-start") and kind[1] != "all-reduce":
+                    entry_of[1] -= sum(_bytes(known.get(name, "")) for name in _operands(line))
     return [
         {"kind": kind, "count": count, "bytes": size, "groups": groups}
         | {"trips": None if trips == math.inf else int(trips)}
