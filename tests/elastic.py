@@ -1,4 +1,6 @@
-"""A part of a run, on all devices of this process: `python -m tests.elastic DIRECTORY SHARE STOP`.
+"""A part of a run, on all devices of this process.
+
+    python -m tests.elastic DIRECTORY SHARE STOP SHARD
 
 Two runs, one in float32 with reproducible sums, one in float64 with plain ones, each in a workdir
 of its own in DIRECTORY. Each begins, or goes on, as `bigbatch train` does. With a STOP such as
@@ -64,16 +66,15 @@ class NetworkConfig:
         return Network(**settings, dtype=jax.numpy.dtype(self.dtype))
 
 
-def config(name: str, share: int) -> Config:
-    read = trained.config(
-        **PLAN, reproducible=name == "float32", microbatch_examples_per_device=share
-    )
+def config(name: str, share: int, shard: str = "none") -> Config:
+    fields = {"microbatch_examples_per_device": share, "shard": shard}
+    read = trained.config(**PLAN, **fields, reproducible=name == "float32")
     return dataclasses.replace(read, model=NetworkConfig(name))
 
 
-def part(directory: Path, name: str, share: int, stop: str) -> dict[str, str]:
+def part(directory: Path, name: str, share: int, stop: str, shard: str) -> dict[str, str]:
     """Trains up to the stop or the end; hashes of the examples that were made, by position."""
-    asked, files, made = config(name, share), Workdir(directory / name), {}
+    asked, files, made = config(name, share, shard), Workdir(directory / name), {}
     data = assemble.load_data(asked)
     until = stop.removeprefix("until=") if stop.startswith("until=") else None
 
@@ -100,11 +101,11 @@ def part(directory: Path, name: str, share: int, stop: str) -> dict[str, str]:
     return {"updates": progress.updates, "examples": made}
 
 
-def main(directory: str, share: str, stop: str) -> None:
+def main(directory: str, share: str, stop: str, shard: str) -> None:
     found = {}
     for name in RUNS:
         jax.config.update("jax_enable_x64", name == "float64")
-        found[name] = part(Path(directory), name, int(share), stop)
+        found[name] = part(Path(directory), name, int(share), stop, shard)
     report = {"devices": jax.device_count(), **found}
     (Path(directory) / f"{jax.device_count()}.json").write_text(json.dumps(report))
 

@@ -9,6 +9,7 @@ import optax
 from optax import contrib
 
 from bigbatch.engine import functions
+from bigbatch.engine.parts import Parts
 from bigbatch.engine.task import Task
 from bigbatch.engine.update_rule import resolve
 
@@ -126,20 +127,24 @@ def rule_of(optimizer, plan=PLAN, dtype=np.float64, **options):
     return resolve(optimizer, plan, shapes, **options)
 
 
-def trained(rule, plan=PLAN, *, devices=1, parts=None, dtype=jnp.float64, updates=UPDATES):
+def trained(rule, plan=PLAN, *, devices=1, shard="none", dtype=jnp.float64, updates=UPDATES):
     """The state after the updates, and the sums of the last, under the two compiled functions.
 
-    With `parts`, made of a rule and a mesh, the optimizer's state is divided.
+    With `shard` "update" the state lies in parts.
     """
     mesh = functions.data_mesh(jax.devices()[:devices])
-    where = parts and parts(rule, mesh)
-    state = jit(functools.partial(functions.init_state, task(dtype), rule))(jax.random.key(0))
-    state = jax.device_put(state, jax.NamedSharding(mesh, functions.REPLICATED))
-    state = jit(where.divide)(state) if where else state
+    parts = Parts(mesh, shard)
+
+    def begin(key):
+        return functions.with_copy(functions.init_state(task(dtype), rule, key), task(dtype), parts)
+
+    key = jax.random.key(0)
+    where = functions.shardings(jax.eval_shape(begin, key), parts)
+    state = jit(begin, out_shardings=where)(key)
     accumulate = jit(functools.partial(functions.accumulate, task=task(dtype), mesh=mesh))
     apply_update = jit(
         functools.partial(
-            functions.apply_update, task=task(dtype), optimizer=rule, mesh=mesh, where=where
+            functions.apply_update, task=task(dtype), optimizer=rule, mesh=mesh, shard=shard
         )
     )
     accumulator = None

@@ -16,6 +16,7 @@ from bigbatch.config import assemble
 from bigbatch.engine import functions as step
 from bigbatch.training import evaluate
 from bigbatch.training import loop as train
+from bigbatch.workdir import packing
 from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import trained
 from tests.hlo import collectives
@@ -25,10 +26,12 @@ from tests.test_reproducible import small_run
 def main(out: str, coordinator: str = "", num_processes: str = "1", process: str = "0") -> None:
     if coordinator:
         distributed.start(coordinator, int(num_processes), int(process))
-    exact = small_run(step.data_mesh(), 24)
+    # Several processes hold the state in parts.
+    shard = "update" if coordinator else "none"
+    exact = small_run(step.data_mesh(), 24, shard=shard)
     *_, (_, exact_state, _) = train.updates(exact, exact.init_state(), 0)
     jax.config.update("jax_enable_x64", True)
-    config = trained.config(model=trained.FLOAT64_MODEL, evaluation_batch_examples=112)
+    config = trained.config(model=trained.FLOAT64_MODEL, evaluation_batch_examples=112, shard=shard)
     prepared = assemble.prepared(config)
     *_, (_, state, _) = train.updates(prepared, prepared.init_state(), 0)
     # 360 examples, in microbatches of 112: the last leaves whole processes without examples.
@@ -48,7 +51,7 @@ def main(out: str, coordinator: str = "", num_processes: str = "1", process: str
     }
     with open(f"{out}.{jax.process_index()}.json", "w") as file:
         json.dump(found, file)
-    np.savez(f"{out}.{jax.process_index()}.npz", *map(np.asarray, jax.tree.leaves(state[:2])))
+    np.savez(f"{out}.{jax.process_index()}.npz", *map(packing.on_host, jax.tree.leaves(state[:2])))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from bigbatch import distributed
-from bigbatch.engine.functions import State
+from bigbatch.engine.functions import State, data_mesh, shardings
+from bigbatch.engine.parts import Parts
 from bigbatch.errors import RunError, UserError
 from bigbatch.workdir import checkpoint
 from bigbatch.workdir.checkpoint import FORMAT, Checkpoints
@@ -270,6 +271,44 @@ def test_a_state_in_any_number_of_pieces_comes_back(tmp_path, monkeypatch, piece
     assert kinds[0] == kinds[1]
     content = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(small))
     assert record["checksum"] == zlib.crc32(content)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_state_in_parts_comes_back_wherever_it_is_to_lie(tmp_path):
+    values = State(
+        {
+            "a": jax.random.normal(jax.random.key(0), (16, 3)),
+            "b": jnp.arange(8, dtype=jnp.bfloat16),
+        },
+        {"m": jnp.zeros((0, 3)), "is": jnp.arange(4) > 1},
+        jnp.int32(7),
+    )
+
+    def lying(devices: int, shard: str) -> State:
+        parts = Parts(data_mesh(jax.devices()[:devices]), shard)
+        return jax.device_put(values, shardings(values, parts))
+
+    def read(like: State, warnings: list[str]):
+        with Checkpoints(tmp_path / "c", 2) as checkpoints:
+            return checkpoints.restore(like, warn=warnings.append)
+
+    with Checkpoints(tmp_path / "c", 2) as checkpoints:
+        for updates in (1, 2):
+            checkpoints.save(updates, lying(8, "update"), {"run": "this"})
+    for like in (lying(8, "update"), lying(4, "update"), lying(2, "none")):
+        found = read(like, [])
+        assert found.updates == 2
+        jax.tree.map(np.testing.assert_array_equal, found.state, values)
+        assert found.state.params["a"].sharding == like.params["a"].sharding
+    first = tmp_path / "c" / "2" / "state" / "000000" / "c"
+    data = [path for path in first.rglob("*") if path.is_file()]
+    # One for each device's part.
+    assert len(data) == 8
+    flip(data[5])
+    warnings: list[str] = []
+    assert read(lying(4, "update"), warnings).updates == 1
+    assert len(warnings) == 1
 
 
 def test_many_checkpoints_keep_no_descriptor_and_no_thread(tmp_path):

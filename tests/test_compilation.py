@@ -30,7 +30,7 @@ RUNS = [
     pytest.param(ON_DEVICE, id="planned"),
     pytest.param(FIELDS | {"policy": ADAPTIVE}, id="adaptive"),
     pytest.param({"reproducible": True}, id="reproducible", marks=pytest.mark.long),
-    pytest.param({"shard_optimizer": True}, id="sharded", marks=pytest.mark.long),
+    pytest.param({"shard": "update"}, id="sharded", marks=pytest.mark.long),
 ]
 
 

@@ -60,7 +60,7 @@ def results(tmp_path_factory):
     return found
 
 
-def test_two_processes_train_what_one_does(results):
+def test_two_processes_with_a_state_in_parts_train_what_one_does(results):
     expected = results[1, 1, 0]
     assert expected["devices"] == 1
     assert expected["sums"]["count"] == 360
@@ -84,16 +84,17 @@ def test_processes_agree_to_the_bit(results):
     assert first["sums"] == second["sums"]
 
 
-def test_reproducible_sums_are_the_same_bits_over_processes(results):
+def test_reproducible_sums_are_the_same_bits_over_processes_and_parts(results):
     assert len({report["reproducible_sha256"] for report in results.values()}) == 1
     # One sum, and one maximum for the bounds.
-    for process in (0, 1):
-        assert results[2, 2, process]["reproducible_apply_update"] == {"all-reduce": 2}
+    assert results[1, 4, 0]["reproducible_apply_update"] == {"all-reduce": 2}
 
 
 def test_over_processes_only_apply_update_exchanges_anything(results):
-    for process in (0, 1):
-        report = results[2, 2, process]
+    for key in ((1, 4, 0), (2, 2, 0), (2, 2, 1)):
+        report = results[key]
         assert report["accumulate"] == [{}] * len(report["accumulate"])
-        assert report["apply_update"] == {"all-reduce": 1}
+        expected = {"all-reduce"} | ({"reduce-scatter", "all-gather"} if key[0] > 1 else set())
+        assert set(report["apply_update"]) == expected
         assert report["evaluate"] == {}
+    assert results[1, 4, 0]["apply_update"] == {"all-reduce": 1}

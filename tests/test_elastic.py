@@ -16,17 +16,23 @@ from tests.storm import positions, records
 ROOT = Path(__file__).parents[1]
 EXAMPLES = elastic.config("float32", 8).plan.num_examples
 END = EXAMPLES + 1
-# Devices, share of a microbatch, and where the process ends: among the updates of 32, among those
-# of 160, and with the run; or with each stage.
-SHRINKING = ((8, 8, "until=250_examples"), (2, 40, 1_500), (4, 16, END))
-BY_STAGES = ((1, 40, "until=1"), (2, 32, "until=2"), (4, 16, "until=3"), (8, 8, END))
+# Devices, share of a microbatch, where the process ends (among the updates of 32, among those of
+# 160, and with the run; or with each stage), and how the state lies on them.
+SHRINKING = (
+    *((8, 8, "until=250_examples", "update"), (4, 40, 1_500, "update")),
+    (2, 16, END, "update"),
+)
+BY_STAGES = (
+    *((1, 40, "until=1", "none"), (2, 32, "until=2", "update")),
+    *((4, 16, "until=3", "none"), (8, 8, END, "update")),
+)
 
 
 def run_parts(directory: Path, parts) -> list[dict]:
     reports = []
-    for devices, share, stop in parts:
+    for devices, share, stop, shard in parts:
         subprocess.run(
-            [sys.executable, "-m", "tests.elastic", str(directory), str(share), str(stop)],
+            [sys.executable, "-m", "tests.elastic", str(directory), str(share), str(stop), shard],
             cwd=ROOT,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},
             check=True,
@@ -39,7 +45,7 @@ def run_parts(directory: Path, parts) -> list[dict]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("undisturbed")
-    return directory, *run_parts(directory, [(1, 160, END)])
+    return directory, *run_parts(directory, [(1, 160, END, "none")])
 
 
 @pytest.fixture(scope="module", params=[SHRINKING, pytest.param(BY_STAGES, marks=pytest.mark.long)])

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bigbatch.engine import exact_sums
+from bigbatch.engine import exact_sums, in_any_order
 from bigbatch.engine.exact_sums import FixedPoint
 
 ELEMENTS = 6
 add = jax.jit(exact_sums.add)
+whole_sum = jax.jit(exact_sums.whole_sum)
 
 
 def exponents_of(rows) -> np.ndarray:
@@ -185,3 +186,45 @@ def test_what_is_not_finite_is_found_in_the_sums(bad):
     sums, _ = exact_sums.total(exact_sums.parts(total.words), total.largest, exponents)
     assert np.isnan(sums["a"]).all()
     assert sums["b"].tolist() == [0.75]
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_the_sum_of_a_whole_array_has_no_order(data):
+    shape = data.draw(st.sampled_from([(60,), (4, 15), (15, 2, 2)]))
+    number = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
+    array = np.array(data.draw(st.lists(number, min_size=60, max_size=60)), np.float32)
+    array *= np.float32(2.0) ** np.arange(0, -30, -0.5)
+    found = whole_sum(array)
+    assert found == whole_sum(np.array(data.draw(st.permutations(array.tolist())), np.float32))
+    assert found == whole_sum(array.reshape(shape))
+    truth = sum(map(Fraction, array.tolist()))
+    rounding = 2.0**-22 * abs(float(truth)) + 60 * 2.0**-40 * float(np.max(np.abs(array)))
+    assert abs(Fraction(float(found)) - truth) <= rounding
+
+
+def test_whole_sums_of_large_small_and_many_numbers():
+    largest, least = np.finfo(np.float32).max, np.finfo(np.float32).tiny
+    assert whole_sum(np.float32([largest, -largest / 2])) == np.float32(largest / 2)
+    assert whole_sum(np.float32([least, least])) == 2 * least
+    assert np.isnan(whole_sum(np.float32([1, np.inf])))
+    assert whole_sum(np.zeros(3, np.float32)) == 0
+    # An axis too long for digits of ten bits.
+    assert whole_sum(np.full(2**21 + 3, 1.5, np.float32)) == np.float32(1.5 * (2**21 + 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "left"),
+    [
+        (lambda x: x / jnp.sqrt(jnp.sum(x * x)), set()),
+        (lambda x: jax.nn.silu(x.T) + jnp.max(x), set()),
+        (lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x / jnp.mean(x), jnp.negative, x), set()),
+        (lambda x: x - jnp.sum(x, axis=0), {"reduce_sum"}),
+        (lambda x: jax.checkpoint(jnp.dot)(x, x.T), {"dot_general"}),
+        (lambda x: jnp.cumsum(x, 1), {"cumsum"}),
+    ],
+)
+def test_what_adds_in_an_order_is_named(function, left):
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    assert in_any_order.ordered(jax.make_jaxpr(function)(x)) == left
+    np.testing.assert_allclose(in_any_order.in_any_order(function)(x), function(x), rtol=1e-5)

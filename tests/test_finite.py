@@ -92,7 +92,7 @@ def test_a_metric_that_is_not_finite_is_null(tmp_path):
     assert lines(tmp_path)[-1]["test_log"] is None
 
 
-@pytest.mark.parametrize("options", [{}, {"reproducible": True}, {"shard_optimizer": True}])
+@pytest.mark.parametrize("options", [{}, {"reproducible": True}, {"shard": "update"}])
 def test_an_update_without_weight_leaves_the_state_as_it_is(tmp_path, options):
     """The momentum too: its velocity would go on moving the parameters."""
     masked = prepared().data.training(0, 3 * BATCH, BATCH)
@@ -101,7 +101,7 @@ def test_an_update_without_weight_leaves_the_state_as_it_is(tmp_path, options):
     assert weight.sum() == SIZE - BATCH
     run = prepared(arrays, ARRAYS | {"weight": np.ones(SIZE)}, **options)
     states = [
-        jax.device_get(run.programs.unite(state)._replace(bounds=()))
+        jax.device_get(state._replace(bounds=()))
         for _, state, _ in updates(run, run.first_state(), 0)
     ]
     jax.tree.map(np.testing.assert_array_equal, states[2], states[3])

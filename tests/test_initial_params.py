@@ -84,15 +84,14 @@ def exported(networks, tmp_path_factory):
         (1, {"optimizer": AVERAGE}),
         (2, {"reproducible": True}),
         (4, {"microbatch_examples_per_device": 4}),
-        (DEVICES, {"shard_optimizer": True, "optimizer": AVERAGE}),
+        (DEVICES, {"shard": "update", "optimizer": AVERAGE}),
     ],
-    ids=["one device", "average", "reproducible", "shared ghost batches", "divided average"],
+    ids=["one device", "average", "reproducible", "shared ghost batches", "average in parts"],
 )
 def test_a_run_begins_with_the_exported_network(exported, tmp_path, devices, changes):
     out, said, measured = exported
     run, state = begin(small(initial_params=str(out), **changes), tmp_path, devices)
-    whole = run.programs.unite(state)
-    for params in (whole.params, evaluation_params(whole.optimizer, whole.params)):
+    for params in (state.params, evaluation_params(state.optimizer, state.params)):
         assert params_sha256(params) == said["params_sha256"]
     found = evaluate(run, state)
     # On other devices the same losses are added in another order.
@@ -100,9 +99,8 @@ def test_a_run_begins_with_the_exported_network(exported, tmp_path, devices, cha
     for name in ("test_loss", "test_accuracy"):
         np.testing.assert_allclose(found[name], measured[name], rtol=tolerance)
     # All the rest is as without a file.
-    plain = run.programs.unite(run.init_state())
-    begun = run.programs.state_from(plain.params, plain.running_statistics)
-    again = run.programs.unite(run.on_devices(begun))
+    plain = run.init_state()
+    again = run.programs.state_from(plain.params, plain.running_statistics)
     jax.tree.map(np.testing.assert_array_equal, plain, again)
     # No two of its arrays share a buffer, which the first update would refuse.
     assert trained.train(run, tmp_path)["updates"] == run.plan.num_updates

@@ -21,7 +21,7 @@ def flags_of(directory: Path, port: int, process: int, num_processes: int = 2) -
     return [
         *("tests.perceptron_run", "train", "--config=tests/perceptron_run.py"),
         *(f"--workdir={directory}", f"--coordinator=127.0.0.1:{port}"),
-        *(f"--num-processes={num_processes}", f"--process={process}"),
+        *(f"--num-processes={num_processes}", f"--process={process}", "--config.shard=update"),
     ]
 
 

@@ -16,8 +16,8 @@ from bigbatch.training import loop as train
 from bigbatch.training.fitting import Fitting
 from bigbatch.training.updates import fit
 from tests import trained
+from tests.test_parts import OPTIMIZERS, prepared
 from tests.test_reproducible import small_run
-from tests.test_sharded_optimizer import OPTIMIZERS, prepared
 from tests.trained import failing
 
 
@@ -83,7 +83,7 @@ def test_out_of_memory_halves_the_microbatch_once_and_changes_no_number():
     with jax.enable_x64(True):
         optimizer = OPTIMIZERS["nesterov"](clip_norm=0.5)
         make = lambda most: prepared(  # noqa: E731
-            optimizer, "nesterov", shard_optimizer=False, devices=2, microbatch=most
+            optimizer, "nesterov", shard="none", devices=2, microbatch=most
         )
         expected = fit(make(8))
         calls, used = [], []
@@ -107,7 +107,7 @@ def test_out_of_memory_again_and_again_halves_down_to_one_unit(monkeypatch):
     monkeypatch.setattr(layout, "COMPILATION_EXAMPLES", 0)
     with jax.enable_x64(True):
         optimizer, used = OPTIMIZERS["sgd"](clip_norm=0.5), []
-        options = {"shard_optimizer": False, "devices": 2}
+        options = {"shard": "none", "devices": 2}
         run = prepared(optimizer, "sgd", microbatch=12, **options)
         use = lambda smaller, state: used.append(smaller)  # noqa: E731
         found = train.updates(failing(run, lambda size: size > 2), run.init_state(), 0, use=use)
@@ -139,7 +139,7 @@ def test_an_update_or_evaluation_that_does_not_fit_ends_the_run_with_words(tmp_p
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory (injected).")
 
     run = trained.prepared(trained.config(epochs=0.1))
-    for name, words in (("apply_update", "shard_optimizer"), ("evaluate", "evaluation_batch")):
+    for name, words in (("apply_update", "shard"), ("evaluate", "evaluation_batch")):
         programs = dataclasses.replace(run.programs, **{name: out_of_memory})
         with pytest.raises(RunError, match=words):
             trained.train(dataclasses.replace(run, programs=programs), tmp_path)
@@ -148,7 +148,7 @@ def test_an_update_or_evaluation_that_does_not_fit_ends_the_run_with_words(tmp_p
 
 def test_what_does_not_fit_at_all_ends_the_run_with_words():
     with jax.enable_x64(True):
-        run = prepared(OPTIMIZERS["sgd"](), "sgd", shard_optimizer=False, devices=2)
+        run = prepared(OPTIMIZERS["sgd"](), "sgd", shard="none", devices=2)
         with pytest.raises(RunError, match="one ghost"):
             fit(failing(run, lambda size: True))
 

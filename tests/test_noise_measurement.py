@@ -25,7 +25,7 @@ from bigbatch.training.microbatches import Request
 from bigbatch.training.prepare import prepare
 from bigbatch.training.progress import Progress
 from tests import trained
-from tests.test_step import collectives
+from tests.hlo import collectives
 
 SEEDS, BATCH, SMALL, DIMENSIONS = 100, 200, 20, 6
 # (devices, examples per device): the small batch is the whole share, or one of several in it. The

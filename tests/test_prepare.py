@@ -10,7 +10,7 @@ import bigbatch as bb
 from bigbatch.engine.functions import data_mesh
 from bigbatch.errors import UserError
 from bigbatch.training import prepare as prepare_lib
-from tests.own import linen_batch_norm, nnx_grain, regression
+from tests.own import linen_batch_norm, nnx_grain, optimizers, regression
 
 DEVICES = np.array(jax.devices())
 
@@ -43,7 +43,7 @@ def no_programs(monkeypatch):
         (
             regression.prepare,
             {"initial": ({"w": jax.device_put(jnp.zeros(3), sharded(["data"]))}, {})},
-            "('data',); allowed: a whole array on every device: parameters in parts are not",
+            "('data',); allowed: a whole array on every device with shard 'none'",
         ),
         (
             regression.prepare,
@@ -69,8 +69,13 @@ def no_programs(monkeypatch):
         ),
         (
             regression.prepare,
-            {"reproducible": True, "shard_optimizer": True},
-            "reproducible: given True; nearest: False; allowed: False with shard_optimizer",
+            {"shard": True},
+            "shard: given True; nearest: 'none'; allowed: 'none' or 'update'",
+        ),
+        (
+            optimizers.prepare,
+            {"reproducible": True, "shard": "update"},
+            "of arrays in parts would add in the order of the parts",
         ),
     ],
 )

@@ -89,7 +89,7 @@ def prepared(config: Config, plan: Plan | Controller | None = None, **options: A
         "evaluation_batch_examples": config.evaluation_batch_examples,
         "noise_small_batch_examples": config.noise_small_batch_examples,
         "reproducible": config.reproducible,
-        "shard_optimizer": config.shard_optimizer,
+        "shard": config.shard,
         "seed": config.seed,
         "initial": functools.partial(_initial, config) if config.initial_params else None,
         "device_memory_bytes": config.device_memory_bytes,

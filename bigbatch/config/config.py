@@ -107,6 +107,7 @@ class Config(Fields):
 
 
 _GROUPS = ("data", "model", "task", "optimizer", "policy")
+_RENAMED = {"shard_optimizer": ('shard = "none" or "update", as it is called now', "shard")}
 _POLICIES = {
     **POLICIES,
     "plan_file": plan_file,
@@ -341,7 +342,7 @@ def _bind_top(tree: Mapping[str, Any], problems: list[Problem]) -> Any:
     fields = [field.name for field in dataclasses.fields(Fields)]
     names = [*fields, *_GROUPS, "transformations", "tokens"]
     problems += [
-        Problem(name, value, *among(name, names, "a field of the config: "))
+        Problem(name, value, *_RENAMED.get(name, among(name, names, "a field of the config: ")))
         for name, value in tree.items()
         if name not in names
     ]

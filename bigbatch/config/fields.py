@@ -30,7 +30,8 @@ class Fields:
         run has a checkpoint the file is not needed any more.
       initial_params_sha256: of what that file holds; None until `assemble.identified` has read it.
         Where it is given, another file is refused.
-      shard_optimizer: divides the optimizer's state over the devices.
+      shard: "update" for parameters and an optimizer's state in parts over the devices, "none" for
+        all of them on each.
       device_memory_bytes: of each device, for "auto"; None for what the devices report.
       label_smoothing: share of each label that is spread over all classes.
       noise_small_batch_examples: examples of the small batches from which the gradient noise is
@@ -58,7 +59,7 @@ class Fields:
     evaluation_batch_examples: int = _hardware()
     # Where it lies; what it holds is compared.
     initial_params: str | None = _hardware(None)
-    shard_optimizer: bool = _hardware(False)
+    shard: Literal["none", "update"] = _hardware("none")
     device_memory_bytes: int | None = _hardware(None)
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = _hardware(("tensorboard",))
     keep_checkpoints: int = _hardware(2)
@@ -94,9 +95,6 @@ class Fields:
         if self.device_memory_bytes is not None:
             allowed = "a whole number of bytes, at least 1, or None"
             checks.whole("device_memory_bytes", self.device_memory_bytes, allowed)
-        if self.reproducible:
-            allowed = "False with shard_optimizer, whose sums lie elsewhere on other devices"
-            checks.require(not self.shard_optimizer, "reproducible", True, allowed, False)
         smoothing = self.label_smoothing
         allowed = "a number from 0 to below 1"
         checks.number("label_smoothing", smoothing, allowed, at_least=0, below=1)

@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bigbatch.engine.task import PyTree
 
@@ -136,6 +137,48 @@ def total(parts: PyTree, largest: jax.Array, exponents: jax.Array) -> tuple[PyTr
     ]
     sums, rests = zip(*pairs, strict=True)
     return jax.tree.unflatten(structure, sums), jax.tree.unflatten(structure, rests)
+
+
+def whole_sum(array: jax.Array) -> jax.Array:
+    """The sum of all elements of an array, to the bit the same in any order and any grouping.
+
+    Here the addends are known before their bound has to be: it is that of their largest. Each is
+    rounded to a multiple of 2^-(p+16) of that, in digits whose sums along an axis fit a word; axis
+    after axis is summed, the longest last, and each time the digits are carried.
+
+    Returns:
+      A scalar, within a few roundings of the sum of the rounded addends; not a number where one of
+      the addends is not finite.
+    """
+    bits = min(10, 30 - max(array.shape, default=1).bit_length())
+    largest = jnp.max(jnp.abs(array), initial=0)
+    finite = jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(finite, largest, 0))
+    # In two steps: neither factor alone may leave the range of floats.
+    halves = [exponent // 2, exponent - exponent // 2]
+    down, up = ([_power_of_two(sign * half, array.dtype) for half in halves] for sign in (-1, 1))
+    rest, digits = array * down[0] * down[1], []
+    for _ in range(-(-(jnp.finfo(array.dtype).nmant + 17) // bits)):
+        rest = rest * 2.0**bits
+        digit = jax.lax.round(rest, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+        rest = rest - digit
+        digits.append(digit.astype(jnp.int32))
+    # The last is of so many bits below the point.
+    unit = bits * len(digits)
+    while digits[0].shape:
+        axis = int(np.argmin(digits[0].shape))
+        room = -(-digits[0].shape[axis].bit_length() // bits)
+        summed = [jnp.sum(digit, axis, dtype=jnp.int32) for digit in digits]
+        digits, carry = [], jnp.zeros_like(summed[0])
+        for digit in [*reversed(summed), *[carry] * room]:
+            carry, low = _carried(digit + carry, bits)
+            digits.insert(0, low)
+        digits[0] += carry << bits
+    total = left = jnp.zeros((), array.dtype)
+    for place, digit in enumerate(reversed(digits)):
+        total, rest = two_sum(total, digit.astype(array.dtype) * 2.0 ** (place * bits - unit))
+        left = left + rest
+    return jnp.where(finite, (total + left) * up[0] * up[1], jnp.nan)
 
 
 def next_bounds(largest: jax.Array, exponents: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,8 @@ travel as sums and counts and are divided once, at the very end; there is no mea
 
 Every device sums its own share: the leaves of the accumulator carry a leading axis of length
 `devices`, sharded over the mesh axis `data`. So `accumulate` needs no collective at all, and
-`apply_update` needs exactly one all-reduce. (`check_vma=False`: with its types of what varies over
+`apply_update` needs exactly one all-reduce; where the state is larger than a device, see
+`bigbatch.engine.parts`. (`check_vma=False`: with its types of what varies over
 the devices, `shard_map` would put a reduction into the gradient by replicated parameters, and
 refuse a scan that begins with zeros, so every recurrent network.)
 """
@@ -25,6 +26,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bigbatch.engine import exact_sums, units
 from bigbatch.engine.accumulator import RESTS, Accumulator, add, in_parts
 from bigbatch.engine.exact_sums import FixedPoint, two_sum
+from bigbatch.engine.in_any_order import in_any_order
+from bigbatch.engine.parts import NONE, REPLICATED, Parts
 from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task, wide
 from bigbatch.engine.update_rule import Rule
 from bigbatch.noise.sums import small_batch_sums, square
@@ -34,24 +37,31 @@ DATA_AXIS = "data"
 IS_EXACT = "is_exact"
 GRADIENT_IS_FINITE = "gradient_is_finite"
 PARAMS_ARE_FINITE = "params_are_finite"
-REPLICATED = PartitionSpec()
 SHARDED = PartitionSpec(DATA_AXIS)
 
 
 class State(NamedTuple):
-    """Everything that an update changes, replicated over the devices.
+    """Everything that an update changes.
 
     Attributes:
-      params: of the model.
-      running_statistics: likewise.
+      params: of the model; like the optimizer's state on every device, or in parts.
+      running_statistics: likewise of the model; on every device.
       optimizer: its state, hyperparameters included.
       bounds: where sums are reproducible, int32[leaves of the accumulator]: see `exact_sums`.
+      copy: where `params` lie in parts or are masters, the parameters on every device, in the
+        dtypes that the task computes with. In no checkpoint.
     """
 
     params: PyTree
     running_statistics: PyTree
     optimizer: optax.OptState
     bounds: PyTree = ()
+    copy: PyTree = None
+
+    @property
+    def read_params(self) -> PyTree:
+        """The parameters that a microbatch reads."""
+        return self.params if self.copy is None else self.copy
 
 
 def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
@@ -69,6 +79,24 @@ def init_state(task: Task, optimizer: optax.GradientTransformation, key: jax.Arr
     """The state before the first update."""
     params, running_statistics = task.init(key)
     return State(params, running_statistics, optimizer.init(params))
+
+
+def shardings(state: State, parts: Parts) -> State:
+    """Where the arrays of a state lie."""
+    whole = jax.tree.map(lambda leaf: NamedSharding(parts.mesh, REPLICATED), state)
+    return whole._replace(
+        params=parts.sharding(state.params), optimizer=parts.sharding(state.optimizer)
+    )
+
+
+def with_copy(state: State, task: Task, parts: Parts) -> State:
+    """The state with the copy of its parameters that microbatches read, if there is to be one."""
+    if not parts.cut and task.computes_with is None:
+        return state
+    like = state.params if task.computes_with is None else task.computes_with
+    copy = jax.tree.map(lambda param, like: param.astype(like.dtype), state.params, like)
+    whole = NamedSharding(parts.mesh, REPLICATED)
+    return state._replace(copy=jax.lax.with_sharding_constraint(copy, whole))
 
 
 def empty_accumulator(
@@ -199,29 +227,7 @@ def accumulate(
         in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED),
         out_specs=SHARDED,
         check_vma=False,
-    )(state.params, state.running_statistics, state.bounds, accumulator, microbatch, frozen)
-
-
-class Whole:
-    """How an update is spread over the devices: each of them computes all of it."""
-
-    def specs(self, arrays: PyTree) -> PyTree:
-        """How arrays that an update works on are spread, or a prefix of that."""
-        return REPLICATED
-
-    def reduce(self, params: PyTree, own: Accumulator) -> tuple[PyTree, Accumulator]:
-        """On a device: the parameters that it works on, and the sums over all devices."""
-        return params, jax.lax.psum(own, DATA_AXIS)
-
-    def update(
-        self, optimizer: Rule, state: State, gradients: PyTree, params: PyTree, *scalars: PyTree
-    ) -> tuple[PyTree, optax.OptState]:
-        """The changes of the parameters that it works on, and the optimizer's next state."""
-        return optimizer.update(gradients, state.optimizer, params, *scalars)
-
-    def collect(self, params: PyTree, gradients: PyTree, like: PyTree) -> tuple[PyTree, jax.Array]:
-        """All parameters, from those that it works on; and whether the gradients are finite."""
-        return params, is_finite(gradients)
+    )(state.read_params, state.running_statistics, state.bounds, accumulator, microbatch, frozen)
 
 
 def apply_update(
@@ -232,7 +238,7 @@ def apply_update(
     task: Task,
     optimizer: Rule,
     mesh: Mesh,
-    where: Whole | None = None,
+    shard: str = NONE,
 ) -> tuple[State, Accumulator | FixedPoint, Sums]:
     """Turns the sums of one update into the next state.
 
@@ -244,8 +250,7 @@ def apply_update(
       task: what is trained.
       optimizer: its rule.
       mesh: the devices, along `data`.
-      where: how the optimizer's work is spread over the devices; `sharded_optimizer.Parts` divides
-        it.
+      shard: how the state lies on them: see `bigbatch.engine.parts`.
 
     Returns:
       The next state, which is the old one where the update's count is 0; the accumulator emptied;
@@ -254,41 +259,48 @@ def apply_update(
       With reproducible sums there is also `is_exact`: where it is 0 a bound has failed, and the
       next state is the old one with bounds that hold; the same update is to be computed again.
     """
-    where = where or Whole()
+    parts = Parts(mesh, shard)
 
-    def reduce_on_device(
-        params: PyTree, bounds: PyTree, accumulator: Accumulator | FixedPoint
-    ) -> tuple[Any, ...]:
+    def reduce_on_device(bounds: PyTree, accumulator: Accumulator | FixedPoint) -> tuple[Any, ...]:
         own = jax.tree.map(lambda leaf: leaf[0], accumulator)
         emptied = jax.tree.map(jnp.zeros_like, accumulator)
         if not isinstance(own, FixedPoint):
-            return *where.reduce(params, in_parts(own)), (), emptied
-        exact = jax.lax.psum(exact_sums.parts(own.words), DATA_AXIS)
-        largest = jax.lax.pmax(own.largest, DATA_AXIS)
+            return reduced(in_parts(own)), (), emptied
+        exact = reduced(exact_sums.parts(own.words), lead=1)
+        largest = jax.lax.pmax(own.largest, parts.mesh.axis_names)
         # From here on the program is the same on any number of devices.
-        exact, largest = jax.lax.optimization_barrier((exact, largest))
+        exact, largest = jax.tree.map(jax.lax.optimization_barrier, (exact, largest))
         total, rests = exact_sums.total(exact, largest, bounds)
         pairs = jax.tree.map(lambda *pair: jnp.stack(pair), total.sums, rests.sums)
-        return params, total._replace(sums=pairs), largest, emptied
+        return total._replace(sums=pairs), largest, emptied
 
-    spec = where.specs(state.params)
+    def reduced(own: Accumulator, lead: int = 0) -> Accumulator:
+        gradients = jax.tree.map(lambda leaf: parts.reduced(leaf, lead), own.gradients)
+        rest = jax.lax.psum(own._replace(gradients=()), parts.mesh.axis_names)
+        return rest._replace(gradients=gradients)
+
     rest: Any = REPLICATED
-    params, total, largest, emptied = jax.shard_map(
+    total, largest, emptied = jax.shard_map(
         reduce_on_device,
-        mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, SHARDED),
-        out_specs=(spec, Accumulator(spec, rest, rest, rest), REPLICATED, SHARDED),
-    )(state.params, state.bounds, accumulator)
+        mesh=parts.mesh,
+        in_specs=(REPLICATED, parts.each),
+        out_specs=(
+            Accumulator(parts.specs(state.params), rest, rest, rest),
+            REPLICATED,
+            parts.each,
+        ),
+    )(state.bounds, accumulator)
     pairs = {name: two_sum(*pair) for name, pair in total.sums.items()}
     sums: dict[str, Any] = {name: value for name, (value, _) in pairs.items()}
     # Where it is 0 nothing weighs anything.
     moves = sums[COUNT] != 0
     count = jnp.where(moves, sums[COUNT], 1)
     gradients = jax.tree.map(lambda leaf: leaf / count, total.gradients)
-    changes, optimizer_state = where.update(
-        optimizer, state, gradients, params, hyper, sums[EXAMPLES]
+    exactly = in_any_order if isinstance(accumulator, FixedPoint) else lambda function: function
+    changes, optimizer_state = exactly(optimizer.update)(
+        gradients, state.optimizer, state.params, hyper, sums[EXAMPLES]
     )
-    params, finite = where.collect(optax.apply_updates(params, changes), gradients, state.params)
+    params = optax.apply_updates(state.params, changes)
     running = advance_running_statistics(
         state.running_statistics,
         total.ghost_statistics,
@@ -296,20 +308,19 @@ def apply_update(
         decay=task.running_decay,
     )
     sums |= {RESTS: {name: rest for name, (_, rest) in pairs.items()}}
-    sums |= {GRADIENT_IS_FINITE: finite, PARAMS_ARE_FINITE: is_finite(params)}
+    sums |= {GRADIENT_IS_FINITE: is_finite(gradients), PARAMS_ARE_FINITE: is_finite(params)}
     if SMALL_SQUARES in sums:
-        sums |= {BIG_SQUARE: square(gradients)}
+        sums |= {BIG_SQUARE: exactly(square)(gradients)}
     bounds = state.bounds
     if isinstance(accumulator, FixedPoint):
         bounds, is_exact = exact_sums.next_bounds(largest, bounds)
         sums |= {IS_EXACT: is_exact.astype(largest.dtype)}
         moves &= is_exact
-    next_state = State(params, running, optimizer_state, state.bounds)
-    next_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), next_state, state)
-    next_state = next_state._replace(bounds=bounds)
-    specs = State(REPLICATED, REPLICATED, where.specs(optimizer_state), REPLICATED)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    return jax.lax.with_sharding_constraint(next_state, shardings), emptied, sums
+    next_state = State(params, running, optimizer_state)
+    old = state._replace(bounds=(), copy=None)
+    next_state = jax.tree.map(lambda new, old: jnp.where(moves, new, old), next_state, old)
+    next_state = jax.lax.with_sharding_constraint(next_state, shardings(next_state, parts))
+    return with_copy(next_state._replace(bounds=bounds), task, parts), emptied, sums
 
 
 def is_finite(tree: PyTree) -> jax.Array:
@@ -375,7 +386,9 @@ def evaluate(
         outputs, _ = task.apply_to(params, running, microbatch, False, frozen)
         return jax.tree.map(lambda leaf: leaf[None], task.loss(outputs, microbatch))
 
-    params = optimizer.evaluation_params(state.optimizer, state.params)
+    params = state.read_params
+    if optimizer.evaluates_others(state.optimizer):
+        params = optimizer.evaluation_params(state.optimizer, state.params)
     return jax.shard_map(
         on_device,
         mesh=mesh,

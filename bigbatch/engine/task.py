@@ -53,6 +53,8 @@ class Task:
         not tried before a run.
       for_examples: makes the task from the shapes of one microbatch's examples, where it depends on
         them; then `init` and what comes after it are those of the result.
+      computes_with: shapes and dtypes of the parameters as `apply` turns them into first of all,
+        where those of `init` are masters of more precision; None: those of `init`.
     """
 
     init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -66,6 +68,7 @@ class Task:
     shares_ghost_batches: bool = True
     is_tested: bool = False
     for_examples: Callable[[Mapping[str, jax.ShapeDtypeStruct]], "Task"] | None = None
+    computes_with: PyTree = None
 
     @staticmethod
     def from_nnx(
@@ -129,4 +132,4 @@ def with_float32_masters(task: Task, params: PyTree) -> Task:
         own = jax.tree.map(lambda master, like: master.astype(like.dtype), masters, params)
         return task.apply(own, *rest)
 
-    return dataclasses.replace(task, init=init, apply=apply)
+    return dataclasses.replace(task, init=init, apply=apply, computes_with=params)

@@ -25,8 +25,8 @@ def scale_by_lars(
     def scaled(gradient: jax.Array, param: jax.Array, applies: bool) -> jax.Array:
         if not applies:
             return gradient
-        param_norm = jnp.linalg.norm(param.ravel())
-        denominator = jnp.linalg.norm(gradient.ravel()) + weight_decay * param_norm
+        param_norm = jnp.linalg.norm(param)
+        denominator = jnp.linalg.norm(gradient) + weight_decay * param_norm
         defined = (param_norm > 0) & (denominator > 0)
         ratio = trust_coefficient * param_norm / jnp.where(defined, denominator, 1)
         return jnp.where(defined, ratio, 1) * (gradient + weight_decay * param)
@@ -107,15 +107,3 @@ def evaluation_params(optimizer_state: optax.OptState, params: PyTree) -> PyTree
         is_masked = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
         params = jax.tree.map(evaluated, averages, params, is_leaf=is_masked)
     return params
-
-
-def in_shape_of(array: jax.Array, like: Any) -> jax.Array:
-    """An array that was made flat and padded, in the shape and dtype that it had.
-
-    Args:
-      array: the elements in order, and more or none after them.
-      like: has that `shape`, `size` and `dtype`.
-    """
-    if array.shape == like.shape:
-        return array
-    return array.ravel()[: like.size].reshape(like.shape).astype(like.dtype)

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bigbatch.engine import transformations
+from bigbatch.engine import in_any_order, transformations
 from bigbatch.engine.optimizer import Optimizer, arguments, plan_problems
 from bigbatch.engine.task import PyTree, wide
 from bigbatch.errors import Problem, UserError
@@ -112,15 +112,23 @@ class Rule:
         gradients, params = jax.tree.map(wide, (gradients, params))
         return self.transformation.update(gradients, state, params, num_examples=num_examples)
 
+    def ordered(self, params: PyTree) -> set[str]:
+        """What of an update of parameters of such shapes `in_any_order` leaves in an order."""
+        state = jax.eval_shape(self.init, params)
+        hyper = dict.fromkeys(self.hyper_names, 0.0)
+        return in_any_order.ordered(jax.make_jaxpr(self.update)(params, state, params, hyper, 1.0))
+
+    def evaluates_others(self, state: optax.OptState) -> bool:
+        """Whether others are evaluated than those that are trained."""
+        return self.chosen_params is not None or bool(transformations.kept_averages(state))
+
     def evaluation_params(self, state: optax.OptState, params: PyTree) -> PyTree:
         """The parameters to evaluate with, in the parameters' dtypes.
 
         Args:
-          state: the optimizer's, divided over the devices or not.
+          state: the optimizer's.
           params: those that were trained.
         """
-        shapes = jax.eval_shape(self.init, params)
-        state = jax.tree.map(transformations.in_shape_of, state, shapes)
         choose = self.chosen_params or transformations.evaluation_params
         chosen = choose(state, jax.tree.map(wide, params))
         return jax.tree.map(lambda leaf, param: leaf.astype(param.dtype), chosen, params)

@@ -140,6 +140,6 @@ def smaller(examples_per_device: int, *, unit: int) -> int:
             f"memory, and it is one ghost or small batch, which is not cut. On several devices "
             "microbatch_examples_per_device may be a part of ghost_batch_examples (not with "
             "reproducible or where the noise is measured); or use a "
-            "smaller network, bfloat16 or shard_optimizer"
+            'smaller network, bfloat16 or shard = "update"'
         )
     return examples_per_device // (2 * unit) * unit

@@ -394,7 +394,7 @@ class _Loop:
             where = self.files, self.log.directory()
             raise saved_elsewhere(self.run, *where, updates_done, self.state, record)
         with self.watchdog.phase("checkpoint"):
-            state = self.run.programs.unite(self.state)
+            state = self.state._replace(copy=None)
             self.checkpoints.save(updates_done, state, record)
             if distributed.is_first():
                 starts.lived(self.files, self.progress.spent_s)

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 from bigbatch.checks import Checks
 from bigbatch.data.source import Data, TrainingData
 from bigbatch.engine import exact_sums, functions
-from bigbatch.engine.sharded_optimizer import Parts
+from bigbatch.engine.parts import NONE, UPDATE
 from bigbatch.engine.task import PyTree, Task, with_float32_masters
 from bigbatch.engine.task_checks import Shapes, check_task
 from bigbatch.engine.update_rule import Rule, resolve
@@ -63,7 +63,7 @@ def prepare(
     evaluation_batch_examples: int | None = None,
     noise_small_batch_examples: int | None = None,
     reproducible: bool = False,
-    shard_optimizer: bool = False,
+    shard: Literal["none", "update"] = NONE,
     float32_masters: bool = False,
     seed: int = 0,
     initial: Any = None,
@@ -92,7 +92,8 @@ def prepare(
         a controller's ghost batches, else nothing is measured.
       reproducible: sums exactly, one ghost batch (or small batch) a call and device, so that
         devices and processes change no bit; see `exact_sums`.
-      shard_optimizer: whether the optimizer's state is divided over the devices.
+      shard: "update" for parameters and an optimizer's state in parts over the devices, "none" for
+        all of them on each: see `bigbatch.engine.parts`.
       float32_masters: keeps parameters of less precision in float32, and computes with them in
         their own.
       seed: of the initial parameters and the order of the examples.
@@ -118,11 +119,10 @@ def prepare(
     given = dict(locals())
     mesh = functions.data_mesh() if mesh is None else mesh
     checks = Checks()
-    allowed = "a mesh of the one axis 'data': parameters are replicated here"
+    allowed = "a mesh of the one axis 'data'"
     fits = mesh.axis_names == (functions.DATA_AXIS,)
     checks.require(fits, "mesh", mesh.axis_names, allowed, (functions.DATA_AXIS,))
-    allowed = "False with shard_optimizer, whose sums lie elsewhere on other devices"
-    checks.require(not (reproducible and shard_optimizer), "reproducible", True, allowed, False)
+    checks.require(shard in (NONE, UPDATE), "shard", shard, f"{NONE!r} or {UPDATE!r}", NONE)
     allowed = "nothing: updates are compiled programs"
     checks.require(not jax.config.jax_disable_jit, "JAX_DISABLE_JIT", True, allowed)  # type: ignore
     checks.done()
@@ -141,10 +141,13 @@ def prepare(
         task = with_float32_masters(task, shapes.params)
     ghost_batch_examples = ghost_batch_examples or 1
     rule = resolve(optimizer, plan.hypers, shapes.params, evaluation_params)
-    if shard_optimizer:
-        checks.problems += Parts(rule, mesh).problems(shapes.params)
-    checks.done()
-    _check_initial(initial, shapes)
+    _check_initial(initial, shapes, shard)
+    if reproducible and shard == UPDATE and (ordered := rule.ordered(shapes.params)):
+        allowed = (
+            f"{NONE!r} with reproducible and {rule.name}, whose {', '.join(sorted(ordered))} of "
+            "arrays in parts would add in the order of the parts"
+        )
+        raise UserError(Problem("shard", shard, allowed, NONE))
     sizes = plan.batch_sizes if batch_sizes is None else np.asarray(batch_sizes)
     unit_examples = noise_small_batch_examples or ghost_batch_examples
     # What holds any batch that will come.
@@ -166,7 +169,7 @@ def prepare(
             evaluation_examples=evaluation_examples,
             ghost_batch_examples=ghost_batch_examples,
             noise_small_batch_examples=noise_small_batch_examples,
-            shard_optimizer=shard_optimizer,
+            shard=shard,
             reproducible=reproducible,
             compensated=addends > _COMPENSATED_ADDENDS and not reproducible,
             compiler=compiler,
@@ -272,8 +275,8 @@ def _init_shapes(task: Task) -> Shapes:
     return Shapes(*jax.eval_shape(task.init, jax.eval_shape(jax.random.key, 0)))
 
 
-def _check_initial(initial: Any, shapes: Shapes) -> None:
-    """Refuses initial values that are not those of the task, or lie in parts."""
+def _check_initial(initial: Any, shapes: Shapes, shard: str) -> None:
+    """Refuses initial values that are not those of the task, or lie in parts where none are to."""
     if initial is None or callable(initial):
         return
     expected = (shapes.params, shapes.running_statistics)
@@ -288,8 +291,8 @@ def _check_initial(initial: Any, shapes: Shapes) -> None:
         name = "initial" + jax.tree_util.keystr(path)
         checks.require(np.shape(leaf) == like.shape, name, np.shape(leaf), f"{like.shape}")
         parts = getattr(leaf, "sharding", None)
-        allowed = "a whole array on every device: parameters in parts are not trained here"
-        whole = parts is None or parts.is_fully_replicated
+        allowed = f"a whole array on every device with shard {NONE!r}"
+        whole = parts is None or parts.is_fully_replicated or shard == UPDATE
         checks.require(whole, name, getattr(parts, "spec", parts), allowed)
     checks.done()
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from bigbatch.engine import functions
 from bigbatch.engine.accumulator import Accumulator
-from bigbatch.engine.sharded_optimizer import Parts
+from bigbatch.engine.parts import Parts
 from bigbatch.engine.task import PyTree, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.layout import memory
@@ -56,13 +56,11 @@ class Programs:
       accumulate: microbatch examples -> compiled `functions.accumulate` (accumulator is donated).
       apply_update: compiled `functions.apply_update` (state and accumulator are donated).
       evaluate: compiled `functions.evaluate`.
-      init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
+      init_state: a key's data -> state, each array made where it lies.
       state_from: parameters, running statistics -> state, otherwise like it; compiled when it is
-        called, which few runs do.
-      divide: from a state as in a checkpoint, replicated, to that which the updates take.
-      unite: and back. Both the same one where the optimizer's state is not divided.
-      state_shapes: shapes, dtypes and shardings of the state that the updates take.
-      checkpoint_shapes: of the state as in a checkpoint.
+        called, which few runs do. So is the next.
+      with_copy: compiled `functions.with_copy`, for a state from a checkpoint.
+      state_shapes: shapes, dtypes and shardings of the state.
       sum_names: of what the loss returns.
       empty_accumulator: makes the accumulator that the first update starts with.
       evaluation_examples: of an evaluation microbatch, over all devices.
@@ -74,10 +72,8 @@ class Programs:
     evaluate: Callable
     init_state: Callable[[jax.Array], functions.State]
     state_from: Callable[[PyTree, PyTree], functions.State]
-    divide: Callable[[functions.State], functions.State]
-    unite: Callable[[functions.State], functions.State]
+    with_copy: Callable[[functions.State], functions.State]
     state_shapes: functions.State
-    checkpoint_shapes: functions.State
     sum_names: tuple[str, ...]
     empty_accumulator: Callable[[], Accumulator]
     evaluation_examples: int
@@ -148,7 +144,7 @@ def compile_programs(
     evaluation_examples: int | None,
     ghost_batch_examples: int,
     noise_small_batch_examples: int | None,
-    shard_optimizer: bool,
+    shard: str,
     reproducible: bool,
     compensated: bool,
     compiler: Compiler | None = None,
@@ -164,7 +160,7 @@ def compile_programs(
       evaluation_examples: likewise, of an evaluation microbatch; None: as many as of the first.
       ghost_batch_examples: examples that share batch-norm statistics.
       noise_small_batch_examples: of the noise measurement; None: nothing is measured.
-      shard_optimizer: whether the optimizer's state is divided over the devices.
+      shard: how the state lies on the devices: see `bigbatch.engine.parts`.
       reproducible: sums exactly, so that no layout changes a bit; see `exact_sums`.
       compensated: keeps what rounding leaves of sums; see `functions.empty_accumulator`.
       compiler: makes what stands for each program; None for the programs themselves.
@@ -200,19 +196,24 @@ def compile_programs(
     if reproducible and unit_examples is None:
         unit_examples = ghost_batch_examples
 
-    def first_state(key: jax.Array) -> functions.State:
-        return with_bounds(functions.init_state(task, optimizer, key))
+    parts = Parts(mesh, shard)
+
+    def first_state(key_data: jax.Array) -> functions.State:
+        key = jax.random.wrap_key_data(key_data)
+        return begun_with(functions.init_state(task, optimizer, key))
 
     def state_from(params: PyTree, running_statistics: PyTree) -> functions.State:
         given = params, running_statistics
         params, running_statistics = jax.tree.map(lambda a, like: a.astype(like.dtype), given, like)
-        return with_bounds(functions.State(params, running_statistics, optimizer.init(params)))
+        return begun_with(functions.State(params, running_statistics, optimizer.init(params)))
 
-    def with_bounds(state: functions.State) -> functions.State:
-        if not reproducible:
-            return state
-        examples = microbatch(microbatch_examples[0])
-        return state._replace(bounds=functions.first_bounds(task, state, examples, measures_noise))
+    def begun_with(state: functions.State) -> functions.State:
+        if reproducible:
+            examples = microbatch(microbatch_examples[0])
+            bounds = functions.first_bounds(task, state, examples, measures_noise)
+            state = state._replace(bounds=bounds)
+        state = jax.lax.with_sharding_constraint(state, functions.shardings(state, parts))
+        return functions.with_copy(state, task, parts)
 
     platform = mesh.devices.flat[0].platform
     on_cpu = platform == "cpu"
@@ -228,17 +229,15 @@ def compile_programs(
 
     # Called once: on CPU, to compile it well takes seconds and saves milliseconds.
     quick = {"xla_backend_optimization_level": 0} if on_cpu else None
-    init_state = jax.jit(first_state, compiler_options=quick)
-    whole = state = with_sharding(jax.eval_shape(init_state, jax.random.key(0)), replicated)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    state = jax.eval_shape(first_state, key)
+    where = functions.shardings(state, parts)
+    placed = functools.partial(jax.jit, out_shardings=where, compiler_options=quick)
+    state = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), state, where
+    )
     like = state.params, state.running_statistics
     frozen = with_sharding(task.frozen, replicated)
-    divide = unite = _unchanged
-    where = functions.Whole()
-    if shard_optimizer:
-        where = parts = Parts(optimizer, mesh)
-        divide = compiled("divide", jax.jit(parts.divide), whole)()
-        state = parts.shapes(whole)
-        unite = compiled("unite", jax.jit(parts.unite), state)()
     empty = functools.partial(
         functions.empty_accumulator,
         task,
@@ -266,7 +265,7 @@ def compile_programs(
     )
     apply_update = jax.jit(
         functools.partial(
-            functions.apply_update, task=task, optimizer=optimizer, mesh=mesh, where=where
+            functions.apply_update, task=task, optimizer=optimizer, mesh=mesh, shard=shard
         ),
         donate_argnums=(0, 1),
     )
@@ -288,7 +287,7 @@ def compile_programs(
             for n in microbatch_examples
         }
         applied = begun("apply_update", apply_update, state, accumulator, hyper)
-        initial = begun("init_state", init_state, jax.random.key(0))
+        initial = begun("init_state", placed(first_state), with_sharding(key, replicated))
         test = microbatch(evaluation_examples, training=False)
         evaluated = begun("evaluate", evaluate, state, test, frozen)
         return Programs(
@@ -296,13 +295,11 @@ def compile_programs(
             apply_update=applied.result(),
             evaluate=evaluated.result(),
             init_state=initial.result(),
-            state_from=jax.jit(state_from, compiler_options=quick),
-            divide=divide,
-            unite=unite,
+            state_from=placed(state_from),
+            with_copy=jax.jit(functools.partial(functions.with_copy, task=task, parts=parts)),
             empty_accumulator=functools.partial(_zeros, accumulator, sharded),
             evaluation_examples=evaluation_examples,
             state_shapes=state,
-            checkpoint_shapes=whole,
             sum_names=tuple(jax.eval_shape(evaluate, state, test, frozen)),
             reproducible=reproducible,
         )
@@ -327,7 +324,3 @@ def precision(state: functions.State) -> np.dtype:
     """In which hyperparameters reach the optimizer: float32 at least."""
     kinds = {leaf.dtype for leaf in jax.tree.leaves(state.params)}
     return jax.numpy.result_type(np.float32, *kinds)
-
-
-def _unchanged(state: functions.State) -> functions.State:
-    return state

@@ -27,8 +27,7 @@ def restore(run: Run, checkpoints: Checkpoints, at: int | None = None) -> tuple[
 
     `at` takes the one with so many updates done.
     """
-    like = run.programs.checkpoint_shapes
-    restored = checkpoints.restore(like, resume.whose(run.identity), _warn, at)
+    restored = checkpoints.restore(run.saved_shapes, resume.whose(run.identity), _warn, at)
     if restored is None:
         return run.first_state(), Progress()
     return run.on_devices(restored.state), Progress.read(restored.record["progress"])
@@ -124,7 +123,7 @@ def saved_elsewhere(
         return RunError(f"{gone}: nothing was saved after the newest checkpoint in it")
     with Checkpoints(Workdir(now).checkpoints, keep=sys.maxsize) as checkpoints:
         if updates not in checkpoints.saved():
-            checkpoints.save(updates, run.programs.unite(state), record)
+            checkpoints.save(updates, state._replace(copy=None), record)
     return RunError(
         f"{gone}: saved after update {updates:,} in {now}; the same command continues with "
         f"--workdir={now}"

@@ -102,15 +102,36 @@ class Run:
 
     def init_state(self) -> functions.State:
         """The state before the first update, on all devices."""
-        return self.on_devices(self.programs.init_state(jax.random.key(self.seed)))
+        replicated = NamedSharding(self.mesh, functions.REPLICATED)
+        data = distributed.put(jax.random.key_data(jax.random.key(self.seed)), replicated)
+        return jax.block_until_ready(self.programs.init_state(data))
 
     def first_state(self) -> functions.State:
         """The same, of the initial parameters where there are any."""
         if self.initial is None:
             return self.init_state()
-        return self.on_devices(self.programs.state_from(*distributed.together(self.initial)))
+        params, running_statistics = distributed.together(self.initial)
+        shapes = self.programs.state_shapes
+        return self.programs.state_from(
+            _placed(params, shapes.params), _placed(running_statistics, shapes.running_statistics)
+        )
+
+    @property
+    def saved_shapes(self) -> functions.State:
+        """Shapes, dtypes and shardings of what a checkpoint holds."""
+        return self.programs.state_shapes._replace(copy=None)
 
     def on_devices(self, state: functions.State) -> functions.State:
         """The state that the updates take, from one as in a checkpoint that all processes hold."""
-        replicated = NamedSharding(self.mesh, functions.REPLICATED)
-        return self.programs.divide(distributed.put(state, replicated))
+        # Collectives of one program at a time: see `updates`.
+        return jax.block_until_ready(self.programs.with_copy(_placed(state, self.saved_shapes)))
+
+
+def _placed(tree: PyTree, like: PyTree) -> PyTree:
+    """Values where those that are like them lie; what is of one host is of every one."""
+
+    def placed(leaf: Any, to: jax.ShapeDtypeStruct) -> jax.Array:
+        in_parts = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return (jax.device_put if in_parts else distributed.put)(leaf, to.sharding)
+
+    return jax.tree.map(placed, tree, like)

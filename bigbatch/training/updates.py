@@ -33,7 +33,7 @@ from bigbatch.training.watch import Watchdog
 _MICROBATCH = "a microbatch", "set microbatch_examples_per_device to half of what it is"
 _UPDATE = (
     "an update of the parameters",
-    "its memory does not depend on the microbatch; use shard_optimizer or more devices, or set "
+    'its memory does not depend on the microbatch; use shard = "update" or more devices, or set '
     "microbatch_examples_per_device lower to leave it more room",
 )
 

@@ -9,6 +9,9 @@ The state is copied to the host first, as one run of bytes: the next update may 
 once, and Orbax needs a third of the time for a few arrays of what it needs for a network's. It does
 not notice a byte that has changed on the disk, so the checksum is compared after it was read. The
 newest checkpoint that is whole is taken; damaged ones are put aside, never deleted or written over.
+
+A state in parts is whole nowhere: Orbax is given its arrays as they lie, every process writes its
+own parts, and the checksum is one that needs no order. Both forms are read into either.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ import json
 import logging
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +54,7 @@ class Restored(NamedTuple):
 
     Attributes:
       updates: done at it.
-      state: NumPy arrays.
+      state: NumPy arrays, or where it was saved in parts, JAX's where they are to lie.
       record: what was saved beside it.
     """
 
@@ -148,7 +151,7 @@ class Checkpoints:
         """Reads the newest checkpoint that is whole; None where there is none at all.
 
         Args:
-          like: a state with the shapes and dtypes that it must have.
+          like: a state with the shapes and dtypes that it must have, and its shardings.
           whose: the run that the checkpoint must be of, as `save` was told; None: any.
           warn: is told in words of damaged checkpoints.
           at: only the checkpoint with so many updates done; None: the newest.
@@ -166,8 +169,11 @@ class Checkpoints:
                 allowed = "checkpoints of the run in this workdir; this one is of another"
                 raise UserError(Problem("workdir", str(self.directory / str(updates)), allowed))
             state = None if record is None else self._load(updates, record, like)
-            # What one process cannot read, none uses.
-            if all(distributed.gather(b"" if state is None else b"1")):
+            # What one process cannot read, none uses; the parts of all have one checksum.
+            read_by_all = all(distributed.gather(b"" if state is None else b"1"))
+            if read_by_all and record and isinstance(record["checksum"], list):
+                read_by_all = packing.checksum(state).tolist() == record["checksum"]
+            if read_by_all:
                 assert state is not None
                 assert record is not None
                 if damaged:
@@ -201,21 +207,26 @@ class Checkpoints:
 
         Args:
           update: the number of updates done.
-          state: the state after them, replicated; it is copied before this returns.
+          state: the state after them; it is copied before this returns.
           record: JSON values to keep beside it; `run` among them.
 
         Raises:
           RunError: this one or the one before cannot be written.
         """
-        packed = packing.pack(state)
+        if packing.in_parts(state):
+            arrays: Any = _numbered(jax.tree.leaves(state))
+            checksum: Any = packing.checksum(state).tolist()
+        else:
+            packed = packing.pack(state)
+            arrays, checksum = _pieces(packed), zlib.crc32(packed.data)
         versions = {package: version(package) for package in _PACKAGES}
         record = {**record, "project": "bigbatch", "format": FORMAT, "versions": versions}
-        record |= {"arrays": packing.described(state), "checksum": zlib.crc32(packed.data)}
+        record |= {"arrays": packing.described(state), "checksum": checksum}
         record["digest"] = _digest(record)
         try:
             self._wait()
             self._being_written = self._checkpointer.save_async(
-                update, _pieces(packed), force=True, custom_metadata=record
+                update, arrays, force=True, custom_metadata=record
             )
         except (OSError, ValueError, RuntimeError) as error:
             # No fault of the file system's: another process has gone, or a device.
@@ -279,11 +290,23 @@ class Checkpoints:
         """The state of a checkpoint; None where it cannot be read, has changed, or is another."""
         if record["arrays"] != packing.described(like):
             return None
-        target = _pieces(np.empty(packing.num_bytes(like), np.uint8))
+        in_parts = isinstance(record["checksum"], list)
+        leaves = jax.tree.leaves(like)
+        target: Any = _numbered(leaves)
+        if not in_parts:
+            target = _pieces(np.empty(packing.num_bytes(like), np.uint8))
         # Orbax logs pages about a damaged file; `restore` says it in a line.
         logging.disable(logging.CRITICAL)
         try:
             pieces = self._checkpointer.load(updates, target)
+            if in_parts:
+                found = iter(pieces[name] for name in target)
+                read = [
+                    next(found) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+                    for leaf in leaves
+                ]
+                state: State = jax.tree.unflatten(jax.tree.structure(like), read)
+                return state
             packed = np.concatenate([pieces[name] for name in target])
             if zlib.crc32(packed.data) != record["checksum"]:
                 return None
@@ -365,4 +388,9 @@ class _Preservation:
 def _pieces(packed: np.ndarray) -> dict[str, np.ndarray]:
     """Bytes as the arrays that are written, in the order of their names; they share its memory."""
     begins = range(0, len(packed), _PIECE_BYTES)
-    return {f"{number:06}": packed[b : b + _PIECE_BYTES] for number, b in enumerate(begins)}
+    return _numbered(packed[begin : begin + _PIECE_BYTES] for begin in begins)
+
+
+def _numbered(arrays: Iterable[Any]) -> dict[str, Any]:
+    """Arrays by names that keep their order; Orbax takes none without elements."""
+    return {f"{number:06}": array for number, array in enumerate(arrays) if array.size}

@@ -10,7 +10,6 @@ as does a program that is called for each. Bytes are those of the results, on ea
 import functools
 import os
 import platform
-import re
 from collections import Counter
 from typing import Any
 
@@ -20,13 +19,10 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
+from bigbatch.commands.compile import read
+
 DEVICES, MICROBATCH, MICROBATCHES = 8, 256, 4
 BATCH = MICROBATCH * MICROBATCHES
-_BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALL = re.compile(
-    r"= (.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\("
-)
 
 
 def collectives(program, loops: int = 1) -> tuple[Counter, int]:
@@ -34,22 +30,14 @@ def collectives(program, loops: int = 1) -> tuple[Counter, int]:
 
     Args:
       program: compiled.
-      loops: how often the bodies of its loops run.
+      loops: how often the bodies of its loops run, where the text does not say it.
     """
-    text = program.as_text()
-    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     counts: Counter = Counter()
-    total, times = 0, 1
-    for line in text.splitlines():
-        if line and not line[0].isspace():
-            times = loops if line.removeprefix("ENTRY ").lstrip("%").split(" ")[0] in bodies else 1
-        found = _CALL.search(line)
-        if found:
-            counts[found[2]] += times
-            total += times * sum(
-                _BYTES[kind] * int(np.prod([int(n) for n in shape.split(",") if n]))
-                for kind, shape in _ARRAY.findall(found[1])
-            )
+    total = 0
+    for each in read.collectives(program.as_text()):
+        times = each["trips"] or loops
+        counts[each["kind"]] += times * each["count"]
+        total += times * each["bytes"]
     return counts, total
 
 

@@ -38,7 +38,7 @@ VARIANTS = {
         },
         "ghost batches of 64, over 2 devices": {"ghost_batch_examples": 64},
         "ghost batches of 256, over 8 devices": {"ghost_batch_examples": 256},
-        "optimizer divided over the devices": {"shard_optimizer": True},
+        "optimizer divided over the devices": {"shard": "update"},
         "reproducible": {"reproducible": True},
     },
 }

@@ -32,13 +32,13 @@ from bigbatch.layout.memory import program_bytes
 from bigbatch.replacing import replacing
 
 # Of what is kept: another number where what is read of a program changes.
-_VERSION = 1
+_VERSION = 3
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZES = [f"{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp")]
 _ESTIMATES = {"xla_flops": "flops", "bytes": "bytes accessed"}
 _REFUSED_BYTES = re.compile(r"(?:\(|[Uu]sed )([\d.]+)([KMGT])")
 # What of a program nobody waits for.
-_ASIDE = ("init_state", "divide", "unite")
+_ASIDE = ("init_state",)
 
 
 class Program(NamedTuple):

@@ -10,14 +10,14 @@ The text is XLA's: a block of lines for every computation, an operation a line.
 ... }
 ... '''
 >>> collectives(text)
-[{'kind': 'all-reduce', 'count': 1, 'bytes': 32, 'groups': '1 x 4'}]
+[{'kind': 'all-reduce', 'count': 1, 'bytes': 32, 'groups': '1 x 4', 'trips': 1}]
 >>> operations(text)["kernels"], operations(text)["copies"]
 (2, {'count': 1, 'bytes': 32})
 """
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,10 @@ _COLLECTIVE = re.compile(
     r"(?:-start)?"
 )
 _CALLED = re.compile(rf"(?:body|condition|calls|to_apply)={_NAME}|branch_computations=\{{(.*?)\}}")
-_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\[\d+,\d+\]|\{(?:\{[\d,]*\},?)*\})")
+_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{(?:\{[\d,]*\},?)*\})")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+_KNOWN_TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 # Their work is that of the computations that they call.
 _CALLS = ("while", "call", "conditional", "async-start")
 # Nothing is done for them, or it is done where they started.
@@ -51,36 +54,105 @@ class _Line(NamedTuple):
     rest: str
 
 
-def collectives(text: str) -> list[dict[str, Any]]:
-    """The collectives of a program, those of one kind and the same groups together.
+def collectives(text: str, axes: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """The collectives of a program, those of one kind, the same groups and the same loop together.
+
+    Args:
+      text: the program's.
+      axes: the mesh that its devices are, by axis; None where groups are enough.
 
     Returns:
-      For each: `kind`; `count`, of calls in the text; `bytes` that the calls give on a device; and
-      `groups`, "how many x of how many devices", or "all". What goes from slice to slice is a
+      For each: `kind`; `count`, of calls in the text; `bytes` that the calls give on a device;
+      `groups`, "how many x of how many devices", or "all"; `trips`, how often each call is
+      executed, None in a loop that the text does not count; and `over`, the axes of the mesh that
+      the groups are along, "?" where they are along none. What goes from slice to slice is a
       `send`, through their hosts.
     """
-    found: dict[tuple[str, str], list[int]] = {}
-    for lines in _blocks(text)[1].values():
+    entry, blocks = _blocks(text)
+    trips = _trips(entry, blocks)
+    found: dict[tuple[str, str, float, str], list[int]] = {}
+    for block, lines in blocks.items():
+        known = {line.name: line.gives for line in lines}
         for line in lines:
             kind = _COLLECTIVE.fullmatch(line.kind)
             if kind:
-                groups = _GROUPS.search(line.rest)
-                among = "slices" if kind[1] == "send" else _shape(groups[1] if groups else "{}")
-                entry = found.setdefault((kind[1], among), [0, 0])
-                entry[0] += 1
+                groups = _groups(line.rest, math.prod((axes or {}).values()))
+                shape = "all" if groups is None else " x ".join(map(str, groups.shape))
+                among = "slices" if kind[1] == "send" else shape
+                over = "" if groups is None or axes is None else _over(groups, axes)
+                entry_of = found.setdefault((kind[1], among, trips[block], over), [0, 0])
+                entry_of[0] += 1
                 # A send also gives a number of four bytes.
-                entry[1] += _bytes(line.gives) - 4 * (kind[1] == "send")
+                entry_of[1] += _bytes(line.gives) - 4 * (kind[1] == "send")
+                # What is started early gives what it takes beside its results; sums do not.
+                if line.kind.endswith("-start") and kind[1] != "all-reduce":
+                    entry_of[1] -= sum(_bytes(known.get(name, "")) for name in _operands(line))
     return [
         {"kind": kind, "count": count, "bytes": size, "groups": groups}
-        for (kind, groups), (count, size) in sorted(found.items())
+        | {"trips": None if trips == math.inf else int(trips)}
+        | ({} if axes is None else {"over": over})
+        for (kind, groups, trips, over), (count, size) in sorted(found.items())
     ]
 
 
-def _shape(groups: str) -> str:
-    if groups.startswith("["):
-        return " x ".join(groups[1:-1].split(","))
-    inner = re.findall(r"\{([\d,]+)\}", groups)
-    return f"{len(inner)} x {len(inner[0].split(','))}" if inner else "all"
+def _trips(entry: str, blocks: dict[str, list[_Line]]) -> Mapping[str, float]:
+    """How often each computation is executed: its loops' trips, infinite where they are unknown."""
+    trips: dict[str, float] = dict.fromkeys(blocks, 1)
+    # A computation stands before those that call it.
+    for name in reversed(blocks):
+        for line in blocks[name]:
+            known = _KNOWN_TRIPS.search(line.rest)
+            times = (int(known[1]) if known else math.inf) if line.kind == "while" else 1
+            for one, several in _CALLED.findall(line.rest):
+                for called in [one] if one else re.findall(_NAME, several):
+                    trips[called] = max(trips.get(called, 1), trips[name] * times)
+    return trips
+
+
+def _groups(rest: str, devices: int) -> np.ndarray | None:
+    """The devices of each group, [groups, size]; None for all of an unknown number.
+
+    XLA writes them one by one, as the numbers from 0 in another shape (of which the axes may be
+    turned), or as axes of a mesh, of which a part may be meant: `'axis':(before)size`.
+    """
+    mesh = _MESH.search(rest)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        cut = {
+            name: (int(before or 1), int(size or sizes[name]))
+            for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", mesh[2])
+        }
+        shape: list[int] = []
+        along = []
+        for name, size in sizes.items():
+            before, own = cut.get(name, (size, 1))
+            along.append(len(shape) + 1)
+            shape += [before, own, size // (before * own)]
+        places = np.moveaxis(
+            np.arange(math.prod(shape)).reshape(shape), along, range(-len(along), 0)
+        )
+        return places.reshape(-1, math.prod(own for _, own in cut.values()))
+    iota = _IOTA.search(rest)
+    if iota:
+        wanted, shape_of, turned = (
+            [int(n) for n in (g or "").split(",") if n] for g in iota.groups()
+        )
+        places = np.arange(math.prod(shape_of)).reshape(shape_of)
+        return places.transpose(turned or None).reshape(wanted)
+    written = _GROUPS.search(rest)
+    inner = re.findall(r"\{([\d,]+)\}", written[1]) if written else []
+    if inner:
+        return np.array([[int(n) for n in group.split(",")] for group in inner])
+    return np.arange(devices)[None] if devices > 1 else None
+
+
+def _over(groups: np.ndarray, axes: Mapping[str, int]) -> str:
+    """The axes of a mesh, with commas between, that groups of devices are along."""
+    places = np.stack(np.unravel_index(groups, tuple(axes.values())))
+    along = [n for n, place in enumerate(places) if np.any(place != place[:, :1])]
+    size = math.prod(list(axes.values())[n] for n in along)
+    fits = groups.shape[1] == size and groups.size == math.prod(axes.values())
+    return ",".join(list(axes)[n] for n in along) if fits else "?"
 
 
 def operations(text: str) -> dict[str, Any]:

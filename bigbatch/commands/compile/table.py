@@ -170,6 +170,7 @@ def _row(program: Mapping[str, Any]) -> list[str]:
 def _collectives(program: Mapping[str, Any]) -> str:
     found = (
         f"{each['count']} {each['kind']} of {each['bytes'] / _MIB:,.4g} MiB in {each['groups']}"
+        + ("" if each["trips"] == 1 else f" ({each['trips'] or 'some'} times)")
         for each in program["collectives"]
     )
     return ", ".join(found) or "none"

@@ -348,7 +348,7 @@ class _Bench:
     def _restored(self, update: int) -> State:
         """The state at a checkpoint, on the devices."""
         run = self._run(())
-        like = run.programs.checkpoint_shapes
+        like = run.saved_shapes
         found = self._checkpoints.restore(like, whose(self._identity), at=update)
         assert found is not None, "it was listed"
         return run.on_devices(found.state)
