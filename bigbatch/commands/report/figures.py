@@ -189,6 +189,15 @@ def save(panels: Sequence[Panel], summary: Summary, path: Path) -> None:
             figure.savefig(file, format="svg", metadata=written)
 
 
+def _tick(updates: float, _: object = None) -> str:
+    """A number of updates beside an axis, which has no room for all digits of a damaged log's.
+
+    >>> _tick(12345.0), _tick(-4e307)
+    ('12,345', '-4e+307')
+    """
+    return f"{updates:,.0f}" if abs(updates) < 1e12 else f"{updates:.2g}"
+
+
 def _legend_text(experiment: Experiment) -> str:
     return f"{_plain(experiment.name)} ({experiment.updates.mean:,.0f} updates)"
 
@@ -243,10 +252,10 @@ def _curves(
             axes.plot(x[-1:], curve.mean[-1:], "o", color=style.colour, markersize=style.width + 4)
     axes.set_xlabel(against)
     if against == "updates":
-        from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+        from matplotlib.ticker import MaxNLocator
 
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.xaxis.set_major_formatter(_tick)
         axes.set_xlim(left=0)
 
 
