@@ -80,6 +80,20 @@ class Every:
         start = self.passed(first_example, update, train_examples)
         return self.passed(first_example + batch_size, update + 1, train_examples) > start
 
+    def num_due(self, batch_sizes: NDArray[np.int64], train_examples: int) -> int:
+        """How many of a run's updates are `due`, the last of all among them.
+
+        Args:
+          batch_sizes: of the updates, int64[updates].
+          train_examples: of an epoch.
+        """
+        ends = np.arange(1, len(batch_sizes) + 1)
+        if self.unit != "updates":
+            ends = np.cumsum(batch_sizes)
+        interval = float(_earliest(self.value, train_examples if self.unit == "epochs" else 1))
+        passed = np.diff(ends // interval, prepend=0) > 0
+        return int(np.count_nonzero(passed[:-1])) + 1
+
     def passed(self, examples: int, updates: int, train_examples: int) -> int:
         """How many whole intervals there are in so many examples and updates from the start."""
         done = updates if self.unit == "updates" else examples
