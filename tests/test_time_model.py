@@ -24,7 +24,7 @@ from bigbatch.layout.layout import make_layout
 from bigbatch.layout.sharing import layout_over
 from bigbatch.layout.time_model import Scaling, Speeds
 from bigbatch.models.classification import image_classification
-from bigbatch.schedule.durations import Every
+from bigbatch.schedule.intervals import Every
 from tests.benchmarks import published_runs
 from tests.trained import config
 

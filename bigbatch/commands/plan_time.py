@@ -12,7 +12,7 @@ from bigbatch.config.config import Config
 from bigbatch.config.lengths import facts_of, tokens_per_example
 from bigbatch.layout import time_model
 from bigbatch.layout.time_model import Scaling, Speeds, StageTime
-from bigbatch.schedule.durations import Intervals
+from bigbatch.schedule.intervals import Intervals
 from bigbatch.schedule.plan import Plan
 
 _STAGE_HEAD = (
