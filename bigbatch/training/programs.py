@@ -56,7 +56,8 @@ class Programs:
       accumulate: microbatch examples -> compiled `functions.accumulate` (accumulator is donated).
       apply_update: compiled `functions.apply_update` (state and accumulator are donated).
       evaluate: compiled `functions.evaluate`.
-      init_state: compiled for one device, whatever the mesh; key -> state, as in a checkpoint.
+      init_state: for one device, whatever the mesh; key -> state, as in a checkpoint. Compiled when
+        it is called: a run that goes on has a checkpoint.
       state_from: parameters, running statistics -> state, otherwise like it; compiled when it is
         called, which few runs do.
       divide: from a state as in a checkpoint, replicated, to that which the updates take.
@@ -270,6 +271,13 @@ def compile_programs(
         ),
         donate_argnums=(0, 1),
     )
+
+    @functools.cache
+    @compiling()
+    @compilation_cache.guarded()
+    def initial() -> Any:
+        return compiled("init_state", init_state, jax.random.key(0))()
+
     evaluate = jax.jit(
         functools.partial(functions.evaluate, task=task, optimizer=optimizer, mesh=mesh)
     )
@@ -288,14 +296,13 @@ def compile_programs(
             for n in microbatch_examples
         }
         applied = begun("apply_update", apply_update, state, accumulator, hyper)
-        initial = begun("init_state", init_state, jax.random.key(0))
         test = microbatch(evaluation_examples, training=False)
         evaluated = begun("evaluate", evaluate, state, test, frozen)
         return Programs(
             accumulate={examples: one.result() for examples, one in accumulates.items()},
             apply_update=applied.result(),
             evaluate=evaluated.result(),
-            init_state=initial.result(),
+            init_state=lambda key: initial()(key),
             state_from=jax.jit(state_from, compiler_options=quick),
             divide=divide,
             unite=unite,
