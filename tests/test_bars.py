@@ -7,11 +7,15 @@ import sys
 
 import pytest
 
+import bigbatch
 from bigbatch.bars import Bar
+from bigbatch.training import progress
 
 SCRIPT = """
 import sys, time
+import bigbatch
 from bigbatch.bars import Bar
+from bigbatch.training import progress
 with Bar(2_000_000, "examples", show=True, done=500_000, words="[b]first[/b]") as bar:
     for n in range(3):
         time.sleep(0.05)
@@ -86,7 +90,9 @@ def test_no_terminal_no_bar(capsys, show):
 
 
 COMPARED = """
+import bigbatch
 from bigbatch.bars import Bar
+from bigbatch.training import progress
 from bigbatch.commands.compare import _move
 with Bar(200, "examples", show=True, words="[2/2] increase, seed 0") as bar:
     _move(bar, 100, {"update": 3, "examples": 50})
@@ -97,3 +103,18 @@ def test_the_bar_of_a_comparison_is_of_all_its_runs():
     """One of 100 examples is done, and a half of the other."""
     lines, *_ = on_a_terminal("-c", COMPARED)
     assert any(re.fullmatch(r"\[2/2\] increase, seed 0 .* 75% .*", line) for line in lines)
+
+
+def test_a_change_of_the_batch_size_is_told_once():
+    """Where sizes change all the time it is not: nobody reads a line an update."""
+    stages = bigbatch.step_decay(0.4, 10, 0.9, boundaries_epochs=[4], factor=0.5)
+    plan = bigbatch.make_plan(bigbatch.grow_batch(stages), train_examples=100, epochs=8)
+    told = {
+        row.update: progress.change(plan, row) for row in map(plan.row, range(plan.num_updates))
+    }
+    words = "epoch 4, update 40: batch size 10 -> 20, learning rate 0.4, momentum 0.9"
+    assert {update: line for update, line in told.items() if line} == {40: words}
+    smooth = bigbatch.exponential(0.4, 100, 0.9, factor=0.5, every_epochs=1)
+    plan = bigbatch.make_plan(bigbatch.grow_batch(smooth), train_examples=100_000, epochs=4)
+    told = [progress.change(plan, row) for row in map(plan.row, range(200, plan.num_updates))]
+    assert not any(told)

@@ -6,7 +6,9 @@ import json
 import os
 import resource
 import shutil
+import sys
 import threading
+import types
 import zlib
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigbatch import distributed
 from bigbatch.engine.functions import State
 from bigbatch.errors import RunError, UserError
 from bigbatch.workdir import checkpoint
@@ -104,6 +107,14 @@ def test_where_all_are_damaged_nothing_is_changed(original, tmp_path):
     gc.collect()
 
 
+def test_processes_that_see_other_checkpoints_are_told(original, monkeypatch):
+    """As where a workdir is on the disk of one host."""
+    other = json.dumps({"checkpoints": [1]}).encode()
+    monkeypatch.setattr(distributed, "gather", lambda facts: [facts, other])
+    with pytest.raises(UserError, match=r"checkpoints: given 'process 1: \[1\]'"):
+        restored(original)
+
+
 def test_a_checkpoint_of_another_run_is_refused(original, tmp_path):
     with pytest.raises(UserError, match="this one is of another"):
         restored(original, run="another")
@@ -154,6 +165,17 @@ def test_a_record_that_was_changed_gives_the_checkpoint_before(original, tmp_pat
     np.testing.assert_array_equal(found.state.params["a"], state_of(1).params["a"])
 
 
+def test_what_is_put_aside_is_no_checkpoint_any_more(original, tmp_path):
+    """Of three the newest two are kept, and the damaged one is none of them."""
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(original, directory)
+    cut(directory / "2" / "state" / "_METADATA")
+    with Checkpoints(directory, 2) as checkpoints:
+        assert checkpoints.restore(state_of(0), "this", print).updates == 1
+        checkpoints.save(3, state_of(3), {"run": "this"})
+    assert numbers_in(directory) == [1, 3]
+
+
 @pytest.mark.parametrize("change", [{"metrics": 7}, {"init_timestamp_nsecs": "yesterday"}])
 def test_a_record_that_orbax_cannot_read_is_said(original, tmp_path, change):
     directory = tmp_path / "checkpoints"
@@ -177,6 +199,23 @@ def test_going_back_moves_what_came_after(tmp_path):
         checkpoints.go_back(1)
     later = {path.name for path in (tmp_path / "later-checkpoints").iterdir()}
     assert later == {"2-0", "2-1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (jax.errors.JaxRuntimeError("INTERNAL: it went"), jax.errors.JaxRuntimeError),
+        (OSError(), RunError),
+    ],
+)
+def test_a_process_that_went_is_no_fault_of_the_file_system(tmp_path, monkeypatch, error, kind):
+    def failing(*_, **__):
+        raise error
+
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "save_async", failing)
+        with pytest.raises(kind):
+            checkpoints.save(1, state_of(1), {"run": "this"})
 
 
 def test_an_error_waits_for_what_is_being_written(tmp_path):
@@ -268,3 +307,13 @@ def test_a_state_of_another_shape_is_not_used(original):
         other.params[name] = array
         with Checkpoints(original) as checkpoints, pytest.raises(RunError, match="are damaged"):
             checkpoints.restore(other)
+
+
+def test_only_what_orbax_leaves_of_its_loop_is_not_told(monkeypatch):
+    """Python has remarks on errors that nobody can catch."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    checkpoint._say_nothing_twice()
+    for words in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(words)))
+    assert [str(each.exc_value) for each in told] == ["another"]

@@ -370,7 +370,9 @@ def test_a_run_goes_back_to_a_checkpoint_and_ends_as_before(capsys, finished, tm
     for verb, out in (("evaluate", ()), ("export", (f"--out={tmp_path / 'network.npz'}",))):
         status, shown, _ = run(verb, f"--workdir={workdir}", "--update=4", *out, capsys=capsys)
         assert (status, json.loads(shown)["updates"]) == (0, 4)
-    assert run(*command, "--from-update=4", capsys=capsys)[0] == 0
+    assert run(*command, "--from-update=4", "--until=5_updates", capsys=capsys)[0] == 3
+    assert not (workdir / "result.json").exists(), "it is not finished any more"
+    assert run(*command, capsys=capsys)[0] == 0
     before, after = (json.loads((each / "result.json").read_text()) for each in (finished, workdir))
     assert before["params_sha256"] == after["params_sha256"]
 

@@ -43,6 +43,14 @@ def test_the_file_is_the_data_set(path):
     assert data.std == pytest.approx(held["train_images"][:80].std(axis=(0, 1, 2)))
 
 
+@pytest.mark.parametrize(("train", "test"), [(4, 2), (2, 4)])
+def test_there_are_as_many_classes_as_the_largest_label_says(train, test):
+    images = np.zeros((3, 2, 2, 1), np.uint8)
+    labels = np.array([0, train, 1]), np.array([test, 0, 1])
+    data = sets.from_arrays(images, labels[0], images, labels[1])
+    assert data.num_classes == 5
+
+
 def test_the_facts_are_known_without_the_images(path, monkeypatch):
     read = []
     original = np.lib.npyio.NpzFile.__getitem__

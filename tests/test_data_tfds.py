@@ -2,12 +2,14 @@
 
 import gzip
 import io
+import re
 import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bigbatch import cli
 from bigbatch.data import sets
@@ -28,7 +30,6 @@ def write_tfds(root, name, file_format, counts, first_label=0):
     """Files of tensorflow-datasets, made without it where that needs TensorFlow."""
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter
-    from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
     builder = tfds.builder(name, data_dir=root, file_format=file_format)
@@ -142,6 +143,30 @@ def test_fashion_mnist_is_made_from_its_idx_files(tmp_path, idx_directory, capsy
     assert "is already prepared" in capsys.readouterr().out
 
 
+def test_images_that_are_no_squares():
+    """Their height comes first, and their width first where a library says their size."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    image, png = np.arange(72, dtype=np.uint8).reshape(4, 6, 3), io.BytesIO()
+    Image.fromarray(image).save(png, "PNG")
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(png.getvalue())
+    example.features.feature["label"].int64_list.value.append(7)
+    found, label = tfds_files._example(example.SerializeToString(), (4, 6, 3))
+    np.testing.assert_array_equal(found, image)
+    assert label == 7
+    with pytest.raises(ValueError, match=r"of \(4, 6\) pixels, not of \(6, 4\)"):
+        tfds_files._example(example.SerializeToString(), (6, 4, 3))
+
+
+@pytest.mark.parametrize(("images", "labels"), [((11, 28, 28), 10), ((11, 28), 11)])
+def test_labels_that_are_of_other_images_are_refused(idx_directory, images, labels):
+    for kind, shape in (("images-idx3", images), ("labels-idx1", (labels,))):
+        (idx_directory / f"t10k-{kind}-ubyte.gz").write_bytes(idx(np.zeros(shape, np.uint8)))
+    with pytest.raises(UserError, match=re.escape(f"images {images} and labels ({labels},)")):
+        idx_files.read_parts(idx_directory)
+
+
 def test_what_was_made_is_a_data_set_to_tensorflow_datasets(tmp_path, idx_directory):
     """Its own reader of ArrayRecord gives the same examples."""
     import tensorflow_datasets as tfds
@@ -178,6 +203,24 @@ def test_reading_needs_no_tensorflow_datasets_and_preparing_says_so(
     np.testing.assert_array_equal(labels, expected[1])
     with pytest.raises(RunError, match=r"needs tensorflow_datasets .* 'bigbatch\[records\]'"):
         prepare.prepare("fashion_mnist", data_dir=root)
+
+
+@pytest.mark.parametrize(("name", "packaged"), [("mnist", False), ("fashion_mnist", True)])
+def test_what_could_not_be_prepared_says_where_else_its_files_are(
+    tmp_path, monkeypatch, name, packaged
+):
+    class Builder:
+        MANUAL_DOWNLOAD_INSTRUCTIONS = ""
+        is_prepared = staticmethod(lambda: False)
+
+        def download_and_prepare(self, **_):
+            raise ConnectionError("no network")
+
+    monkeypatch.setattr(prepare, "_builder", lambda *_: Builder())
+    monkeypatch.setattr(prepare, "_SYSTEM_FILES", {"fashion_mnist": tmp_path})
+    with pytest.raises(RunError, match="ConnectionError: no network\nIt is also made") as error:
+        prepare.prepare(name, data_dir=tmp_path)
+    assert ("Debian's package" in str(error.value)) == packaged
 
 
 def test_damaged_and_missing_idx_files_are_told_together(tmp_path, idx_directory):

@@ -119,6 +119,15 @@ def test_the_error_keeps_to_its_bound(addends):
     assert np.all(error[:2] <= 2.0**-23 * np.abs(true[:2]) + addends * 2.0**-33 * largest)
 
 
+def test_the_low_word_is_near_zero():
+    """So it says how far a sum is from the unit of the high word, and the float is the nearest."""
+    rows = np.random.default_rng(0).normal(size=(100, 50)).astype(np.float32)
+    total = exact_sums.zeros(jax.ShapeDtypeStruct((50,), np.float32))
+    for row in rows:
+        total = exact_sums.add(total, jnp.asarray(row), jnp.full(1, 3))
+        assert np.all(np.abs(np.asarray(total.words[1], np.int64) + 0.5) <= 2**29)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_no_word_runs_over(dtype, sign):

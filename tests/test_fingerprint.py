@@ -91,6 +91,16 @@ def test_examples_of_large_files_are_told_by_64_of_them(tmp_path, monkeypatch):
     assert told(Data({"x": windows})).endswith("of 64 of 196 examples")
 
 
+def test_arrays_in_memory_are_read_whole_and_large_files_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "_SMALL_FILE_BYTES", NUMBERS.nbytes - 1)
+    np.save(tmp_path / "numbers.npy", NUMBERS)
+    mapped = np.load(tmp_path / "numbers.npy", mmap_mode="r")
+    assert fingerprint.is_read_whole(NUMBERS)
+    assert fingerprint.is_read_whole(mapped[1:])
+    assert not fingerprint.is_read_whole(mapped)
+    assert not fingerprint.is_read_whole(mapped[:])
+
+
 def test_what_is_drawn_at_every_reading_is_known_by_its_shape():
     data = [Data(Items(drawn=np.random.default_rng(seed))) for seed in range(2)]
     assert told(data[0]) == told(data[1])

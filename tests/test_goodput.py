@@ -1,6 +1,7 @@
 """Where the wall time of a run went, over starts that end in every way."""
 
 import json
+import subprocess
 import time
 
 import pytest
@@ -119,3 +120,19 @@ def test_a_run_of_two_starts(tmp_path, monkeypatch):
     for text in (report.table.read_text(), report.page.read_text()):
         assert "goodput %" in text
         assert "starts that came to no checkpoint" in text
+
+
+def test_the_commit_of_a_folder(tmp_path):
+    def git(*arguments):
+        who = "-c", "user.name=a", "-c", "user.email=a@b"
+        done = subprocess.run(["git", *who, *arguments], cwd=tmp_path, capture_output=True)
+        return done.stdout.decode().strip()
+
+    assert starts._commit(tmp_path) is None
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert starts._commit(tmp_path) == git("rev-parse", "HEAD")[:12]
+    (tmp_path / "file").write_text("two")
+    assert starts._commit(tmp_path) == git("rev-parse", "HEAD")[:12] + "-dirty"

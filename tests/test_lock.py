@@ -21,6 +21,7 @@ import os, sys, time
 from pathlib import Path
 from bigbatch.workdir import storage
 storage.hold(Path(sys.argv[1]), "workdir")
+storage.hold(Path(sys.argv[1]).parent.with_name("other"), "workdir")
 if os.fork() == 0:
     print("held", flush=True)
     time.sleep(60)
@@ -83,6 +84,11 @@ def test_another_thread_is_refused_and_the_same_is_not(tmp_path):
     assert [f"process {os.getpid()} on" in error for error in errors] == [True]
     elsewhere()
     assert len(errors) == 1
+
+
+def test_a_claim_says_whether_it_is_the_first(tmp_path):
+    with Workdir(tmp_path).released():
+        assert [Workdir(tmp_path).claim() for _ in range(3)] == [True, False, False]
 
 
 def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):

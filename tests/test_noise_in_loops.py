@@ -488,3 +488,13 @@ def test_updates_of_one_small_batch_say_so():
     averages = noise.average(noise.start(jnp.zeros(3)), measured, memory_examples=100)
     told = noise.read(averages)
     assert told["gradient_noise_status"] == "fewer than two small batches that differ"
+
+
+def test_updates_of_whole_epochs_add_nothing_to_the_averages():
+    """All small batches are the same then, but for rounding."""
+    like = jnp.zeros(3)
+    with jax.enable_x64(True):
+        whole = gradient_noise.Measurement(10.0, 1.0, 4.0, 8.0, 1.0, 4.0 - 1e-13)
+        assert noise.average(noise.start(like), whole, memory_examples=100).weight == 0
+        drawn = whole._replace(small_shares=1.0)
+        assert noise.average(noise.start(like), drawn, memory_examples=100).weight > 0

@@ -14,6 +14,7 @@ import bigbatch
 from bigbatch.data import stream
 from bigbatch.data.source import Data
 from bigbatch.engine import functions as step
+from bigbatch.engine import units
 from bigbatch.engine.optimizer import Sgd
 from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
@@ -379,3 +380,24 @@ def test_a_layout_of_small_batches_is_that_of_their_number():
     for wrong in ({"small_batch_examples": 48}, {"small_batch_examples": 64}):
         with pytest.raises(UserError):
             make_layout([96], microbatch_examples_per_device=96, **wrong, **settings)
+
+
+@pytest.mark.parametrize(("unit_examples", "masked"), [(None, 0), (8, 0), (2, 0), (2, 6)])
+def test_the_units_of_a_share_are_added_in_their_order(unit_examples, masked):
+    """Twelve are a loop; each doubles what was there before, but for what is masked."""
+    x = np.arange(24.0)
+    weight = np.where(np.arange(24) < 24 - masked, 1.0, 0.0)
+    examples = {"x": jnp.asarray(x), "weight": jnp.asarray(weight)}
+    examples["ghost_mask"] = jnp.asarray(weight.reshape(12, 2).max(axis=1))
+    found = units.add_units(
+        lambda unit: jnp.sum(unit["weight"] * unit["x"] ** 2),
+        lambda total, addend: 2 * total + addend,
+        jnp.zeros(()),
+        examples,
+        unit_examples,
+        platform="cpu",
+    )
+    expected = 0.0
+    for part in (weight * x**2)[: 24 - masked].reshape(-1, unit_examples or 24):
+        expected = 2 * expected + part.sum()
+    assert found == expected

@@ -51,6 +51,10 @@ def test_fields_out_of_range_are_all_named():
     assert set(problems) == {f"optimizer.{name}" for name in fields if name != "name"}
     assert problems["optimizer.decayed"].nearest == "kernels"
     assert problems["optimizer.weight_decay"].nearest == 0
+    below = {"name": "lamb", "b1": -0.5, "b2": -0.5}
+    assert set(problem_fields(config_tree(optimizer=below))) == {"optimizer.b1", "optimizer.b2"}
+    lars = problem_fields(config_tree(optimizer={"name": "lars", "trust_coefficient": 0.0}))
+    assert set(lars) == {"optimizer.trust_coefficient"}
     unknown = problem_fields(config_tree(optimizer={"name": "adamv"}))
     assert unknown["optimizer.name"].nearest in ("adam", "adamw")
 

@@ -32,6 +32,7 @@ ARRAYS = {
 def task():
     def loss(outputs, examples):
         weight = examples["weight"]
+        assert "key" not in examples, "nobody asked for keys"
         # Inputs are float32, parameters and so all arithmetic float64.
         error = jnp.sum(jnp.square(outputs - examples["y"]), axis=1)
         return {"loss": jnp.sum(weight * error), "count": jnp.sum(weight)}

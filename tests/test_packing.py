@@ -1,5 +1,7 @@
 """Trees of arrays as bytes: against `tobytes`, whatever the dtypes and shapes."""
 
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,3 +48,13 @@ def test_the_bytes_are_not_the_arrays_own():
     packed = packing.pack([array])
     array[:] = 1
     assert not packed.any()
+
+
+@given(st.lists(st.tuples(DTYPES, SHAPES), min_size=1, max_size=3), st.integers(0, 255))
+def test_the_hash_is_of_names_shapes_dtypes_and_bytes(kinds, byte):
+    tree = {f"a{i}": np.full(s, byte % 2).astype(d) for i, (d, s) in enumerate(kinds)}
+    content = b"".join(
+        f"['{name}'] {array.shape} {array.dtype};".encode() + array.tobytes()
+        for name, array in tree.items()
+    )
+    assert packing.sha256(tree) == hashlib.sha256(content).hexdigest()

@@ -1,5 +1,6 @@
 """The plan against the paper's totals and against a loop that lays out one update at a time."""
 
+import dataclasses
 import json
 import math
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bigbatch import errors
+from bigbatch.schedule.from_file import as_policy
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import (
     Policy,
@@ -185,6 +187,7 @@ def test_positions(recipe, data):
     update = data.draw(st.integers(0, plan.num_updates - 1))
     row = plan.row(update)
     assert plan.at_example(row.first_example) == update
+    assert type(plan.at_example(row.first_example)) is int
     assert plan.at_example(row.first_example + row.batch_size - 1) == update
     position = data.draw(st.integers(0, plan.num_examples - 1))
     row = plan.row(plan.at_example(position))
@@ -382,6 +385,16 @@ def test_fingerprint_sees_every_column():
         for n, e in ((100, 3), (101, 3), (100, 3.01))
     }
     assert len(prints) == 12
+
+
+def test_the_recipe_of_a_plan_turns_where_the_plan_does():
+    """At its sizes and where its rate jumps up: a constant rate is one piece."""
+    plan = make_plan(constant(0.1, 10), train_examples=100, epochs=3)
+    assert as_policy(plan).turning_epochs == (0.0,)
+    rising = dataclasses.replace(
+        plan, hypers=plan.hypers | {"learning_rate": np.repeat([0.1, 0.2], 15)}
+    )
+    assert as_policy(rising).turning_epochs == (0.0, 1.5)
 
 
 def test_a_plan_cannot_be_changed():

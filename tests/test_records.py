@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import resource
 import shutil
 import stat
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 
 from bigbatch import cli
 from bigbatch.data import random, sets, tfrecord
-from bigbatch.data.records import crops, jpeg, tfrecord_index
+from bigbatch.data.records import crops, jpeg, reader, tfrecord_index
 from bigbatch.data.records.reader import Records, parse
 from bigbatch.data.tfds import metadata as tfds_metadata
+from bigbatch.errors import UserError
 from tests.imagenet_files import FORMATS, IMAGES_PER_CLASS, TEST_IMAGES, TRAIN_CLASSES
 
 N = TRAIN_CLASSES * IMAGES_PER_CLASS
@@ -271,3 +273,19 @@ def test_the_command_prepares_it_from_the_two_tars(imagenet, tmp_path, capsys):
     )
     for name in ("image", "label"):
         np.testing.assert_array_equal(made[name], known[name])
+
+
+@pytest.mark.parametrize(
+    ("limits", "raised"), [((20, 10**6), True), ((10**6, 10**6), False), ((-1, -1), False)]
+)
+def test_the_limit_of_open_files_is_raised_where_there_are_more(monkeypatch, limits, raised):
+    """-1 is no limit."""
+    asked = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: asked.append(wanted))
+    reader._allow_open_files(1024)
+    assert bool(asked) == raised
+    assert all(soft > 1024 and hard == limits[1] for soft, hard in asked)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (20, 100))
+    with pytest.raises(UserError, match=r"open files: given 100; .*1,024 record files"):
+        reader._allow_open_files(1024)

@@ -274,3 +274,16 @@ def test_what_cannot_be_reproducible_is_refused(changes, field, nearest):
     with pytest.raises(UserError) as error:
         trained.config(reproducible=True, **changes)
     assert [(p.field, p.nearest) for p in error.value.problems] == [(field, nearest)]
+
+
+def test_more_addends_than_the_sums_have_room_for_are_refused():
+    many = 2**21 + 2
+    arrays = {"x": np.zeros((many, 5), np.float32), "y": np.zeros(many, np.float32)}
+    plan = bigbatch.make_plan(bigbatch.constant(0.1, many), train_examples=many, epochs=1)
+    options = {"microbatch_examples_per_device": 2**10, "mesh": mesh_of(1)}
+    with pytest.raises(
+        UserError, match=r"'True, and 2,097,154'; nearest: False; .* at most 1,048,576 times 2"
+    ):
+        prepare(
+            TASK, arrays, plan, Momentum(), reproducible=True, ghost_batch_examples=2, **options
+        )

@@ -397,6 +397,8 @@ def test_a_right_task_gives_its_shapes():
     check_task(dataclasses.replace(TASK, running_decay={"mean": np.float32(0.99)}), POINTS)
     metrics = {"perplexity": lambda means: jnp.exp(means["loss"]), "accuracy": "correct"}
     check_task(dataclasses.replace(TASK, metrics=metrics), POINTS)
+    small = with_sums(count=lambda outputs, examples: 0.01 * jnp.sum(weights(examples)))
+    check_task(dataclasses.replace(TASK, loss=small), POINTS)
 
 
 def test_the_bundled_task_is_right():

@@ -351,6 +351,21 @@ def test_a_tokenizers_file_makes_the_tokens(tokenizer, tmp_path):
         token_files.prepare(*prepare, tokenizer=tmp_path / "a.txt")
 
 
+def test_numbers_of_two_bytes_are_counted_as_one_token(tokenizer, tmp_path):
+    """Two texts, as the second begins where the count says that the first ends."""
+    held = json.loads(tokenizer.read_text())
+    held["model"]["vocab"] |= {f"word{i}": i for i in range(7, 257)}
+    tokenizer.write_text(json.dumps(held))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("in the word256")
+    facts, _ = token_files.prepare(
+        tmp_path / "out", [str(tmp_path / "[ab].txt")], tokenizer=tokenizer
+    )
+    found = np.fromfile(tmp_path / "out" / "train.bin", "<u2").tolist()
+    assert found == 2 * [1, 2, 256, 6]
+    assert (facts.dtype, facts.tokens["train"]) == ("uint16", 8)
+
+
 def test_the_command(sources, tmp_path, capsys):
     pattern, expected = sources
     out = str(tmp_path / "out")

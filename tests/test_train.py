@@ -1,6 +1,7 @@
 """The loop: stopped anywhere and continued, it ends where an undisturbed run ends."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -48,8 +49,22 @@ def test_an_interrupted_run_ends_where_an_undisturbed_one_does(
     result = trained.train(run, tmp_path)
     same = ["updates", "examples", "test_accuracy", "test_loss", "train_loss", "params_sha256"]
     assert {k: result[k] for k in same} == {k: expected[k] for k in same}
-    assert len(json.loads((tmp_path / "starts.json").read_text())) == 2
+    first, last = json.loads((tmp_path / "starts.json").read_text())
+    assert ("spent_s" in first) == (stop_at >= 5)
+    assert re.fullmatch(r"8 x cpu, \w+", last["hardware"])
+    assert last["spent_s"].keys() >= {"device", "compilation"}
     assert records(tmp_path) == records(expected_directory)
+
+
+def test_a_record_s_loss_is_the_mean_over_the_examples_since_the_one_before(run, undisturbed):
+    sums = [sums for _, _, sums in train.updates(run, run.init_state(), 0)]
+    found = {r["update"]: r["train_loss"] for r in records(undisturbed[0]) if "train_loss" in r}
+    assert list(found) == [3, 6, 9, 12, 15, 18, 20]
+    before = 0
+    for update, loss in found.items():
+        losses, counts = zip(*((s["loss"], s["count"]) for s in sums[before:update]), strict=True)
+        assert loss == pytest.approx(float(sum(losses)) / float(sum(counts)), rel=1e-5)
+        before = update
 
 
 def test_a_checkpoint_holds_what_the_loop_had_when_it_was_saved(run, undisturbed, tmp_path):

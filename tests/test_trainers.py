@@ -405,6 +405,15 @@ def test_what_a_trainer_cannot_say_is_told():
     assert any(limit.startswith("a b2 that moves") for limit in moments.emit("megatron").limits)
 
 
+def test_a_ramp_under_a_line_in_maxtext():
+    """Its updates are counted from those of each size of the ramp."""
+    line = polynomial(0.1, 10, epochs=6)
+    ramp = batch_ramp(line, initial_batch_size=4, increment_examples=2, ramp_epochs=3)
+    stray = plan_of(ramp).emit("maxtext").stray
+    assert stray.batch_size == 0
+    assert 6000 <= stray.num_examples < 6010
+
+
 def test_an_optax_module_is_followed_by_an_optimizer():
     plan = plan_of(grow_batch(STEPS, 160))
     done = plan.emit("optax")
@@ -496,6 +505,7 @@ MISTAKES = [
     ("megatron", STEP + "--lr-warmup-iters 3", "--lr-warmup-iters", None),
     ("megatron", STEP + "--lr 0.2", "--lr", None),
     ("megatron", STEP + "--min-lr 0.2", "--min-lr", 0.1),
+    ("megatron", STEP + "--lr-wsd-decay-samples 5", "--lr-wsd-decay-samples", None),
     ("megatron", STEP + "--lr-decay-style cosin", "--lr-decay-style", "cosine"),
     ("megatron", STEP.replace("--seq-length 8", ""), "--seq-length", None),
     ("megatron", STEP.replace("0:4", "0:4 10"), "--step-batch-size-schedule", None),
@@ -531,6 +541,23 @@ def test_mistakes(name, text, field, nearest):
     (problem,) = [each for each in found if each.field == field]
     assert problem.nearest == nearest
     assert problem.allowed
+
+
+def test_whole_numbers_are_asked_for_where_they_count():
+    found = problems(maxtext.read, "{steps: 2.5, learning_rate: x, per_device_batch_size: 1}")
+    allowed = {problem.field: problem.allowed for problem in found}
+    assert allowed["steps"] == "a whole number from 0 on"
+    assert allowed["learning_rate"] == "a number from 0 on"
+
+
+def test_a_learning_rate_is_least_at_the_smallest_batch():
+    """The root of the ratio of 4: 0.05 there, and a warm-up cannot begin above it."""
+    falling = OLMO.replace("[32, 128]", "[128, 32]").replace("lr: 0.1", "lr: 0.1, scheduler: {}")
+    curve = "{type: linear_with_warmup, units: tokens, warmup: 80, warmup_min_lr: 0.07}"
+    found = problems(READERS["olmo_core"][1], falling.replace("{}", curve))
+    allowed = {problem.field: problem.allowed for problem in found}
+    words = "below the base learning rate, which is 0.05 at the least"
+    assert allowed["scheduler.warmup_min_lr"] == words
 
 
 @pytest.mark.parametrize("name", sorted(SIMULATED.keys() - {"levanter"}))

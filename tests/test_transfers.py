@@ -83,3 +83,18 @@ def test_what_is_small_goes_to_a_single_device_with_the_call():
         assert isinstance(placed["x"], jax.Array if is_put else np.ndarray)
         np.testing.assert_array_equal(placed["x"], [*range(3, size + 2), 0])
         assert float(np.sum(placed["weight"])) == size - 1
+
+
+def test_a_process_whose_share_is_masked_asks_for_one_example(monkeypatch):
+    """The microbatch's first, which is there."""
+    asked = []
+
+    def source(first_example, count):
+        asked.append((first_example, count))
+        return {"x": np.ones((count, 2), np.float32)}
+
+    monkeypatch.setattr(microbatches, "_own_range", lambda mesh, size: (4, 8))
+    mesh = step.data_mesh(jax.devices()[:1])
+    placed = microbatches.place(source, 0, 2, 8, None, mesh)
+    assert asked == [(0, 1)]
+    assert not np.any(placed["x"])

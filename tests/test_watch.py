@@ -4,12 +4,14 @@ import dataclasses
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from bigbatch.errors import RunError
 from bigbatch.schedule import divergence
 from bigbatch.training import loop as train
+from bigbatch.training.updates import waits_for
 from bigbatch.training.watch import PHASES, Watchdog
 from tests import trained
 
@@ -96,6 +98,10 @@ def test_the_diagnosis_has_the_settings_and_their_arithmetic():
     assert f"noise scale {rate * 1437 / (size * 0.1):.4g}," in text
     assert f"momentum lag {size / 143.7:.2g} epochs" in text
     assert "lower momentum or max_batch_size" in text
+    assert ("lower policy.learning_rate" in text) == (rate / 0.1 > 1)
+    hyper = row.hyper | {"learning_rate": 0.2}
+    text = divergence.diagnosis(plan, row._replace(hyper=hyper), "the training loss is nan", 0.25)
+    assert "lower policy.learning_rate" in text
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_state_is_saved(tmp_path):
@@ -114,3 +120,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_state_is_saved(t
     with pytest.raises(RunError, match="the gradient is not finite in update 3"):
         trained.train(dataclasses.replace(run, programs=programs), tmp_path)
     assert max(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == 3
+
+
+@pytest.mark.parametrize(("processes", "what"), [(1, "device"), (2, "other host")])
+def test_what_an_update_waits_for(monkeypatch, processes, what):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    assert waits_for() == what
+    assert what in PHASES

@@ -154,20 +154,16 @@ def _offsets(train_examples: int, chunk: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=_KEPT_CHUNKS)
 def _order(train_examples: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
-    """int64[offsets of the chunk]: the epoch's permutation of them. Read-only."""
+    """int64[offsets of the chunk]: the epoch's permutation of them."""
     key = epoch_key(np, seed, epoch)
-    order = permute(np, _offsets(train_examples, chunk), train_examples, key).astype(np.int64)
-    order.setflags(write=False)
-    return order
+    return permute(np, _offsets(train_examples, chunk), train_examples, key).astype(np.int64)
 
 
 @functools.lru_cache(maxsize=_KEPT_CHUNKS)
 def _bits(train_examples: int, seed: int, epoch: int, chunk: int) -> np.ndarray:
-    """uint32[2, offsets of the chunk]: the random words that change the images. Read-only."""
+    """uint32[2, offsets of the chunk]: the random words that change the images."""
     offsets = _offsets(train_examples, chunk)
-    bits = np.stack(random_bits(np, seed, Purpose.AUGMENTATION, epoch, offsets))
-    bits.setflags(write=False)
-    return bits
+    return np.stack(random_bits(np, seed, Purpose.AUGMENTATION, epoch, offsets))
 
 
 def check_range(train_examples: int, seed: int, first_example: int, num_examples: int) -> None:

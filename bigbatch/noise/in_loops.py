@@ -86,7 +86,7 @@ def add(
     """
     count = examples if count is None else count
     added = small_batch_sums(gradients, jnp.asarray(examples), geometry.moments)
-    factor = jnp.where(jnp.asarray(examples) > 0, count, 0) ** 2 if mean else 1
+    factor = jnp.asarray(count) ** 2 if mean else 1
     squares = jax.tree.map(lambda leaf: leaf * factor, added[SMALL_SQUARES])
     added |= {SMALL_SQUARES: squares, EXAMPLES: examples, _COUNT: count}
     return jax.tree.map(lambda a, b: a + jnp.asarray(b, a.dtype), sums, added)
