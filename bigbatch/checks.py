@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bigbatch import errors
+from bigbatch.places import place
 
 # Metadata of a dataclass's field that may differ at every start of a run: it has no influence on
 # the result. All other fields are statistical.
@@ -135,9 +136,10 @@ def text_of(path: str | Path) -> str:
       OSError: there is no such file, or it cannot be read.
       ValueError: it is no UTF-8.
     """
-    if not Path(path).is_file():
+    found = place(path)
+    if not found.is_file():
         raise OSError("there is no such file")
-    return Path(path).read_text(encoding="utf-8")
+    return found.read_text(encoding="utf-8")
 
 
 def _expect(value: Any, kind: Any, where: str) -> None:

@@ -13,13 +13,13 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bigbatch
 from bigbatch.commands import check_log, interrupts, plan_verb, tables
 from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError, among
+from bigbatch.places import file_to_write
 
 if TYPE_CHECKING:
     from bigbatch.commands.report import Report
@@ -258,7 +258,7 @@ def _workdir(text: str) -> Any:
 
     if not text:
         raise UserError(Problem("workdir", text, "the path of a directory"))
-    return Workdir(Path(text))
+    return Workdir.at(text)
 
 
 def _no_overrides(options: argparse.Namespace, instead: str) -> None:
@@ -270,13 +270,11 @@ def _no_overrides(options: argparse.Namespace, instead: str) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from bigbatch.commands.bench import bench, table
 
-    config = _config(options)
-    if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
-        raise UserError(Problem("out", options.out, "a file in a directory that is there"))
+    config, out = _config(options), file_to_write(options.out, "out")
     result = bench(config)
     from bigbatch.workdir.files import write_json
 
-    write_json(Path(options.out), result)
+    write_json(out, result)
     print(table(result))
     print(options.out)
 
@@ -326,13 +324,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     files = _workdir(options.workdir)
     files.expect_run()
-    if Path(options.out).is_dir() or not Path(options.out).parent.is_dir():
-        raise UserError(Problem("out", options.out, "a file in a directory that is there"))
+    out = file_to_write(options.out, "out")
     config = _own_config(options)
     from bigbatch.commands.saved import export, run_of
 
     run = run_of(files, config)()
-    print(json.dumps(export(run, files.path, options.out, options.update)))
+    print(json.dumps(export(run, files.path, out, options.update)))
 
 
 def _compare(options: argparse.Namespace) -> None:

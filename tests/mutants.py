@@ -317,7 +317,7 @@ def judged(folder, path, which, tests_of, control=False):
     tree, lines, told = changed(path, which)
     tests, spent = tests_of(lines)
     place, begun = folder / "tree" / path, time.monotonic()
-    before = place.read_text()
+    before = (ROOT / path).read_text()
     # What is compiled of a file is kept by its time and size, which may be the same.
     shutil.rmtree(place.parent / "__pycache__", ignore_errors=True)
     if not control:
@@ -377,9 +377,9 @@ def main(what, folder, *arguments):
     assert not any(name.startswith("bigbatch") for name in sys.modules)
     if what == "map":
         return map_files(folder, arguments)
-    if not (folder / "tree").exists():
-        ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache")
-        shutil.copytree(ROOT, folder / "tree", ignore=ignored)
+    # What was killed may have left a change in it.
+    ignored = shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignored, dirs_exist_ok=True)
     if what == "try":
         return attempt(folder, *arguments)
     return run(folder, *arguments, control=what == "control")

@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 from bigbatch.checks import Checks
+from bigbatch.errors import Problem, UserError
+from bigbatch.places import is_bucket, to_prepare
 
 
 def add_data(verbs: Any) -> None:
@@ -60,6 +62,9 @@ def _add_directory(parser: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    if is_bucket(options.directory or ""):
+        allowed = f"a directory on this machine: {to_prepare(options.directory)}"
+        raise UserError(Problem("directory", options.directory, allowed))
     names = ("test_from", "tokenizer", "separator", "field")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.name == "tokens":

@@ -5,6 +5,7 @@ from pathlib import Path
 from bigbatch.data import own_arrays, sets, tokens
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import UserError
+from bigbatch.places import place, size_bytes
 
 
 def describe(name: str, data_dir: str | Path | None = None, path: str | Path | None = None) -> str:
@@ -60,7 +61,7 @@ def _of_tokens(name: str, directory: str | Path | None) -> str:
     if name == tokens.BIBLE:
         facts, where = tokens.BIBLE_FACTS, "comes with bigbatch; bytes are tokens"
     else:
-        facts, where = tokens.read_facts(Path(directory or "")), f"in {directory}"
+        facts, where = tokens.read_facts(place(directory or "", "directory")), f"in {directory}"
     lines = [f"  {count:,} tokens in the {part} part" for part, count in facts.tokens.items()]
     end = "unknown" if facts.separator is None else f"{facts.separator}, at a document's end"
     lines.append(f"  {facts.dtype}, vocabulary {facts.vocabulary:,}, separator {end}")
@@ -75,7 +76,7 @@ def _files(prepared: tfds_metadata.Prepared) -> list[str]:
         files = prepared.files(split)
         lines.append(f"  {split}: {prepared.num_examples(split):,} examples")
         absent = [file for file in files if not file.exists()]
-        num_bytes += sum(file.stat().st_size for file in files if file.exists())
+        num_bytes += sum(size_bytes(file) for file in files if file.exists())
         if absent:
             lines.append(f"  missing of {split}: {len(absent)} of {len(files)} files")
             lines += [f"    {file.name}" for file in absent[:5]]

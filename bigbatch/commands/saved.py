@@ -9,6 +9,7 @@ import jax
 
 from bigbatch.config.assemble import identified, identity_of, load_data, prepared
 from bigbatch.config.config import Config, read_config
+from bigbatch.places import place
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.restore import newest
 from bigbatch.training.run import Run
@@ -80,5 +81,5 @@ def export(
     state, updates = newest(run, directory, update)
     params = jax.device_get(run.optimizer.evaluation_params(state.optimizer, state.params))
     network = network_file.Network(params, jax.device_get(state.running_statistics))
-    arrays = network_file.write(Path(out), network)
+    arrays = network_file.write(place(out, "out"), network)
     return {"updates": updates, "arrays": arrays, "params_sha256": packing.sha256(params)}

@@ -5,7 +5,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from bigbatch import distributed
@@ -16,13 +15,14 @@ from bigbatch.data.source import TrainingData
 from bigbatch.engine.functions import DATA_AXIS
 from bigbatch.engine.task import Task
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import is_bucket, place
 from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import loop, progress
 from bigbatch.training.prepare import prepare, specialised
 from bigbatch.training.restore import end_of
 from bigbatch.training.run import Run
-from bigbatch.workdir import network_file, packing, resume
+from bigbatch.workdir import network_file, packing, resume, storage
 from bigbatch.workdir.files import Workdir, read_json
 from bigbatch.workdir.network_file import Network
 
@@ -175,11 +175,15 @@ def _placed(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _placed(value)
         if isinstance(value, Mapping)
-        else os.path.abspath(os.path.expanduser(value))
+        else _absolute(value)
         if name in names and isinstance(value, str)
         else value
         for name, value in tree.items()
     }
+
+
+def _absolute(path: str) -> str:
+    return path if is_bucket(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def identity_of(config: Config, data: TrainingData) -> dict[str, Any]:
@@ -211,7 +215,7 @@ def identified(config: Config, files: Workdir) -> Config:
     if config.initial_params is None:
         return config
     sha256 = None
-    if not Path(config.initial_params).exists():
+    if not place(config.initial_params, network_file.FIELD).exists():
         sha256 = _recorded(config.initial_params, files)
     if sha256 is None:
         sha256 = packing.sha256(network_file.named(_initial(config)))
@@ -237,9 +241,9 @@ def _initial(config: Config) -> Network:
 def _recorded(path: str, files: Workdir) -> str | None:
     """The sha256 of a file that the run in a working directory has no more need of, or None."""
     # Those that are being written have longer names.
-    saved = any(found.name.isdigit() for found in files.checkpoints.glob("*"))
+    saved = any(name.isdigit() for name in storage.listed(files.checkpoints))
     if not saved or not files.config.exists():
         return None
     tree = read_json(files.config)
     found: str | None = tree.get(_SHA256)
-    return found if tree.get(network_file.FIELD) in (path, os.path.abspath(path)) else None
+    return found if tree.get(network_file.FIELD) in (path, _absolute(path)) else None

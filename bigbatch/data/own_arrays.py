@@ -9,6 +9,7 @@ import numpy as np
 from bigbatch.data.dataset import Arrays, DataSet, Info, arrays, check_count, data_set
 from bigbatch.data.tfds.metadata import MOST_CLASSES
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import expect_bucket, place
 
 NAME = "arrays"
 _IMAGES, _LABELS = ("train_images", "test_images"), ("train_labels", "test_labels")
@@ -76,11 +77,12 @@ def load_npz(path: str | Path) -> tuple[Arrays, Arrays]:
 
 def _read(path: str | Path, names: tuple[str, ...], shapes: bool = False) -> dict[str, np.ndarray]:
     """Some arrays of a file, or stand-ins of their shapes and types that take no memory."""
-    if not Path(path).is_file():
+    found = expect_bucket(place(path), "path")
+    if not found.is_file():
         raise UserError(Problem("path", str(path), "a file that is there"))
     try:
         # NumPy leaves a damaged file open that it opened itself.
-        with Path(path).open("rb") as opened, np.load(opened) as file:
+        with found.open("rb") as opened, np.load(opened) as file:
             missing = [name for name in _IMAGES + _LABELS if name not in file.files]
             if not missing:
                 return {name: _shape_only(file, name) if shapes else file[name] for name in names}

@@ -15,7 +15,7 @@ import hashlib
 import lzma
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from bigbatch.data.fingerprint import is_read_whole
 from bigbatch.data.parts import rows_of
 from bigbatch.data.source import Data
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import expect_bucket, is_bucket, place, size_bytes, to_prepare
 
 FACTS_FILE = "tokens.json"
 BIBLE = "bible_kjv"
@@ -34,6 +35,8 @@ _DTYPES = ("uint8", "uint16", "uint32")
 _TEST_EVERY, _TEST_CHAPTER = 20, 10
 # Documents are looked for in so many tokens at a time.
 _SCANNED_TOKENS = 2**24
+# Of an object so large parts are read.
+_READ_WHOLE_BYTES = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +157,7 @@ class TokenOptions:
     def parts(self) -> dict[str, "Sequences"]:
         """Training and test part, their files not yet opened; none where only a plan is made."""
         facts = BIBLE_FACTS if self.name == BIBLE else _UNKNOWN
-        path = None if self.directory is None else Path(self.directory)
+        path = None if self.directory is None else place(self.directory, "directory")
         if path is not None and (self.train_examples is None or (path / FACTS_FILE).exists()):
             facts = read_facts(path)
         return {part: Sequences(self, facts, part) for part in facts.tokens}
@@ -196,7 +199,7 @@ class Sequences:
     def __init__(self, options: TokenOptions, facts: Facts, part: str):
         self.facts, self._options, self._part = facts, options, part
         self._asked: int | None = getattr(options, f"{part}_examples")
-        self._path = Path(options.directory or "", f"{part}.bin")
+        self._path = place(options.directory or "", "directory") / f"{part}.bin"
 
     def __len__(self) -> int:
         return self._available if self._asked is None else self._asked
@@ -247,12 +250,15 @@ class Sequences:
         if self._options.directory is None:
             return np.frombuffer(_bible(self._part), np.uint8)
         dtype = np.dtype(facts.dtype).newbyteorder("<")
-        held = self._path.stat().st_size if self._path.is_file() else None
+        held = size_bytes(self._path) if self._path.is_file() else None
         if held != count * dtype.itemsize:
             given = f"{self._path}" + (" is missing" if held is None else f" has {held:,} bytes")
             allowed = f"{count * dtype.itemsize:,} bytes, the {count:,} tokens that {FACTS_FILE} "
             raise UserError(Problem("directory", given, allowed + "tells of"))
-        tokens = np.memmap(self._path, dtype, mode="r")
+        if is_bucket(self._path):
+            tokens: Any = _in_bucket(self._path, dtype, count)
+        else:
+            tokens = np.memmap(self._path, dtype, mode="r")
         if is_read_whole(tokens):
             self._check(tokens)
         return tokens
@@ -298,13 +304,44 @@ class Sequences:
             raise UserError(Problem("directory", given, f"tokens from 0 to {most:,}"))
 
 
+def _in_bucket(path: Path, dtype: np.dtype, count: int) -> Any:
+    """Tokens of an object: of a small one all, of another one those that are looked at."""
+    from bigbatch import buckets
+
+    if count * dtype.itemsize > _READ_WHOLE_BYTES:
+        return _Object(path, dtype, count)
+    return np.frombuffer(buckets.read(path), dtype)
+
+
+class _Object:
+    """An array in a bucket: a range is read, or rows, [n, m], of neighbours, many at a time."""
+
+    def __init__(self, path: Path, dtype: np.dtype, count: int):
+        self._path, self._dtype, self._count = path, dtype, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, at: slice | np.ndarray) -> np.ndarray:
+        from bigbatch import buckets
+
+        if isinstance(at, slice):
+            at = np.arange(*at.indices(self._count))[None]
+            return self[at][0] if at.size else np.empty(0, self._dtype)
+        first, size = at[:, :1], self._dtype.itemsize
+        ranges = np.concatenate([first, at[:, -1:] + 1], axis=1) * size
+        pieces = buckets.read_ranges(self._path, ranges.tolist())
+        rows = [np.frombuffer(data, self._dtype) for data in pieces]
+        return np.array([row[own] for row, own in zip(rows, at - first, strict=True)])
+
+
 def read_facts(directory: Path) -> Facts:
     """What the file of a directory of tokens says.
 
     Raises:
       UserError: there is none, or it says something else.
     """
-    path = directory / FACTS_FILE
+    path = expect_bucket(directory, "directory") / FACTS_FILE
     try:
         told = parsed(text_of(path), {"dtype": str, "vocabulary": int, "tokens": {"train": int}})
         names = {field.name for field in dataclasses.fields(Facts)}
@@ -320,7 +357,7 @@ def read_facts(directory: Path) -> Facts:
 
 def prepare_command(directory: str | Path = "DIR") -> str:
     """The command that makes a directory of tokens."""
-    return f"bigbatch data prepare tokens --from=FILES --directory={directory}"
+    return f"bigbatch data prepare tokens --from=FILES {to_prepare(directory)}"
 
 
 def _pieces(targets: np.ndarray, length: int) -> np.ndarray:

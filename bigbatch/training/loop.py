@@ -102,7 +102,7 @@ def train(
     allowed = "a whole number of checkpoints, at least 2"
     checks.whole("keep_checkpoints", keep_checkpoints, allowed, at_least=2)
     checks.done()
-    due, files = due_lib.intervals(run, intervals), Workdir(Path(directory))
+    due, files = due_lib.intervals(run, intervals), Workdir.at(directory)
     if record is None:
         record = {"experiment": files.path.name, **run.identity}
     with files.released():

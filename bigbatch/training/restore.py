@@ -45,7 +45,7 @@ def newest(run: Run, directory: str | Path, at: int | None = None) -> tuple[Stat
     Raises:
       UserError: there is none, or it is another run's.
     """
-    files = Workdir(Path(directory))
+    files = Workdir.at(directory)
     resume.check_same(files, run.identity)
     with Checkpoints(files.checkpoints) as checkpoints:
         if at is not None:

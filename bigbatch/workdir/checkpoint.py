@@ -31,13 +31,16 @@ from orbax.checkpoint import v1 as ocp
 from bigbatch import distributed
 from bigbatch.engine.functions import State
 from bigbatch.errors import Problem, RunError, StoppedError, UserError, listed
-from bigbatch.workdir import packing
+from bigbatch.places import absolute, is_bucket
+from bigbatch.workdir import packing, storage
 
 # Counts up when an older version could not read what this one writes, or the other way round.
 FORMAT = 4
 # The state is written in pieces of so many bytes, some at a time.
 _PIECE_BYTES = 2**25
 _PACKAGES = ("bigbatch", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+# A bucket's list may be an old one, and another process's a newer one.
+_LOOKS = 4
 _DAMAGED, _LATER = "damaged-checkpoints", "later-checkpoints"
 # What reading a damaged file raises; Orbax has no one error for it.
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)
@@ -72,7 +75,7 @@ class Checkpoints:
         keep: int | None = None,
         keep_always: Callable[[int], bool] = lambda updates: False,
     ):
-        self.directory = directory.absolute()
+        self.directory = absolute(directory)
         self._writes = keep is not None
         self._being_written: Any = None
         _say_nothing_twice()
@@ -154,8 +157,7 @@ class Checkpoints:
           UserError: the checkpoints are of another run, project or version.
           RunError: there are checkpoints, and all are damaged.
         """
-        there = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
-        distributed.agree({"checkpoints": there}, "list (a workdir that all processes see)")
+        self._agree(_LOOKS if is_bucket(self.directory) else 1)
         damaged: list[int] = []
         for updates, record in self._records():
             if at not in (None, updates):
@@ -182,6 +184,17 @@ class Checkpoints:
                 "new workdir"
             )
         return None
+
+    def _agree(self, looks: int) -> None:
+        """Makes sure that all processes see the same checkpoints, after so many looks."""
+        there = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        try:
+            distributed.agree({"checkpoints": there}, "list (a workdir that all processes see)")
+        except UserError:
+            if looks == 1:
+                raise
+            self._checkpointer.reload()
+            self._agree(looks - 1)
 
     def save(self, update: int, state: State, record: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint, and waits for the one before if it is not written yet.
@@ -292,8 +305,8 @@ class Checkpoints:
         beside = self.directory.with_name(name)
         beside.mkdir(exist_ok=True)
         for updates in checkpoints:
-            own = f"{updates}-{len(list(beside.iterdir()))}"
-            (self.directory / str(updates)).rename(beside / own)
+            own = f"{updates}-{len(storage.listed(beside))}"
+            storage.move(self.directory / str(updates), beside / own)
 
     def _not_written(self, error: Exception) -> RunError:
         """What to say where a checkpoint cannot be written."""

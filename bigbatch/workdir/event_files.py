@@ -5,7 +5,6 @@ what an earlier start wrote past the checkpoint, so nothing is shown twice and n
 """
 
 import json
-import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.data.tfrecord import framed
+from bigbatch.workdir import storage
 
 # Groups of TensorBoard's page by the beginning of a field's name; what is not there was planned.
 _GROUPS = {
@@ -79,7 +79,7 @@ class EventFiles:
         # Whole seconds, as TensorBoard has it, and finer: a run may be started twice in one.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
         directory.mkdir(parents=True, exist_ok=True)
-        self._file = open(directory / name, "wb")  # noqa: SIM115 - see close
+        self._file = storage.growing(directory / name, parts_beside=True)
         self._written_s = time.monotonic()
         self._waiting: list[bytes] = []
 
@@ -124,7 +124,7 @@ class EventFiles:
     def sync(self) -> None:
         """Makes sure that what was written outlives a kill; it waits for the disk."""
         self._write_waiting()
-        os.fsync(self._file.fileno())
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""

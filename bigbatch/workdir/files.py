@@ -25,10 +25,11 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bigbatch.checks import parsed
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import absolute, expect_bucket, is_bucket, place
 from bigbatch.workdir import storage
 
 # What Orbax takes for a bucket, TensorStore for a slash, and neither as a character.
@@ -60,6 +61,15 @@ class Workdir:
     programs = property(lambda self: self.path / "programs")
     lock = property(lambda self: self.path / "lock")
 
+    @classmethod
+    def at(cls, path: str | Path) -> Self:
+        """That of a path as the user gives it.
+
+        Raises:
+          UserError: see `place`.
+        """
+        return cls(place(path, "workdir"))
+
     def claim(self) -> bool:
         """Makes the directory, or makes sure that it holds a run or nothing like it, and holds it.
 
@@ -70,7 +80,7 @@ class Workdir:
           UserError: it is a file, cannot be made, holds something else, or somebody else trains
             in it.
         """
-        if _UNUSABLE.match(str(self.path.absolute())):
+        if _UNUSABLE.match(str(absolute(self.path))):
             allowed = (
                 "a path without a backslash, in UTF-8, and not below /gs, /s3, /az or /hf: the "
                 "checkpoints' library knows no others (a symbolic link of a plain name will do)"
@@ -79,6 +89,7 @@ class Workdir:
         storage.claim(self.path, "workdir")
         is_new = storage.hold(self.lock, "workdir")
         self._refuse_foreign()
+        self._refuse_copied()
         return is_new
 
     @contextlib.contextmanager
@@ -95,6 +106,7 @@ class Workdir:
         Raises:
           UserError: it does not exist, is empty, or holds something else.
         """
+        expect_bucket(self.path, "workdir")
         if not self.path.is_dir():
             raise UserError(Problem("workdir", str(self.path), "the directory of a run"))
         self._refuse_foreign()
@@ -112,6 +124,18 @@ class Workdir:
             allowed = (
                 "a directory in which nothing has the name of a file of a run, or the directory of "
                 f"a run; this one holds {found[0]!r} and no config.json"
+            )
+            raise UserError(Problem("workdir", str(self.path), allowed))
+
+    def _refuse_copied(self) -> None:
+        # What Orbax did not finish in a bucket it removes there; a disk's checkpoints look like it.
+        in_bucket = is_bucket(self.path)
+        if self.metrics.is_file() if in_bucket else self.metrics.is_dir():
+            kinds = ("a disk", "the bucket") if in_bucket else ("a bucket", "the disk")
+            allowed = (
+                f"a run that was begun there: this is a copy from {kinds[0]}, half of which would "
+                f"be of {kinds[1]}; train it where it was begun (evaluate, export and report read "
+                "a bucket's copy on a disk)"
             )
             raise UserError(Problem("workdir", str(self.path), allowed))
 

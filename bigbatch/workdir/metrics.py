@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from bigbatch.places import is_bucket
 from bigbatch.workdir import storage
 from bigbatch.workdir.trackers import Tracker
 
@@ -40,8 +41,10 @@ class MetricsLog:
         self._trackers = trackers
         self._path = Path(os.devnull) if path is None else path
         with storage.writing(self._path):
-            self._file: TextIO = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        self._is_file = path is not None
+            self._file: Any = storage.growing(self._path)
+        self._is_kept = path is not None
+        # A bucket's log has no place to be lost from.
+        self._is_file = self._is_kept and not is_bucket(self._path)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record; a kill leaves whole lines, at worst a last one cut short.
@@ -50,7 +53,7 @@ class MetricsLog:
           RunError: it cannot be written.
         """
         with storage.writing(self._path):
-            self._file.write(json.dumps(as_json(record), allow_nan=False) + "\n")
+            self._file.write(json.dumps(as_json(record), allow_nan=False).encode() + b"\n")
             self._file.flush()
             for tracker in self._trackers:
                 tracker.write(record)
@@ -63,8 +66,8 @@ class MetricsLog:
           RunError: it cannot be written.
         """
         with storage.writing(self._path):
-            if self._is_file:
-                os.fsync(self._file.fileno())
+            if self._is_kept:
+                self._file.sync()
             for tracker in self._trackers:
                 tracker.sync()
         self._look()
@@ -77,6 +80,8 @@ class MetricsLog:
         return Path(path).parent if is_there else None
 
     def _look(self) -> None:
+        if not self._is_file:
+            return
         try:
             in_place = os.path.samefile(self._path, self._file.fileno())
         except FileNotFoundError:
@@ -101,10 +106,14 @@ def truncate(path: Path, *, last_update: int, without_test: bool = False) -> Non
       last_update: the number of updates done at the checkpoint.
       without_test: removes the evaluation after that update too: it comes again.
     """
-    if not path.exists():
-        return
-    kept, damaged = [], []
-    lines = path.read_bytes().split(b"\n")
+    # The newest first: a kill meanwhile leaves no gap.
+    for part in reversed(storage.parts(path)):
+        _truncate(part, last_update, without_test)
+
+
+def _truncate(path: Path, last_update: int, without_test: bool) -> None:
+    kept, damaged, data = [], [], path.read_bytes()
+    lines = data.split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
@@ -119,4 +128,5 @@ def truncate(path: Path, *, last_update: int, without_test: bool = False) -> Non
     damaged = [number for number in damaged if number < len(lines)]
     if damaged:
         print(f"bigbatch: warning: {path}: left out damaged lines: {damaged}", file=sys.stderr)
-    storage.put(path, b"".join(kept))
+    if b"".join(kept) != data:
+        storage.put(path, b"".join(kept))

@@ -13,6 +13,7 @@ import numpy as np
 
 from bigbatch.engine.task import PyTree
 from bigbatch.errors import Problem, UserError, listed
+from bigbatch.places import place
 from bigbatch.replacing import replacing
 
 FIELD = "initial_params"
@@ -58,7 +59,7 @@ def read(path: str, like: Network) -> Network:
     """
     try:
         # NumPy leaves a damaged file open that it opened itself.
-        with Path(path).open("rb") as opened, np.load(opened) as file:
+        with place(path, FIELD).open("rb") as opened, np.load(opened) as file:
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         allowed = "a file that is there, as `bigbatch export` writes it"

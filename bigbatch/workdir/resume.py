@@ -14,6 +14,7 @@ from typing import Any
 
 from bigbatch import distributed
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import is_bucket
 from bigbatch.schedule.plan import Plan
 from bigbatch.workdir import starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints, version
@@ -65,6 +66,8 @@ def open_run(
     identity = plain(identity)
     versions = {package: version(package) for package in _SAME_VERSIONS}
     facts = {"plan": plan.fingerprint, "change-future": change_future, "versions": versions}
+    # Two directories may be one, by another name on each host; a bucket's has one name.
+    facts["workdir"] = str(files.path) if is_bucket(files.path) else "no bucket"
     asked = {**flat(plain(record)), **flat(identity), **facts, **distributed.devices()}
     distributed.agree({**asked, **dict.fromkeys(_ELSEWHERE)}, "value")
     plans: list[Plan] = []

@@ -22,6 +22,7 @@ from typing import Any
 
 from bigbatch.checks import is_number
 from bigbatch.errors import UserError
+from bigbatch.workdir import storage
 from bigbatch.workdir.files import Workdir, read_json, write_json
 
 # "device" is the rest of the loop: computing, and sending what is to be computed.
@@ -85,8 +86,8 @@ def note(files: Workdir, sources: Sequence[Path]) -> None:
 def _last_record_s(log: Path) -> float:
     """When the last whole record of a log was written; NaN if that is not known."""
     try:
-        with log.open("rb") as file:
-            file.seek(max(0, os.path.getsize(log) - _TAIL_BYTES))
+        with storage.opened(log) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             return float(json.loads(file.read().split(b"\n")[-2])["unix_s"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return math.nan

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import is_bucket
+from bigbatch.workdir import storage
 from bigbatch.workdir.event_files import numbers_by_tag
 from bigbatch.workdir.files import Workdir, read_json, write_json
 
@@ -58,12 +60,17 @@ class Continued:
         except ImportError as error:
             allowed = f"trackers that are installed ({error}): pip install 'bigbatch[{name}]'"
             raise UserError(Problem("trackers", name, allowed)) from error
+        if name == WANDB and is_bucket(files.path):
+            allowed = "trackers that need no disk: wandb writes its files below the workdir"
+            raise UserError(Problem("trackers", name, allowed))
         files.trackers.mkdir(exist_ok=True)
         self._file, own, given = files.trackers / f"{name}.json", secrets.token_hex(4), 0
         if self._file.exists():
             before = read_json(self._file, {"id": str, "records": int})
             own, given = before["id"], before["records"]
-        lines = files.metrics.read_bytes().splitlines() if files.metrics.exists() else []
+        lines: list[bytes] = []
+        with contextlib.suppress(FileNotFoundError), storage.opened(files.metrics) as log:
+            lines = log.read().splitlines()
         project = os.environ.get(f"{name.upper()}_PROJECT", "bigbatch")
         options: dict[str, Any] = {"project": project, "name": f"{experiment}-{own}"}
         if not 0 <= given <= len(lines):

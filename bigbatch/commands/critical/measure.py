@@ -168,7 +168,7 @@ def critical(
     Raises:
       UserError: as `measure`.
     """
-    files = Workdir(Path(directory))
+    files = Workdir.at(directory)
     points = list(measure(run.again, files, Asked(**asked), at_updates))
     write(points, files.critical)
     return points

@@ -5,6 +5,7 @@ missing, cut or damaged. What is left is read; what is not is said in `LoggedRun
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -17,8 +18,9 @@ import numpy as np
 
 from bigbatch.checks import is_number, parsed, text_of
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import expect_bucket, place
 from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
-from bigbatch.workdir import starts
+from bigbatch.workdir import starts, storage
 
 POSITION_FIELDS = (
     "update",
@@ -165,7 +167,7 @@ def read_run(run_dir: str | Path) -> LoggedRun:
     Raises:
       UserError: the directory is no run: it has no readable config.json with an experiment.
     """
-    path = Path(run_dir)
+    path = expect_bucket(place(run_dir, "run_dir"), "run_dir")
     config = _read_object(path / "config.json")
     if config is None or not isinstance(config.get("experiment"), str):
         allowed = (
@@ -261,9 +263,8 @@ def read_log(path: Path, metrics: Sequence[str]) -> tuple[Columns, Columns, str,
     warnings = []
     try:
         # A damaged byte must cost its line and no more.
-        if not path.is_file():
-            raise FileNotFoundError
-        with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        log = io.TextIOWrapper(storage.opened(path), "utf-8", errors="replace", newline="\n")
+        with log as file:
             for lines in _chunks(file):
                 rows = _parse(lines)
                 training.add(rows, "train_loss", num_lines + 1, damaged)

@@ -9,6 +9,7 @@ from bigbatch.commands.report.page import page
 from bigbatch.commands.report.runs import LoggedRun, read_run
 from bigbatch.commands.report.summary import Summary, summarise
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import place
 from bigbatch.replacing import replacing
 
 
@@ -49,7 +50,7 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Report:
     Raises:
       UserError: a directory is no run, no run has a training record, or `out` cannot be written.
     """
-    out_path = Path(out)
+    out_path = place(out, "out")
     problems: list[Problem] = []
     runs: list[LoggedRun] = []
     for path in _distinct(run_dirs, out_path):
@@ -76,7 +77,8 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Report:
 
 def _distinct(run_dirs: Sequence[str | Path], out: Path) -> list[Path]:
     own = out.resolve()
-    paths = {Path(path).resolve(): Path(path) for path in reversed(run_dirs)}
+    places = [place(path, "run_dirs") for path in reversed(run_dirs)]
+    paths = {path.resolve(): path for path in places}
     outside = [path for real, path in paths.items() if own not in (real, *real.parents)]
     return outside[::-1]
 

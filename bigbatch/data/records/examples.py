@@ -4,7 +4,6 @@ Which record a position shows and how it is cropped and flipped are functions of
 position alone, so neither the number of threads nor where a range is cut changes a bit.
 """
 
-import os
 import sys
 import threading
 from collections.abc import Callable
@@ -67,7 +66,7 @@ class RecordExamples:
           decoding: how pixels are made.
           replace_bad_records: whether another example is shown instead of one that cannot be used:
             the next one of the epoch (its first, after the last) that can.
-          workers: threads that decode; None: as many as there are cores for this process.
+          workers: threads that decode; None: `Records.usual_workers`.
 
         Raises:
           UserError: more examples than there are.
@@ -82,7 +81,7 @@ class RecordExamples:
         self._side = image_size
         self._decoding = decoding
         self.replaces_bad_records = replace_bad_records
-        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._workers = records.usual_workers if workers is None else workers
         self._pool = ThreadPoolExecutor(self._workers, "decode", jpeg.prepare_thread)
 
     def __len__(self) -> int:

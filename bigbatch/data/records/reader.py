@@ -16,9 +16,12 @@ from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tfds.metadata import Prepared
 from bigbatch.data.tfrecord import HEAD, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import is_bucket
 
 # Files that a process has open beside those of the records.
 _OTHER_OPEN_FILES = 256
+# Reads of a bucket for each core.
+_IN_FLIGHT = 8
 
 
 class BadRecordError(Exception):
@@ -70,7 +73,7 @@ class Records:
             given = f"{prepared.directory}, with the splits {', '.join(prepared.shard_examples)}"
             raise UserError(Problem("directory", given, f"a data set with the split {split}"))
         self._paths = prepared.files(split)
-        there = {entry.name for entry in os.scandir(self._paths[0].parent) if entry.is_file()}
+        there = _names(self._paths[0].parent)
         missing = [path for path in self._paths if path.name not in there]
         if missing:
             raise UserError(damaged(path, "it is not there") for path in missing)
@@ -87,6 +90,11 @@ class Records:
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    @property
+    def usual_workers(self) -> int:
+        """As many threads as this process has cores; more where they wait for a bucket."""
+        return len(os.sched_getaffinity(0)) * (_IN_FLIGHT if is_bucket(self._paths[0]) else 1)
 
     def read(self, index: int) -> bytes:
         """The record of that number.
@@ -144,7 +152,7 @@ class _TFRecordFiles:
     def read(self, file: int, record: int) -> bytes:
         begin, end = self._index.boundaries[file][record : record + 2].tolist()
         try:
-            data = os.pread(self._descriptor(file), end - begin, begin)
+            data = self._bytes(file, begin, end)
         except OSError as error:
             raise BadRecordError(f"it cannot be read: {error}") from error
         if len(data) != end - begin:
@@ -160,6 +168,13 @@ class _TFRecordFiles:
         with self._lock:
             while self._descriptors:
                 os.close(self._descriptors.popitem()[1])
+
+    def _bytes(self, file: int, begin: int, end: int) -> bytes:
+        if is_bucket(self._paths[file]):
+            from bigbatch import buckets
+
+            return buckets.read(self._paths[file], begin, end)
+        return os.pread(self._descriptor(file), end - begin, begin)
 
     def _descriptor(self, file: int) -> int:
         if file not in self._descriptors:
@@ -210,6 +225,13 @@ class _ArrayRecordFiles:
                         raise BadRecordError(f"{words}, not {expected:,}")
                     self._readers[file] = reader
         return self._readers[file]
+
+
+def _names(directory: Path) -> set[str]:
+    """The names of the files in a directory."""
+    if is_bucket(directory):
+        return {path.name for path in directory.iterdir()}
+    return {entry.name for entry in os.scandir(directory) if entry.is_file()}
 
 
 def _allow_open_files(count: int) -> None:

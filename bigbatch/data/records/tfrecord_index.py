@@ -2,13 +2,13 @@
 
 A TFRecord file is a chain (see `bigbatch.data.tfrecord`). Only by walking along it can one
 find where record k begins, so that is done once, from length to length, and kept in a file beside
-the data, or in the user's cache directory where the data cannot be written to.
+the data, or in the user's cache directory where these cannot be written to or are in a bucket.
 """
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from bigbatch.bars import Bar
 from bigbatch.caches import cache_directory
 from bigbatch.data.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import is_bucket, size_bytes
 from bigbatch.replacing import replacing
 
 # Finding a length is one small read, so the time goes into waiting: more threads than cores.
@@ -54,7 +55,7 @@ def load_or_build(
     Raises:
       UserError: files that are cut short, damaged or of another number of records, all together.
     """
-    sizes = np.array([file.stat().st_size for file in files], np.int64)
+    sizes = np.array([size_bytes(file) for file in files], np.int64)
     places = _places(files)
     for place in places:
         index = _load(place, sizes, shard_examples)
@@ -74,7 +75,8 @@ def _places(files: Sequence[Path]) -> list[Path]:
     stem = files[0].name.partition("-00000")[0]
     digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16]
     name, cache = f"{stem}.bigbatch_index.npz", cache_directory("record_index")
-    return [directory / name, *([cache / f"{digest}-{name}"] if cache else [])]
+    beside = [] if is_bucket(directory) else [directory / name]
+    return [*beside, *([cache / f"{digest}-{name}"] if cache else [])]
 
 
 def _load(place: Path, sizes: np.ndarray, shard_examples: Sequence[int]) -> Index | None:
@@ -133,11 +135,10 @@ def _build(
 def _walk(file: Path, size: int) -> tuple[np.ndarray, str | None]:
     """The boundaries of a file's records, and what is wrong with the file, if anything."""
     boundaries, fault = [0], None
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
+    with _heads(file) as head_at:
         while boundaries[-1] < size:
             begin, record = boundaries[-1], len(boundaries) - 1
-            head = os.pread(descriptor, HEAD.size, begin)
+            head = head_at(begin)
             if len(head) == HEAD.size:
                 length, checksum = HEAD.unpack(head)
                 if masked_crc32c(head[: LENGTH.size]) != checksum:
@@ -147,9 +148,21 @@ def _walk(file: Path, size: int) -> tuple[np.ndarray, str | None]:
             if len(head) < HEAD.size or boundaries[-1] > size:
                 fault = f"it ends within record {record}, at byte {size:,}"
                 break
+    return np.array(boundaries, np.int64), fault
+
+
+@contextlib.contextmanager
+def _heads(file: Path) -> Iterator[Callable[[int], bytes]]:
+    """What reads the head of a record that begins at a byte; of a bucket some MB at a time."""
+    if is_bucket(file):
+        with file.open("rb") as opened:
+            yield lambda begin: bytes(opened.read(HEAD.size)) if opened.seek(begin) >= 0 else b""
+        return
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        yield lambda begin: os.pread(descriptor, HEAD.size, begin)
     finally:
         os.close(descriptor)
-    return np.array(boundaries, np.int64), fault
 
 
 def damaged(file: Path, fault: str) -> Problem:

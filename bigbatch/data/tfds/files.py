@@ -13,6 +13,7 @@ from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tfds.metadata import Prepared
 from bigbatch.data.tfrecord import unframed
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import to_prepare
 
 FORMATS = (tfds_metadata.ARRAY_RECORD, tfds_metadata.TFRECORD)
 
@@ -85,7 +86,7 @@ def missing(name: str, data_dir: str | Path | None) -> Problem:
 
 def prepare_command(name: str, data_dir: str | Path | None) -> str:
     """The command that puts a data set on disk."""
-    where = "" if data_dir is None else f" --directory={data_dir}"
+    where = "" if data_dir is None else f" {to_prepare(data_dir)}"
     return f"bigbatch data prepare {name}{where}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from bigbatch.checks import parsed
 from bigbatch.errors import Problem, UserError
+from bigbatch.places import expect_bucket, place
 
 # More outputs than a network can have; a larger label is a mark for something else.
 MOST_CLASSES = 2**20
@@ -72,7 +73,7 @@ class Prepared:
 def data_directory(data_dir: str | Path | None) -> Path:
     """Where prepared data sets are kept: as given, or the default of tensorflow-datasets."""
     default = os.environ.get("TFDS_DATA_DIR") or Path("~") / "tensorflow_datasets"
-    return Path(os.path.expanduser(default if data_dir is None else data_dir))
+    return place(os.path.expanduser(default if data_dir is None else data_dir), "directory")
 
 
 def find(name: str, data_dir: str | Path | None) -> Prepared | None:
@@ -89,24 +90,24 @@ def find(name: str, data_dir: str | Path | None) -> Prepared | None:
     Raises:
       UserError: its description is damaged.
     """
-    place = data_directory(data_dir) / name
+    directory = expect_bucket(data_directory(data_dir), "directory") / name
     try:
-        versions = _versions(place)
+        versions = _versions(directory)
         if not versions:
-            configs = [config for config in place.glob("*") if _versions(config)]
+            configs = [config for config in directory.glob("*") if _versions(config)]
             versions = _versions(configs[0]) if len(configs) == 1 else []
         return _read(name, max(versions)[1]) if versions else None
     except (ArithmeticError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         allowed = "dataset_info.json and features.json as tensorflow-datasets writes them "
         allowed += f"({type(error).__name__}: {error}); prepare the data set again"
-        raise UserError(Problem("directory", str(place), allowed)) from error
+        raise UserError(Problem("directory", str(directory), allowed)) from error
 
 
-def _versions(place: Path) -> list[tuple[tuple[int, ...], Path]]:
+def _versions(directory: Path) -> list[tuple[tuple[int, ...], Path]]:
     """The versions that are prepared in a directory, each with its own."""
     return [
         (tuple(map(int, file.parent.name.split("."))), file.parent)
-        for file in place.glob("*/dataset_info.json")
+        for file in directory.glob("*/dataset_info.json")
         if re.fullmatch(r"\d+\.\d+\.\d+", file.parent.name)
     ]
 
