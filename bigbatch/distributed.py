@@ -47,7 +47,7 @@ _LENGTH_BYTES = 8
 # How the runtime's errors begin, some of which come as a ValueError.
 _STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 # The shell ends with its process, and not by what is sent to both.
-_WITNESS = 'trap "" HUP INT TERM; read -r line || echo "$1" >&2'
+_WITNESS = 'trap "" HUP INT TERM USR1 USR2; read -r line || echo "$1" >&2'
 # With a frame of this type JAX's coordinator answers whoever connects, before it is asked.
 _HTTP2_HEAD_BYTES, _HTTP2_SETTINGS, _ANSWER_S = 9, b"\4", 5.0
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

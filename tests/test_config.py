@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from bigbatch.config.config import Config, read_config
 from bigbatch.config.file import experiment_names, load_config, override, plain
 from bigbatch.errors import Problem, UserError
-from bigbatch.schedule.durations import Every, Intervals
+from bigbatch.schedule.intervals import Every, Intervals
 
 
 def digits(**fields):

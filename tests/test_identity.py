@@ -30,6 +30,7 @@ from bigbatch.models.classification import image_classification
 from bigbatch.models.ghost_norm import GhostNorm
 from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.durations import TIME_UNITS
+from bigbatch.schedule.intervals import MINUTES
 from bigbatch.training import loop
 from bigbatch.training.restore import newest
 from bigbatch.workdir import network_file, resume
@@ -318,7 +319,8 @@ def with_field(tree, name, value):
     if group:
         return changed(tree, group, last, value)
     stem, _, unit = name.rpartition("_")
-    others = [f"{stem}_{one}" for one in TIME_UNITS] if unit in TIME_UNITS else []
+    units = (*TIME_UNITS, MINUTES)
+    others = [f"{stem}_{one}" for one in units] if unit in units else []
     return {n: v for n, v in tree.items() if n not in others} | {name: value}
 
 
@@ -388,6 +390,15 @@ HARDWARE_VALUES = {
     "checkpoint_every_epochs": ({}, 0.2),
     "checkpoint_every_examples": ({}, 50),
     "checkpoint_every_updates": ({}, 3),
+    "checkpoint_every_minutes": ({}, 1e-4),
+    "failure_every_hours": (
+        {
+            "checkpoint_every_updates": None,
+            "checkpoint_every_minutes": "auto",
+            "failure_every_hours": 100.0,
+        },
+        1e-6,
+    ),
     "keep_every_epochs": ({}, 0.2),
     "keep_every_examples": ({}, 50),
     "keep_every_updates": ({}, 3),

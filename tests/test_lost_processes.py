@@ -49,24 +49,33 @@ def wait_for_updates(directory: Path, processes: list, number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    """Two processes that find each other by what `srun` would have set."""
+def slurm_environment():
+    """Starts two processes that find each other by what `srun` would have set."""
+
+    def begin(directory: Path, **options) -> list:
+        processes = []
+        with pytest.MonkeyPatch.context() as patch:
+            for process in ("0", "1"):
+                for name, value in {
+                    "SLURM_JOB_ID": str(os.getpid()),
+                    "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_STEP_NUM_NODES": "1",
+                    "SLURM_NTASKS": "2",
+                    "SLURM_PROCID": process,
+                    "SLURM_LOCALID": process,
+                }.items():
+                    patch.setenv(name, value)
+                processes.append(start(flags_of(directory, 0, 0)[:4], 1, **options))
+        return processes
+
+    return begin
+
+
+@pytest.fixture(scope="module")
+def slurm(slurm_environment, tmp_path_factory):
+    """A run of two such processes."""
     directory = tmp_path_factory.mktemp("slurm")
-    job = str(os.getpid())
-    processes = []
-    with pytest.MonkeyPatch.context() as patch:
-        for process in ("0", "1"):
-            for name, value in {
-                "SLURM_JOB_ID": job,
-                "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_STEP_NUM_NODES": "1",
-                "SLURM_NTASKS": "2",
-                "SLURM_PROCID": process,
-                "SLURM_LOCALID": process,
-            }.items():
-                patch.setenv(name, value)
-            processes.append(start(flags_of(directory, 0, 0)[:4], 1))
-    texts = [text for status, text in ended(processes) if status == 0]
+    texts = [text for status, text in ended(slurm_environment(directory)) if status == 0]
     return directory, texts
 
 
@@ -123,6 +132,30 @@ def test_the_same_command_goes_on_after_a_process_was_lost(
         assert status == 0, text
     assert result(tmp_path)["params_sha256"] == result(undisturbed)["params_sha256"]
     assert records(tmp_path) == records(undisturbed)
+
+
+@pytest.mark.long
+def test_what_slurm_sends_saves_and_has_its_own_status(
+    slurm, slurm_environment, tmp_path, monkeypatch
+):
+    """`--signal=USR1@60` and USR2 to all tasks, then `scancel`: CONT and TERM to whole groups."""
+    monkeypatch.setenv(perceptron_run.WAIT_S, "0.3")
+    sent = ([signal.SIGUSR1], [signal.SIGUSR2], [signal.SIGCONT, TERM])
+    for numbers in sent:
+        # A group has the shell that stands beside a process, too.
+        processes = slurm_environment(tmp_path, start_new_session=True)
+        wait_for_updates(tmp_path, processes, 2)
+        for number in numbers:
+            for process in processes:
+                os.killpg(process.pid, number)
+        for status, text in ended(processes, END_S):
+            assert status == 128 + numbers[-1], text
+            assert "bigbatch: told to stop: saved after update" in text
+            assert "was ended from outside" not in text
+    monkeypatch.delenv(perceptron_run.WAIT_S)
+    assert [status for status, _ in ended(slurm_environment(tmp_path))] == [0, 0]
+    assert result(tmp_path)["params_sha256"] == result(slurm[0])["params_sha256"]
+    assert records(tmp_path) == records(slurm[0])
 
 
 def test_processes_that_differ_are_refused_on_all(tmp_path):

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bigbatch.errors import StoppedError
-from bigbatch.training import evaluate, microbatches
+from bigbatch.training import evaluate, microbatches, preemption
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from tests import perceptron_run, trained
 from tests.storm import ROOT, records
@@ -87,7 +87,7 @@ def test_a_stop_within_an_evaluation_evaluates_again(run, undisturbed, tmp_path,
     assert records(tmp_path) == records(expected_directory)
 
 
-@pytest.mark.parametrize("notice", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("notice", preemption._NOTICES)
 def test_every_notice_saves_and_is_told(run, undisturbed, tmp_path, notice):
     before = signal.signal(notice, signal.default_int_handler)
     try:

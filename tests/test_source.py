@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +194,11 @@ def test_processes_give_the_same():
     for given in (data, rows):
         for name, array in given.training(SEED, 5, 50).items():
             np.testing.assert_array_equal(array, threads[name])
+    # What tells a whole job to stop comes to them too: the state is not saved yet.
+    for number in ("HUP", "INT", "USR1", "USR2", "TERM"):
+        for worker in rows._pool._processes:
+            os.kill(worker, signal.Signals[f"SIG{number}"])
+    np.testing.assert_array_equal(rows.training(SEED, 5, 50)["x"], threads["x"])
     faulty = Data(Items(), Faulty(), workers=1, processes=True)
     with pytest.raises(UserError, match=r"test\.x: given 'float32\[4\] in example 2'") as error:
         faulty.evaluation(0, 3)

@@ -1,13 +1,18 @@
 """Time and cost on devices that are not there, against sums by hand and loops over updates."""
 
+import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import bigbatch
 from bigbatch import cli, models
@@ -19,6 +24,8 @@ from bigbatch.layout.layout import make_layout
 from bigbatch.layout.sharing import layout_over
 from bigbatch.layout.time_model import Scaling, Speeds
 from bigbatch.models.classification import image_classification
+from bigbatch.schedule.intervals import Every
+from tests.benchmarks import published_runs
 from tests.trained import config
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +59,63 @@ def test_a_ring_of_devices_sends_what_each_hop_sends():
         hops = [4e6 / devices / (10e9 / 8) for _ in range(2 * (devices - 1))]
         assert SPEEDS.allreduce_s(devices, 4_000_000) == pytest.approx(sum(hops))
     assert Speeds(examples_per_s=1).allreduce_s(1, 10**9) == 0
+
+
+@given(st.integers(2, 5_000), st.floats(0, 1e-2), st.integers(1, 10**9))
+def test_the_quicker_of_a_ring_and_two_trees_is_taken(devices, hop_s, gradient_bytes):
+    """Hops counted one by one: n - 1 around a ring and back, the depth of a tree up and down."""
+    byte_s, depth = 8 / 10e9, next(d for d in range(20) if 2**d >= devices)
+    ring_s = sum([hop_s + gradient_bytes / devices * byte_s] * (2 * (devices - 1)))
+    tree_s = sum([hop_s] * (2 * depth)) + 2 * gradient_bytes * byte_s
+    speeds = dataclasses.replace(SPEEDS, hop_s=hop_s)
+    assert speeds.allreduce_s(devices, gradient_bytes) == pytest.approx(min(ring_s, tree_s))
+
+
+def test_evaluations_checkpoints_and_compilation_are_counted(capsys):
+    """Against a walk over the updates of the plan, in fractions."""
+    speeds = ["--examples-per-s=1000", "--evaluation-examples-per-s=5000", "--checkpoint-s=3"]
+    time = plan_json(capsys, *speeds, "--compile-s=40")["time"]
+    plan = load_config(f"{CIFAR}:increase_lr", []).plan
+    done, evaluations, checkpoints = 0, 1, 1
+    for size in plan.batch_sizes.tolist()[:-1]:
+        evaluations += (done + size) // 50_000 > done // 50_000
+        checkpoints += (done + size) // 250_000 > done // 250_000
+        done += size
+    expected = {"evaluation": evaluations * 2.0, "checkpoints": 3 * checkpoints, "compilation": 40}
+    assert time["beside_s"] == pytest.approx(expected)
+    updates_s = sum(stage["seconds"] for stage in time["stages"])
+    assert time["seconds"] == pytest.approx(updates_s + sum(expected.values()))
+
+
+SIZES = st.lists(st.integers(1, 300), min_size=1, max_size=30)
+
+
+@given(SIZES, st.sampled_from(["epochs", "examples", "updates"]), st.integers(1, 40))
+def test_updates_that_are_due_are_counted(sizes, unit, value):
+    every = Every(value / 100 if unit == "epochs" else value, unit)
+    begins = np.cumsum([0, *sizes]).tolist()
+    due = [every.due(b, size, k, 1_000) for k, (b, size) in enumerate(zip(begins, sizes))]  # noqa: B905
+    assert every.num_due(np.array(sizes), 1_000) == sum(due[:-1]) + 1
+
+
+def test_published_runs_are_predicted_as_the_page_says():
+    errors = published_runs.errors()
+    within = [name for name, error in errors.items() if abs(error) <= 0.25]
+    # A run that was missed has a reason, and no other.
+    reasons = {f"{run.name} {run.devices}" for run in published_runs.RUNS if run.reason}
+    assert reasons == errors.keys() - set(within)
+    assert 3 * len(within) >= 2 * len(errors)
+    page = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([+-]\d+) % \|", page, re.M)
+    assert rows == [
+        (
+            f"{run.devices:,}",
+            f"{run.seconds / 60:.3g}",
+            f"{(1 + error) * run.seconds / 60:.3g}",
+            f"{100 * error:+.0f}",
+        )
+        for run, error in zip(published_runs.RUNS, errors.values(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("devices", [1, 3, 8])
@@ -143,6 +207,7 @@ def test_measured_speeds_are_read_and_what_is_typed_counts_more(capsys, tmp_path
         (["--devices=2", "--examples-per-s=9"], ["1 mistake", "allreduce_gbps: given 'nothing'"]),
         (["--devices=2", "--update-s=-1"], ["3 mistakes", "update_s: given -1.0", "nearest: 0"]),
         (["--examples-per-s=nan"], ["examples_per_s: given nan"]),
+        (["--examples-per-s=9", "--hop-s=-1"], ["1 mistake", "hop_s: given -1.0", "nearest: 0"]),
         (["--bench=no.json"], ["bench: given 'no.json'", "bigbatch bench"]),
         ([f"--bench={CIFAR}"], ["bench: given", "bigbatch bench"]),
     ],
@@ -182,7 +247,9 @@ def test_bench_writes_what_plan_reads(bench_run, capsys, tmp_path, monkeypatch):
     out = tmp_path / "bench.json"
     assert cli.main(["bench", f"--config={DIGITS}:decay", f"--out={out}"]) == 0
     found = time_model.read_bench(str(out))
-    assert found == pytest.approx({"examples_per_s": 64.0, "call_s": 0.25, "update_s": 0.5})
+    measured = {"examples_per_s": 64.0, "call_s": 0.25, "update_s": 0.5}
+    assert {name: found[name] for name in measured} == pytest.approx(measured)
+    assert found["evaluation_examples_per_s"] > 0 < found["compile_s"]
     assert "64 examples/s" in capsys.readouterr().out
 
 

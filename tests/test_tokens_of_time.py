@@ -19,7 +19,8 @@ from bigbatch.commands import plan as plan_table
 from bigbatch.commands.report.write import write_report
 from bigbatch.config.config import read_config
 from bigbatch.data.source import Data
-from bigbatch.schedule.durations import Every, Intervals, size_in_examples
+from bigbatch.schedule.durations import size_in_examples
+from bigbatch.schedule.intervals import Every, Intervals
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import batch_ramp, batch_stages, constant, cosine, stages, step_decay
 from bigbatch.schedule.transform import grow_batch

@@ -11,6 +11,7 @@ from bigbatch.config import assemble
 from bigbatch.config.config import Config, read_config
 from bigbatch.engine.functions import data_mesh
 from bigbatch.schedule.durations import TIME_UNITS
+from bigbatch.schedule.intervals import MINUTES
 from bigbatch.training import loop
 from bigbatch.training.run import Run
 from bigbatch.workdir import resume
@@ -55,7 +56,7 @@ def tree(**changes: Any) -> dict[str, Any]:
     # An interval in another unit takes the place of the one above.
     for name in changes:
         stem, _, unit = name.rpartition("_")
-        if stem and unit in TIME_UNITS:
+        if stem and unit in (*TIME_UNITS, MINUTES):
             settings = {n: v for n, v in settings.items() if n.rpartition("_")[0] != stem}
     return settings | changes
 

@@ -2,10 +2,12 @@
 
 Updates of 1 and of 3 microbatches are timed by turns, on random images that lie on the device: the
 slope over the microbatches is the time of one, the rest is the fixed cost of an update. Two sizes
-of microbatch give the fixed cost of a call and the time of an example.
+of microbatch give the fixed cost of a call and the time of an example. An evaluation of one
+microbatch, and all until the first update can be sent, are timed too.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +25,7 @@ from bigbatch.data.tokens import TokenInfo
 from bigbatch.engine import functions
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.layout import Microbatch
+from bigbatch.training.evaluate import source_sums
 from bigbatch.training.microbatches import Request
 from bigbatch.training.programs import precision
 from bigbatch.training.run import Run
@@ -40,19 +43,24 @@ def bench(config: Config) -> dict[str, Any]:
       config: a validated config; of its data set only the shapes are used.
 
     Returns:
-      Plain values: `examples_per_s`, `call_s` and `update_s` as in `time_model.Speeds`, the
-      measured `microbatches` and `updates` behind them, and what they were measured on.
+      Plain values: `examples_per_s`, `call_s`, `update_s`, `evaluation_examples_per_s` and
+      `compile_s` (with what the cache held) as in `time_model.Speeds`, the measured `microbatches`
+      and `updates` behind them, and what they were measured on.
 
     Raises:
       UserError: the layout cannot be formed on one device.
     """
+    start_s = time.perf_counter()
     run = one_device(config)
+    compile_s = time.perf_counter() - start_s
     taken = update_seconds(run, run.layout.shapes, _MICROBATCHES)
     seconds = {key: statistics.median(values) for key, values in taken.items()}
     fit = fitted(seconds, run.layout.shapes)
     device = run.mesh.devices.flat[0]
     return {
         **fit._asdict(),
+        "evaluation_examples_per_s": run.evaluation_examples_per_device / evaluation_s(run),
+        "compile_s": compile_s,
         "microbatches": [
             {"examples": size, "seconds": s}
             for size, s in sorted(microbatch_seconds(seconds, run.layout.shapes).items())
@@ -197,6 +205,17 @@ def update_seconds(
     return taken
 
 
+def evaluation_s(run: Run) -> float:
+    """Seconds of one evaluation microbatch, the median of `RUNS` after one that is not counted."""
+    state, source = run.init_state(), functools.partial(run.data.training, run.seed)
+    taken = []
+    for _ in range(RUNS + 1):
+        start_s = time.perf_counter()
+        source_sums(run, state, source, run.evaluation_examples_per_device)
+        taken.append(time.perf_counter() - start_s)
+    return statistics.median(taken[1:])
+
+
 def table(result: dict[str, Any]) -> str:
     """The measured speeds in a few lines."""
     lines = [f"{result['device']}, jax {result['jax']}, medians of {result['runs']}:"]
@@ -207,6 +226,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines.append(
         f"  {result['examples_per_s']:,.5g} examples/s and {1000 * result['call_s']:.4g} ms a "
-        f"microbatch; {1000 * result['update_s']:.4g} ms an update"
+        f"microbatch; {1000 * result['update_s']:.4g} ms an update; "
+        f"{result['evaluation_examples_per_s']:,.5g} evaluated/s; ready after "
+        f"{result['compile_s']:.3g} s"
     )
     return "\n".join(lines)

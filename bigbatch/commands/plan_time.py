@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 from bigbatch.commands.plan import abridged, aligned
 from bigbatch.config.config import Config
-from bigbatch.config.lengths import facts_of
+from bigbatch.config.lengths import facts_of, tokens_per_example
 from bigbatch.layout import time_model
 from bigbatch.layout.time_model import Scaling, Speeds, StageTime
+from bigbatch.schedule.intervals import Intervals
+from bigbatch.schedule.plan import Plan
 
 _STAGE_HEAD = (
     "first update",
@@ -35,6 +37,7 @@ class Times(NamedTuple):
       original: the policy without transformations, by devices; empty where nothing is known of
         several devices.
       growing: the config's plan, likewise.
+      beside: seconds beside the updates, by kind.
     """
 
     devices: int
@@ -42,11 +45,12 @@ class Times(NamedTuple):
     stages: list[StageTime]
     original: list[Scaling]
     growing: list[Scaling]
+    beside: dict[str, float]
 
     @property
     def seconds(self) -> float:
         """Of the whole run."""
-        return sum(stage.seconds for stage in self.stages)
+        return sum(stage.seconds for stage in self.stages) + sum(self.beside.values())
 
 
 def times(config: Config, devices: int, speeds: Speeds) -> Times:
@@ -69,10 +73,24 @@ def times(config: Config, devices: int, speeds: Speeds) -> Times:
         ghost = config.ghost_batch_examples
         counts = time_model.device_counts(plan, ghost, devices)
         original, growing = (
-            time_model.scaling(each, config.layout, counts, sent_bytes, speeds)
+            time_model.scaling(
+                each, config.layout, counts, sent_bytes, speeds, beside(config, each)
+            )
             for each in (source, plan)
         )
-    return Times(devices, sent_bytes, stages, original, growing)
+    spent = beside(config, plan).seconds(devices, speeds)
+    return Times(devices, sent_bytes, stages, original, growing, spent)
+
+
+def beside(config: Config, plan: Plan) -> time_model.Beside:
+    """How often a plan of a config is evaluated and saved."""
+    due = Intervals.of(config.intervals, tokens_per_example=tokens_per_example(config.data))
+    evaluations, checkpoints = (
+        each.num_due(plan.batch_sizes, plan.train_examples)
+        for each in (due.evaluate_every, due.checkpoint_every)
+    )
+    examples = getattr(facts_of(config.data), "test_examples", 0)
+    return time_model.Beside(evaluations * examples, checkpoints)
 
 
 def gradient_bytes(config: Config) -> int:
@@ -105,9 +123,13 @@ def text(found: Times, speeds: Speeds) -> str:
         network = f", all-reduces of {found.gradient_bytes / 1e6:,.4g} MB at "
         network += f"{speeds.allreduce_gbps:g} Gbit/s"
     many = "s" * (found.devices > 1)
+    parts = [f"{kind} {s / 3600:.4g}" for kind, s in found.beside.items() if s]
+    total += f"; beside the updates: {', '.join(parts)} hours" if parts else ""
+    kinds = ["input", *(k for k in ("evaluation", "compilation") if not found.beside[k])]
+    without = " and ".join(filter(None, (", ".join(kinds[:-1]), kinds[-1])))
     lines = [
         f"time on {found.devices:,} device{many} of {speeds.examples_per_s:,.5g} "
-        f"examples/s each{network} (a model; without input, evaluation and compilation):",
+        f"examples/s each{network} (a model; without {without}):",
         "",
         *aligned([head, *rows]),
         "",
@@ -175,6 +197,7 @@ def summary(found: Times, speeds: Speeds) -> dict[str, Any]:
         "seconds": found.seconds,
         "device_hours": found.seconds * found.devices / 3600,
         "cost": _cost_value(found.seconds * found.devices / 3600, speeds),
+        "beside_s": found.beside,
         "stages": [
             {
                 "first_update": stage.first_update,

@@ -44,6 +44,11 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     timing.add_argument("--examples-per-s", type=float, help="of one device")
     timing.add_argument("--allreduce-gbps", type=float, help="1e9 bits a second, of one device")
     timing.add_argument("--update-s", type=float, help="fixed seconds of one update (default 0)")
+    timing.add_argument("--hop-s", type=float, help="latency from a device to the next (default 0)")
+    text = "of one device (default: evaluations are not counted)"
+    timing.add_argument("--evaluation-examples-per-s", type=float, help=text)
+    timing.add_argument("--checkpoint-s", type=float, help="that updates wait for one (default 0)")
+    timing.add_argument("--compile-s", type=float, help="before the first update (default 0)")
     timing.add_argument("--cost-per-device-hour", type=float, help="in your money")
     fastest.add_arguments(plan)
 
@@ -74,7 +79,7 @@ def run(options: argparse.Namespace) -> None:
 
         plan_others.show(config, options)
         return
-    names = ("examples_per_s", "update_s", "allreduce_gbps", "cost_per_device_hour")
+    names = [f.name for f in dataclasses.fields(time_model.Speeds) if f.name != "call_s"]
     typed = {name: v for name in names if (v := getattr(options, name)) is not None}
     if mode == fastest.BY_STAGES:
         from bigbatch.commands import plan_devices

@@ -21,8 +21,8 @@ from bigbatch.errors import Problem, UserError, among
 from bigbatch.layout.layout import Layout
 from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller
-from bigbatch.schedule.durations import TIME_UNITS, Intervals
 from bigbatch.schedule.from_file import plan_file
+from bigbatch.schedule.intervals import Intervals
 from bigbatch.schedule.plan import Plan, make_plan
 from bigbatch.schedule.policy import POLICIES, Policy
 from bigbatch.schedule.trainers.levanter import levanter
@@ -66,10 +66,9 @@ class Config(Fields):
     sources: tuple[Path, ...] = ()
 
     @property
-    def intervals(self) -> dict[str, float | None]:
+    def intervals(self) -> dict[str, Any]:
         """When the run logs, evaluates and saves: those arguments of `training.loop.train`."""
-        names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in TIME_UNITS]
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in Intervals.names()}
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from bigbatch.checks import HARDWARE, Checks
 from bigbatch.errors import UserError
 from bigbatch.layout.layout import check_small_batch
-from bigbatch.schedule.durations import Intervals
+from bigbatch.schedule.intervals import Intervals
 
 
 def _hardware(default: Any = dataclasses.MISSING) -> Any:
@@ -45,6 +45,9 @@ class Fields:
       log_every_epochs: interval of the training records, in one of four units; so are the others.
       evaluate_every_epochs: of the evaluations.
       checkpoint_every_epochs: of the checkpoints.
+      checkpoint_every_minutes: by the clock; "auto": the interval that loses least time, from how
+        long updates wait for a checkpoint and `failure_every_hours`.
+      failure_every_hours: in which the whole run is expected to be lost once.
       keep_every_epochs: of the checkpoints that are kept for good; None for none.
     """
 
@@ -75,6 +78,8 @@ class Fields:
     checkpoint_every_examples: int | None = _hardware(None)
     checkpoint_every_updates: int | None = _hardware(None)
     checkpoint_every_tokens: float | None = _hardware(None)
+    checkpoint_every_minutes: float | Literal["auto"] | None = _hardware(None)
+    failure_every_hours: float | None = _hardware(None)
     keep_every_epochs: float | None = _hardware(None)
     keep_every_examples: int | None = _hardware(None)
     keep_every_updates: int | None = _hardware(None)

@@ -19,6 +19,7 @@ from typing import Any
 from bigbatch.config.config import Config, read_config
 from bigbatch.errors import Problem, UserError, among, nearest_name
 from bigbatch.schedule.durations import TIME_UNITS
+from bigbatch.schedule.intervals import MINUTES
 
 
 def load_config(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -222,7 +223,7 @@ def override(tree: dict[str, Any], name: str, text: str) -> None:
     if not isinstance(node, dict):
         raise UserError(Problem(name, text, "a field of one of the list's groups, by its name"))
     stem, _, unit = last.rpartition("_")
-    for units in (TIME_UNITS, [unit.removesuffix("s") for unit in TIME_UNITS]):
+    for units in ((*TIME_UNITS, MINUTES), [unit.removesuffix("s") for unit in TIME_UNITS]):
         if unit in units:
             for other in units:
                 node.pop(f"{stem}_{other}", None)

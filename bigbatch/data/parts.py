@@ -245,6 +245,9 @@ def is_grain(source: Any) -> bool:
     return isinstance(source, getattr(sys.modules.get("grain"), "MapDataset", ()))
 
 
+# So long a process that reads examples lives on after SIGTERM.
+_LATER_S = 30
+
 # In a process that reads examples: the parts of its data.
 _parts_here: dict[str, Part] = {}
 
@@ -252,8 +255,12 @@ _parts_here: dict[str, Part] = {}
 def begin_process(parts: dict[str, Part]) -> None:
     """Once in each process that reads examples: takes the parts of its data."""
     _parts_here.update(parts)
-    # The one that started it ends it, also where it is killed.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The one that started it ends it, also where it is killed. What tells a whole job to stop comes
+    # here too, and examples are needed until the state is saved; a pool that breaks ends its own by
+    # SIGTERM.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LATER_S))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -5,10 +5,13 @@ One update of one batch size takes
     sum over its microbatches (call_s + examples_per_device / examples_per_s)
     + allreduce_s + update_s
 
-where masked examples count as computed, and the gradients go around a ring of n devices:
-allreduce_s = 2 (n - 1) / n * gradient_bytes / bandwidth (Patarasu and Yuan 2009). Latency of the
-network, input, evaluation, checkpoints and compilation are not in it. The terms are compared with
-measured updates in `tests/benchmarks/time_model.py`.
+where masked examples count as computed, and the gradients go the quicker of two ways over n
+devices: around a ring, 2 (n - 1) (hop_s + gradient_bytes / n / bandwidth) (Patarasu and Yuan 2009),
+or through two trees, 2 ceil(log2 n) hop_s + 2 gradient_bytes / bandwidth (Sanders et al. 2009). A
+run takes its updates, and `Beside` them evaluations, checkpoints and compilation, as far as their
+speeds are known. Input is not in it, nor is anything hidden behind anything. The terms are compared
+with measured updates in `tests/benchmarks/time_model.py`, and with published runs in
+`tests/benchmarks/published_runs.py`.
 
 >>> speeds = Speeds(examples_per_s=1000.0, update_s=0.01, allreduce_gbps=8.0)
 >>> speeds.allreduce_s(4, gradient_bytes=10**9)
@@ -16,6 +19,7 @@ measured updates in `tests/benchmarks/time_model.py`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -27,7 +31,9 @@ from bigbatch.schedule.plan import Plan, Stage
 # Twice the devices are worth it while they make the run at least so many times faster.
 WORTHWHILE_SPEEDUP = 1.5
 _BYTES_PER_S_PER_GBPS = 1e9 / 8
+# Of a bench file; older ones lack the last two.
 _MEASURED = ("examples_per_s", "call_s", "update_s")
+_ALSO_MEASURED = ("evaluation_examples_per_s", "compile_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +46,10 @@ class Speeds:
       update_s: fixed cost of one update (the optimizer), without the all-reduce.
       allreduce_gbps: bandwidth of one device to its neighbour in the ring, 1e9 bits a second; None
         if it is not known, which does for one device.
+      hop_s: latency of the way to the neighbour.
+      evaluation_examples_per_s: of one device; None: evaluations are not counted.
+      checkpoint_s: for which the updates wait where one is written.
+      compile_s: from the start of a run to its first update.
       cost_per_device_hour: in the user's own money; None if it does not matter.
     """
 
@@ -47,13 +57,19 @@ class Speeds:
     call_s: float = 0.0
     update_s: float = 0.0
     allreduce_gbps: float | None = None
+    hop_s: float = 0.0
+    evaluation_examples_per_s: float | None = None
+    checkpoint_s: float = 0.0
+    compile_s: float = 0.0
     cost_per_device_hour: float | None = None
 
     def __post_init__(self) -> None:
         checks = Checks()
-        rate = self.examples_per_s
-        checks.number("examples_per_s", rate, "examples a second of one device, above 0", above=0)
-        for name in ("call_s", "update_s"):
+        allowed = "examples a second of one device, above 0"
+        for name in ("examples_per_s", "evaluation_examples_per_s"):
+            if (rate := getattr(self, name)) is not None:
+                checks.number(name, rate, allowed, above=0)
+        for name in ("call_s", "update_s", "hop_s", "checkpoint_s", "compile_s"):
             checks.number(name, getattr(self, name), "seconds, at least 0", at_least=0)
         if self.allreduce_gbps is not None:
             allowed = "1e9 bits a second of one device, above 0"
@@ -64,7 +80,7 @@ class Speeds:
         checks.done()
 
     def allreduce_s(self, devices: int, gradient_bytes: int) -> float:
-        """Seconds of one ring all-reduce.
+        """Seconds of one all-reduce, by ring or tree.
 
         Raises:
           UserError: there are several devices and the bandwidth is not known.
@@ -74,8 +90,30 @@ class Speeds:
         if self.allreduce_gbps is None:
             allowed = "1e9 bits a second of one device: there are several devices"
             raise UserError(Problem("allreduce_gbps", "nothing", allowed))
-        bytes_per_s = self.allreduce_gbps * _BYTES_PER_S_PER_GBPS
-        return 2 * (devices - 1) / devices * gradient_bytes / bytes_per_s
+        sent_s = 2 * gradient_bytes / (self.allreduce_gbps * _BYTES_PER_S_PER_GBPS)
+        ring_s = 2 * (devices - 1) * self.hop_s + (devices - 1) / devices * sent_s
+        return min(ring_s, 2 * (devices - 1).bit_length() * self.hop_s + sent_s)
+
+
+class Beside(NamedTuple):
+    """What a run does beside its updates.
+
+    Attributes:
+      evaluated_examples: over all evaluations.
+      checkpoints: that are written.
+    """
+
+    evaluated_examples: int = 0
+    checkpoints: int = 0
+
+    def seconds(self, devices: int, speeds: Speeds) -> dict[str, float]:
+        """By kind, on so many devices; evaluation is 0 where its speed is not known."""
+        rate = devices * (speeds.evaluation_examples_per_s or math.inf)
+        return {
+            "evaluation": self.evaluated_examples / rate,
+            "checkpoints": self.checkpoints * speeds.checkpoint_s,
+            "compilation": speeds.compile_s,
+        }
 
 
 class UpdateTime(NamedTuple):
@@ -154,6 +192,7 @@ def scaling(
     device_counts: Sequence[int],
     gradient_bytes: int,
     speeds: Speeds,
+    beside: Beside,
 ) -> list[Scaling]:
     """The whole run on several numbers of devices.
 
@@ -163,6 +202,7 @@ def scaling(
       device_counts: how many devices; a number for which there is no layout is left out.
       gradient_bytes: as of `update_time`.
       speeds: of the hardware.
+      beside: what there is to do beside the updates.
     """
     found = []
     for devices in device_counts:
@@ -171,7 +211,8 @@ def scaling(
         except UserError:
             continue
         times = stage_times(plan, layout, devices, gradient_bytes, speeds)
-        found.append(Scaling(devices, sum(time.seconds for time in times)))
+        seconds = sum(time.seconds for time in times)
+        found.append(Scaling(devices, seconds + sum(beside.seconds(devices, speeds).values())))
     return found
 
 
@@ -244,7 +285,10 @@ def read_bench(path: str) -> dict[str, float]:
     """
     allowed = "a JSON file written by `bigbatch bench`"
     try:
-        values = parsed(text_of(path), dict.fromkeys(_MEASURED, float))
+        text = text_of(path)
+        values = parsed(text, dict.fromkeys(_MEASURED, float))
+        names = [*_MEASURED, *(name for name in _ALSO_MEASURED if name in values)]
+        parsed(text, dict.fromkeys(names, float))
     except (OSError, ValueError) as error:
         raise UserError(Problem("bench", path, f"{allowed} ({error})")) from error
-    return {name: float(values[name]) for name in _MEASURED}
+    return {name: float(values[name]) for name in names}

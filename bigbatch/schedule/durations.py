@@ -15,7 +15,7 @@ are T / tokens_per_example examples, and mean nothing where the data does not sa
 >>> show(batch_size=100, warmup_tokens=10e6, train_examples=1000, tokens_per_example=4000)
 2.5
 
-`Every` is an interval in one of these units. `size_in_examples` reads a batch size as people write
+`size_in_examples` reads a batch size as people write
 it.
 
 *A position against a time.* Let u = 2^-53. A time t in epochs stands for a fraction, 0.07 for 7/100
@@ -30,9 +30,9 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -54,86 +54,6 @@ NO_TOKENS = "another unit: how many tokens an example has (tokens_per_example) i
 
 # 1 - 8u, see above.
 _EARLIER = Fraction(2**50 - 1, 2**50)
-
-
-@dataclasses.dataclass(frozen=True)
-class Every:
-    """An interval in epochs, examples or updates.
-
-    Attributes:
-      value: how many of the unit.
-      unit: "epochs", "examples" or "updates"; tokens are given as the examples that have them.
-    """
-
-    value: float | Fraction
-    unit: str
-
-    def due(self, first_example: int, batch_size: int, update: int, train_examples: int) -> bool:
-        """Whether an interval ends within an update.
-
-        Args:
-          first_example: position at which the update starts.
-          batch_size: its examples.
-          update: its number, from 0.
-          train_examples: of an epoch.
-        """
-        start = self.passed(first_example, update, train_examples)
-        return self.passed(first_example + batch_size, update + 1, train_examples) > start
-
-    def passed(self, examples: int, updates: int, train_examples: int) -> int:
-        """How many whole intervals there are in so many examples and updates from the start."""
-        done = updates if self.unit == "updates" else examples
-        return done // _earliest(self.value, train_examples if self.unit == "epochs" else 1)
-
-
-class Intervals(NamedTuple):
-    """When a run logs, evaluates and saves.
-
-    Attributes:
-      log_every: interval of the training records.
-      evaluate_every: of the evaluations.
-      checkpoint_every: of the checkpoints.
-      keep_every: of the checkpoints that are kept for good; None for none.
-    """
-
-    log_every: Every
-    evaluate_every: Every
-    checkpoint_every: Every
-    keep_every: Every | None = None
-
-    @classmethod
-    def of(
-        cls,
-        given: Mapping[str, float | None],
-        otherwise: Mapping[str, Every] | None = None,
-        tokens_per_example: int | None = None,
-    ) -> "Intervals":
-        """The intervals of fields such as `log_every_epochs`, each in one of its units.
-
-        Args:
-          given: values by the fields' names; None counts as not given, other names are left alone.
-          otherwise: where nothing is given, by the attributes' names.
-          tokens_per_example: which intervals in tokens need.
-
-        Raises:
-          UserError: with each interval that is given not at all, twice, or not above 0; or in
-            tokens, where nobody knows how many an example has.
-        """
-        checks, found = Checks(), dict(otherwise or {})
-        for stem in cls._fields:
-            names = {f"{stem}_{unit}": unit for unit in TIME_UNITS}
-            values = {name: given[name] for name in names if given.get(name) is not None}
-            fits = len(values) == 1 or (not values and (stem in found or stem == "keep_every"))
-            allowed = "exactly one of " + ", ".join(names)
-            checks.require(fits, stem, values or "nothing", allowed)
-            for name, value in values.items():
-                good = checks.number(name, value, "a number above 0", above=0)
-                if names[name] != "tokens":
-                    found[stem] = Every(value, names[name])  # type: ignore[arg-type]
-                elif good and checks.require(bool(tokens_per_example), name, value, NO_TOKENS):
-                    found[stem] = Every(Fraction(float(value)) / tokens_per_example, "examples")  # type: ignore
-        checks.done()
-        return cls(**found)
 
 
 def short(count: float) -> str:
@@ -189,14 +109,14 @@ def size_in_examples(
     return whole if checks.require(size == whole, field, text, allowed, nearest) else None
 
 
-def _earliest(time: float | Fraction, examples: int) -> Fraction:
+def earliest(time: float | Fraction, examples: int) -> Fraction:
     """From where on a time is reached, in a unit of which the time's own has so many."""
     return Fraction(time if isinstance(time, Fraction) else float(time)) * examples * _EARLIER
 
 
 def first_example_from(epoch: float, train_examples: int) -> int:
     """The first position that has reached a time in epochs."""
-    return math.ceil(_earliest(epoch, train_examples))
+    return math.ceil(earliest(epoch, train_examples))
 
 
 def num_reached(times_epochs: ArrayLike, epochs: ArrayLike) -> NDArray[np.int64]:

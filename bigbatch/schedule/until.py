@@ -3,7 +3,8 @@
 import re
 
 from bigbatch.checks import Checks
-from bigbatch.schedule.durations import NO_TOKENS, QUANTITY, TIME_UNITS, Every, quantity
+from bigbatch.schedule.durations import NO_TOKENS, QUANTITY, TIME_UNITS, quantity
+from bigbatch.schedule.intervals import Every
 from bigbatch.schedule.plan import Plan
 
 _TIME = re.compile(rf"{QUANTITY}_({'|'.join(TIME_UNITS)})")

@@ -27,8 +27,9 @@ from bigbatch.engine.task import Sums
 from bigbatch.errors import RunError, StoppedError
 from bigbatch.schedule import divergence
 from bigbatch.schedule.adaptive.course import Course
-from bigbatch.schedule.durations import TIME_UNITS, Every, Intervals
+from bigbatch.schedule.intervals import Intervals
 from bigbatch.schedule.plan import Row
+from bigbatch.training import due as due_lib
 from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.preemption import StopNoticeError, StopRequest
@@ -47,11 +48,6 @@ from bigbatch.workdir.trackers import TENSORBOARD
 # How long the sums of a finished update may wait for those of the next ones: to read and log many
 # short updates in one go takes a third of the time.
 _UNREAD_S = 0.1
-_OTHERWISE = {
-    "log_every": Every(1, "updates"),
-    "evaluate_every": Every(1, "epochs"),
-    "checkpoint_every": Every(1, "epochs"),
-}
 
 
 def train(
@@ -67,7 +63,7 @@ def train(
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     show_progress: bool = False,
     stall_s: float = STALL_S,
-    **intervals: float | None,
+    **intervals: Any,
 ) -> dict[str, Any]:
     """Trains the run's plan to its end, from wherever the working directory stands.
 
@@ -88,8 +84,9 @@ def train(
         standard error.
       stall_s: seconds without a movement after which a word is said on standard error.
       **intervals: `log_every`, `evaluate_every`, `checkpoint_every` and `keep_every`, each with
-        `_epochs`, `_examples`, `_updates` or `_tokens` behind it. By default every update is
-        logged, every epoch evaluated and saved, and no checkpoint kept for good.
+        `_epochs`, `_examples`, `_updates` or `_tokens` behind it; `checkpoint_every_minutes`, a
+        number, or "auto" with `failure_every_hours` (see `due.best_interval_s`). By default every
+        update is logged, every epoch evaluated and saved, and no checkpoint kept for good.
 
     Returns:
       What was written to result.json.
@@ -105,7 +102,7 @@ def train(
     allowed = "a whole number of checkpoints, at least 2"
     checks.whole("keep_checkpoints", keep_checkpoints, allowed, at_least=2)
     checks.done()
-    due, files = _intervals(run, intervals), Workdir.at(directory)
+    due, files = due_lib.intervals(run, intervals), Workdir.at(directory)
     if record is None:
         record = {"experiment": files.path.name, **run.identity}
     with files.released():
@@ -127,7 +124,7 @@ def train(
         decides = run.controller is not None
         ended = end_of(until, files, plan, run.tokens_per_example, decides)
         show_progress = show_progress and distributed.is_first()
-        stays = functools.partial(_stays, run, due.keep_every)
+        stays = functools.partial(due_lib.stays, run, due.keep_every)
         with (
             StopRequest() as stop,
             Checkpoints(files.checkpoints, keep_checkpoints, stays) as checkpoints,
@@ -200,27 +197,6 @@ def train(
         return result
 
 
-def _intervals(run: Run, given: Mapping[str, float | None]) -> Intervals:
-    """The intervals of `train`.
-
-    Raises:
-      TypeError: a name is none of them.
-      UserError: a value is not above 0, or there are two of one interval.
-    """
-    names = [f"{stem}_{unit}" for stem in Intervals._fields for unit in TIME_UNITS]
-    for name in given:
-        if name not in names:
-            raise TypeError(f"train() has no argument {name!r}; its intervals: {', '.join(names)}")
-    return Intervals.of(given, _OTHERWISE, run.tokens_per_example)
-
-
-def _stays(run: Run, every: Every | None, updates_done: int) -> bool:
-    """Whether the checkpoint after so many updates is kept for good."""
-    if every is None or not 0 < updates_done <= run.plan.num_updates:
-        return False
-    return every.due(*span(run, run.plan.row(updates_done - 1)))
-
-
 def _as_known(run: Run, course: Course, files: Workdir) -> Run:
     """The run with all that is known of its plan, which an adaptive run also writes down."""
     if run.plan is course.plan:
@@ -265,6 +241,7 @@ class _Loop:
         at_once = self.run.controller is not None or jax.process_count() > 1
         self._wait_s = 0.0 if at_once else _UNREAD_S
         self._saved_updates = self.progress.updates
+        self._clock = due_lib.Clock(self.due, self.progress.updates, self.watchdog)
 
     def run_updates(self) -> None:
         """Goes on to the end of the plan, or to the moment at which it is told to stop."""
@@ -309,9 +286,10 @@ class _Loop:
         is_last = row.update + 1 == self.run.plan.num_updates
         evaluation_due = is_last or due.evaluate_every.due(*at)
         checkpoint_due = is_last or due.checkpoint_every.due(*at)
-        checkpoint_due = checkpoint_due or _stays(self.run, due.keep_every, row.update + 1)
+        checkpoint_due = checkpoint_due or due_lib.stays(self.run, due.keep_every, row.update + 1)
         ended = None if is_last else self.ended(at[0] + at[1], row.update + 1)
         checkpoint_due = checkpoint_due or ended is not None
+        checkpoint_due = checkpoint_due or self._clock.due(row.update + 1, self._read)
         if evaluation_due or checkpoint_due or self.log.is_lost:
             self._read()
         if evaluation_due:
@@ -398,3 +376,4 @@ class _Loop:
             self.checkpoints.save(updates_done, state, record)
             if distributed.is_first():
                 starts.lived(self.files, self.progress.spent_s)
+        self._clock.saved(updates_done)

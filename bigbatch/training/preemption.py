@@ -1,7 +1,8 @@
 """A notice that the machine will be taken away, and the one moment at which all processes heed it.
 
-SIGTERM is the notice of Slurm, Kubernetes and the clouds' preemptible machines, SIGHUP that of a
-terminal that closes, SIGINT that of Ctrl-C. An update of many examples may last longer than the
+SIGTERM is the notice of Slurm, Kubernetes and the clouds' preemptible machines, SIGUSR1 or SIGUSR2
+what Slurm is often asked to send, SIGHUP that of a terminal that closes, SIGINT that of Ctrl-C. An
+update of many examples may last longer than the
 notice gives, so the run does not wait for its end: it drops what the update has summed and saves
 the state at its start, which nothing has overwritten yet. A second SIGINT does not wait for that.
 
@@ -21,7 +22,7 @@ from jax.experimental import multihost_utils
 
 # The service wants numbers that only grow, in all runs of a process.
 _MOMENTS = itertools.count(1)
-_NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopNoticeError(Exception):

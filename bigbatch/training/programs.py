@@ -56,7 +56,8 @@ class Programs:
       accumulate: microbatch examples -> compiled `functions.accumulate` (accumulator is donated).
       apply_update: compiled `functions.apply_update` (state and accumulator are donated).
       evaluate: compiled `functions.evaluate`.
-      init_state: a key's data -> state, each array made where it lies.
+      init_state: a key's data -> state, each array made where it lies. Compiled when it is called: a
+        run that goes on has a checkpoint.
       state_from: parameters, running statistics -> state, otherwise like it; compiled when it is
         called, which few runs do. So is the next.
       with_copy: compiled `functions.with_copy`, for a state from a checkpoint.
@@ -269,6 +270,13 @@ def compile_programs(
         ),
         donate_argnums=(0, 1),
     )
+
+    @functools.cache
+    @compiling()
+    @compilation_cache.guarded()
+    def initial() -> Any:
+        return compiled("init_state", placed(first_state), with_sharding(key, replicated))()
+
     evaluate = jax.jit(
         functools.partial(functions.evaluate, task=task, optimizer=optimizer, mesh=mesh)
     )
@@ -287,14 +295,13 @@ def compile_programs(
             for n in microbatch_examples
         }
         applied = begun("apply_update", apply_update, state, accumulator, hyper)
-        initial = begun("init_state", placed(first_state), with_sharding(key, replicated))
         test = microbatch(evaluation_examples, training=False)
         evaluated = begun("evaluate", evaluate, state, test, frozen)
         return Programs(
             accumulate={examples: one.result() for examples, one in accumulates.items()},
             apply_update=applied.result(),
             evaluate=evaluated.result(),
-            init_state=initial.result(),
+            init_state=lambda data: initial()(data),
             state_from=placed(state_from),
             with_copy=jax.jit(functools.partial(functions.with_copy, task=task, parts=parts)),
             empty_accumulator=functools.partial(_zeros, accumulator, sharded),

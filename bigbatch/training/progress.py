@@ -15,7 +15,8 @@ from bigbatch.errors import RunError
 from bigbatch.layout import memory
 from bigbatch.schedule import divergence
 from bigbatch.schedule.adaptive import gradient_noise
-from bigbatch.schedule.durations import Every, short
+from bigbatch.schedule.durations import short
+from bigbatch.schedule.intervals import Every
 from bigbatch.schedule.plan import Plan, Row
 from bigbatch.training.run import Run
 

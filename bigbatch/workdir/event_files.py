@@ -72,18 +72,25 @@ class EventFiles:
         config: Mapping[str, Any],
         metrics: Sequence[str],
     ):
-        # Imported by runs that log, and by nothing else. It needs no TensorFlow.
-        from tensorboardX.proto import event_pb2, summary_pb2
-        from tensorboardX.summary import hparams, text
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._event: Any = None
+        self._begun = last_update, config, metrics
         # For each choice of fields an event whose numbers are set: to make one takes much longer.
         self._made: dict[tuple[str, ...], Any] = {}
         # Whole seconds, as TensorBoard has it, and finer: a run may be started twice in one.
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{time.time_ns()}"
         directory.mkdir(parents=True, exist_ok=True)
         self._file = storage.growing(directory / name, parts_beside=True)
-        self._written_s, now_s = time.monotonic(), time.time()
+        self._written_s = time.monotonic()
+        self._waiting: list[bytes] = []
+
+    def _begin(self) -> None:
+        """What stands before the first record, which waits while devices compute."""
+        # Imported by runs that log, and by nothing else. It needs no TensorFlow.
+        from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.summary import hparams, text
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        now_s, (last_update, config, metrics) = time.time(), self._begun
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         shown = f"```json\n{json.dumps(config, indent=2)}\n```"
         summaries = [text("config", shown)]
@@ -98,6 +105,8 @@ class EventFiles:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record of the log."""
+        if self._event is None:
+            self._begin()
         numbers = numbers_by_tag(record)
         names = tuple(numbers)
         if names not in self._made:
