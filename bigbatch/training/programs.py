@@ -56,8 +56,8 @@ class Programs:
       accumulate: microbatch examples -> compiled `functions.accumulate` (accumulator is donated).
       apply_update: compiled `functions.apply_update` (state and accumulator are donated).
       evaluate: compiled `functions.evaluate`.
-      init_state: a key's data -> state, each array made where it lies. Compiled when it is called: a
-        run that goes on has a checkpoint.
+      init_state: a key's data -> state, each array made where it lies; compiled when it is called,
+        as a run that goes on has a checkpoint.
       state_from: parameters, running statistics -> state, otherwise like it; compiled when it is
         called, which few runs do. So is the next.
       with_copy: compiled `functions.with_copy`, for a state from a checkpoint.
