@@ -53,7 +53,7 @@ def best_interval_s(save_s: float, failure_s: float) -> float:
       failure_s: mean time between failures.
 
     >>> round(best_interval_s(save_s=2.0, failure_s=86_400.0))
-    586
+    587
     """
     share = save_s / (2 * failure_s)
     if share >= 1:
