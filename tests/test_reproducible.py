@@ -209,6 +209,7 @@ def test_collectives():
     assert sorted("maximum" in body for body in bodies) == [False, True]
 
 
+@pytest.mark.long
 def test_digits_over_a_change_of_the_batch_size(tmp_path):
     """A network with ghost norm: parameters and training log, on 1 device and on 4."""
     found = []
