@@ -190,7 +190,7 @@ def test_planted_faults_are_found():
     def waits(total, addend):
         return add(total, addend._replace(ghost_batches=jax.lax.psum(addend.ghost_batches, "data")))
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
         patch.setattr(step, "add", waits)
         run = prepared(OPTIMIZERS["sgd"](), "sgd", shard="update", batch_sizes=[16])
     (accumulate,) = run.programs.accumulate.values()
@@ -202,7 +202,8 @@ def test_planted_faults_are_found():
         gathers = optax.stateless(lambda updates, params: spread(updates))
         return optax.chain(gathers, optax.sgd(learning_rate))
 
-    faulty = prepared(whole_velocity, "sgd", shard="update", batch_sizes=[16])
+    with jax.enable_x64(True):
+        faulty = prepared(whole_velocity, "sgd", shard="update", batch_sizes=[16])
     twice = moved(faulty.programs.apply_update)["all-gather"]
     assert twice == 2 * moved(run.programs.apply_update)["all-gather"]
 
