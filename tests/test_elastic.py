@@ -48,7 +48,11 @@ def undisturbed(tmp_path_factory):
     return directory, *run_parts(directory, [(1, 160, END, "none")])
 
 
-@pytest.fixture(scope="module", params=[SHRINKING, pytest.param(BY_STAGES, marks=pytest.mark.long)])
+# Each trains in processes of its own for minutes.
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module", params=[SHRINKING, BY_STAGES])
 def moved(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("moved")
     return directory, run_parts(directory, request.param)

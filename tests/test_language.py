@@ -318,9 +318,8 @@ class Uneven:
 @pytest.mark.parametrize(
     ("devices", "share"),
     [
-        (1, 24),
         (2, 4),
-        *(pytest.param(*cut, marks=pytest.mark.long) for cut in [(1, 1), (4, 6), (8, 3)]),
+        *(pytest.param(*cut, marks=pytest.mark.long) for cut in [(1, 24), (1, 1), (4, 6), (8, 3)]),
     ],
 )
 def test_an_update_is_the_mean_over_all_tokens(devices, share):
