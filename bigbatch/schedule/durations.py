@@ -15,8 +15,7 @@ are T / tokens_per_example examples, and mean nothing where the data does not sa
 >>> show(batch_size=100, warmup_tokens=10e6, train_examples=1000, tokens_per_example=4000)
 2.5
 
-`size_in_examples` reads a batch size as people write
-it.
+`size_in_examples` reads a batch size as people write it.
 
 *A position against a time.* Let u = 2^-53. A time t in epochs stands for a fraction, 0.07 for 7/100
 and 3 * 0.1 for 3/10, to a few u. A position p has reached it where p >= t (1 - 8u) N, computed

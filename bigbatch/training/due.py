@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -21,7 +22,7 @@ _OTHERWISE = {
 _SAVE_S, _LEAST_S = 1.0, 1e-3
 
 
-def intervals(run: Run, given: Mapping[str, float | None]) -> Intervals:
+def intervals(run: Run, given: Mapping[str, Any]) -> Intervals:
     """The intervals of `train`.
 
     Raises:

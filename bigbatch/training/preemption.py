@@ -2,9 +2,9 @@
 
 SIGTERM is the notice of Slurm, Kubernetes and the clouds' preemptible machines, SIGUSR1 or SIGUSR2
 what Slurm is often asked to send, SIGHUP that of a terminal that closes, SIGINT that of Ctrl-C. An
-update of many examples may last longer than the
-notice gives, so the run does not wait for its end: it drops what the update has summed and saves
-the state at its start, which nothing has overwritten yet. A second SIGINT does not wait for that.
+update of many examples may last longer than the notice gives, so the run does not wait for its end:
+it drops what the update has summed and saves the state at its start, which nothing has overwritten
+yet. A second SIGINT does not wait for that.
 
 With several processes, JAX's preemption service carries the notice of one to all, and finds a
 moment that none of them has passed: each asks once before every microbatch, in the same order.

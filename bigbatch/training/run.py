@@ -123,8 +123,11 @@ class Run:
 
     def on_devices(self, state: functions.State) -> functions.State:
         """The state that the updates take, from one as in a checkpoint that all processes hold."""
+        placed = _placed(state, self.saved_shapes)
+        if self.programs.state_shapes.copy is None:
+            return placed
         # Collectives of one program at a time: see `updates`.
-        return jax.block_until_ready(self.programs.with_copy(_placed(state, self.saved_shapes)))
+        return jax.block_until_ready(self.programs.with_copy(placed))
 
 
 def _placed(tree: PyTree, like: PyTree) -> PyTree:
