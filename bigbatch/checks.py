@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from bigbatch import errors
-from bigbatch.places import place
+from bigbatch.places.paths import place
 
 # Metadata of a dataclass's field that may differ at every start of a run: it has no influence on
 # the result. All other fields are statistical.

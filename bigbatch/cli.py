@@ -19,7 +19,7 @@ import bigbatch
 from bigbatch.commands import check_log, interrupts, plan_verb, tables
 from bigbatch.commands.data import add_data
 from bigbatch.errors import Problem, RunError, StoppedError, UserError, among
-from bigbatch.places import file_to_write
+from bigbatch.places.paths import file_to_write
 
 if TYPE_CHECKING:
     from bigbatch.commands.report import Report

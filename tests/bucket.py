@@ -218,7 +218,7 @@ def here(bucket: Bucket):
 def _forget() -> None:
     from etils.epath import backend
 
-    from bigbatch import buckets
+    from bigbatch.places import buckets
 
     buckets._store.cache_clear()
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()

@@ -16,12 +16,11 @@ import jax
 import numpy as np
 import pytest
 
-import bigbatch
-from bigbatch import cli
+from bigbatch import cli, places
 from bigbatch.data import sets, token_files, tokens
 from bigbatch.errors import RunError, UserError
-from bigbatch.places import is_bucket, place
-from bigbatch.replacing import replacing
+from bigbatch.places.paths import is_bucket, place
+from bigbatch.places.replacing import replacing
 from bigbatch.workdir import metrics, storage
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.event_files import EventFiles
@@ -65,7 +64,7 @@ def uploads(method, path):
 
 
 def test_the_emulator_refuses_a_second_creation_and_a_stale_replacement(bucket):
-    from bigbatch import buckets
+    from bigbatch.places import buckets
 
     path = place(f"{WHERE}/a/claim")
     first = buckets.put_if(path, b"one")
@@ -80,7 +79,7 @@ def test_the_emulator_refuses_a_second_creation_and_a_stale_replacement(bucket):
 
 @pytest.mark.parametrize("fault", ["unavailable", "lost", "stalled", "cut", "slow"])
 def test_a_write_that_meets_a_fault_is_done_once(bucket, fault):
-    from bigbatch import buckets
+    from bigbatch.places import buckets
 
     bucket.force = once(fault, uploads)
     path = place(f"{WHERE}/a/claim")
@@ -178,7 +177,7 @@ def test_tensorboard_reads_the_parts(bucket, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    from bigbatch import buckets
+    from bigbatch.places import buckets
 
     monkeypatch.setattr(buckets, "LEASE_S", 2.0)
 
@@ -216,7 +215,7 @@ def test_who_has_lost_its_lease_writes_no_more(bucket, quick):
 
 
 def test_of_many_who_find_an_old_lease_one_takes_it(bucket):
-    from bigbatch import buckets
+    from bigbatch.places import buckets
 
     bucket.write("a/lock", b"{}")
     path = place(f"{WHERE}/a/lock")
@@ -229,7 +228,7 @@ def test_of_many_who_find_an_old_lease_one_takes_it(bucket):
 
 HOLDER = """
 import sys, time
-from bigbatch.places import place
+from bigbatch.places.paths import place
 from bigbatch.workdir import storage
 storage.hold(place(sys.argv[1]), "workdir")
 print("held", flush=True)
@@ -350,8 +349,8 @@ def test_a_directory_that_cannot_be_used_is_one_sentence(
 
 
 def test_without_the_library_it_is_named(monkeypatch):
-    monkeypatch.delattr(bigbatch, "buckets", raising=False)
-    monkeypatch.setitem(sys.modules, "bigbatch.buckets", None)
+    monkeypatch.delattr(places, "buckets", raising=False)
+    monkeypatch.setitem(sys.modules, "bigbatch.places.buckets", None)
     with pytest.raises(UserError, match=r"buckets need pip install 'bigbatch\[gcs\]'"):
         Workdir.at(f"{WHERE}/a")
 

@@ -31,7 +31,7 @@ def test_no_file_is_for_what_fits_nowhere():
 
 def test_only_the_ground_lies_flat():
     flat = {path.stem for path in MODULES if path.parent == ROOT / "bigbatch"}
-    ground = {"bars", "buckets", "distributed", "checks", "errors", "places", "replacing", "caches"}
+    ground = {"bars", "distributed", "checks", "errors"}
     assert flat == {"__init__", "__main__", "cli"} | ground
 
 

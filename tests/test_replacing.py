@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from bigbatch import constant, make_plan
-from bigbatch import replacing as replacing_lib
 from bigbatch.commands.plan_figure import draw_plan
 from bigbatch.commands.report import write_report
 from bigbatch.data.records import tfrecord_index
 from bigbatch.errors import RunError, UserError
-from bigbatch.replacing import replacing
+from bigbatch.places import replacing as replacing_lib
+from bigbatch.places.replacing import replacing
 from bigbatch.workdir import network_file
 from bigbatch.workdir.files import write_json
 from tests.report_runs import DECAY, falling_loss, write_run
@@ -48,7 +48,7 @@ def test_a_kill_keeps_the_old_file(tmp_path):
     out = tmp_path / "out"
     replace(out, b"old")
     code = (
-        "import os, sys; from bigbatch.replacing import replacing\n"
+        "import os, sys; from bigbatch.places.replacing import replacing\n"
         "with replacing(sys.argv[1]) as file: file.write(b'new'); os.kill(os.getpid(), 9)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(out)], cwd=ROOT, check=False)

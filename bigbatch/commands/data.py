@@ -8,7 +8,7 @@ from typing import Any
 
 from bigbatch.checks import Checks
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import is_bucket, to_prepare
+from bigbatch.places.paths import is_bucket, to_prepare
 
 
 def add_data(verbs: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from bigbatch.data import own_arrays, sets, tokens
 from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.errors import UserError
-from bigbatch.places import place, size_bytes
+from bigbatch.places.paths import place, size_bytes
 
 
 def describe(name: str, data_dir: str | Path | None = None, path: str | Path | None = None) -> str:

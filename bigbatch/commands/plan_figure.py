@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bigbatch.replacing import replacing
+from bigbatch.places.replacing import replacing
 from bigbatch.schedule.durations import in_epochs, short
 from bigbatch.schedule.plan import Plan
 

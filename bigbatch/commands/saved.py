@@ -9,7 +9,7 @@ import jax
 
 from bigbatch.config.assemble import identified, identity_of, load_data, prepared
 from bigbatch.config.config import Config, read_config
-from bigbatch.places import place
+from bigbatch.places.paths import place
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.restore import newest
 from bigbatch.training.run import Run

@@ -15,7 +15,7 @@ from bigbatch.data.source import TrainingData
 from bigbatch.engine.functions import DATA_AXIS
 from bigbatch.engine.task import Task
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import is_bucket, place
+from bigbatch.places.paths import is_bucket, place
 from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import loop, progress

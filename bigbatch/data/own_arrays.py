@@ -9,7 +9,7 @@ import numpy as np
 from bigbatch.data.dataset import Arrays, DataSet, Info, arrays, check_count, data_set
 from bigbatch.data.tfds.metadata import MOST_CLASSES
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import expect_bucket, place
+from bigbatch.places.paths import expect_bucket, place
 
 NAME = "arrays"
 _IMAGES, _LABELS = ("train_images", "test_images"), ("train_labels", "test_labels")

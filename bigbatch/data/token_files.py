@@ -19,7 +19,7 @@ from bigbatch.bars import Bar
 from bigbatch.checks import parsed, text_of
 from bigbatch.data.tokens import FACTS_FILE, Facts
 from bigbatch.errors import Problem, RunError, UserError
-from bigbatch.replacing import replacing
+from bigbatch.places.replacing import replacing
 
 _PARTIAL_FILE = "tokens.partial.json"
 _BYTES = "bytes"

@@ -25,7 +25,7 @@ from bigbatch.data.fingerprint import is_read_whole
 from bigbatch.data.parts import rows_of
 from bigbatch.data.source import Data
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import expect_bucket, is_bucket, place, size_bytes, to_prepare
+from bigbatch.places.paths import expect_bucket, is_bucket, place, size_bytes, to_prepare
 
 FACTS_FILE = "tokens.json"
 BIBLE = "bible_kjv"
@@ -306,7 +306,7 @@ class Sequences:
 
 def _in_bucket(path: Path, dtype: np.dtype, count: int) -> Any:
     """Tokens of an object: of a small one all, of another one those that are looked at."""
-    from bigbatch import buckets
+    from bigbatch.places import buckets
 
     if count * dtype.itemsize > _READ_WHOLE_BYTES:
         return _Object(path, dtype, count)
@@ -323,7 +323,7 @@ class _Object:
         return self._count
 
     def __getitem__(self, at: slice | np.ndarray) -> np.ndarray:
-        from bigbatch import buckets
+        from bigbatch.places import buckets
 
         if isinstance(at, slice):
             at = np.arange(*at.indices(self._count))[None]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import jax
 
-from bigbatch.caches import cache_directory
 from bigbatch.errors import Problem, UserError
+from bigbatch.places.caches import cache_directory
 
 OFF = "off"
 _MARKER = ".compiling"

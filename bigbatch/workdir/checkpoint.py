@@ -34,7 +34,7 @@ from orbax.checkpoint import v1 as ocp
 from bigbatch import distributed
 from bigbatch.engine.functions import State
 from bigbatch.errors import Problem, RunError, StoppedError, UserError, listed
-from bigbatch.places import absolute, is_bucket
+from bigbatch.places.paths import absolute, is_bucket
 from bigbatch.workdir import packing, storage
 
 # Counts up when an older version could not read what this one writes, or the other way round.

@@ -29,7 +29,7 @@ from typing import Any, Self
 
 from bigbatch.checks import parsed
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import absolute, expect_bucket, is_bucket, place
+from bigbatch.places.paths import absolute, expect_bucket, is_bucket, place
 from bigbatch.workdir import storage
 
 # What Orbax takes for a bucket, TensorStore for a slash, and neither as a character.

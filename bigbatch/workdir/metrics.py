@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.places import is_bucket
+from bigbatch.places.paths import is_bucket
 from bigbatch.workdir import storage
 from bigbatch.workdir.trackers import Tracker
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from bigbatch.engine.task import PyTree
 from bigbatch.errors import Problem, UserError, listed
-from bigbatch.places import place
-from bigbatch.replacing import replacing
+from bigbatch.places.paths import place
+from bigbatch.places.replacing import replacing
 
 FIELD = "initial_params"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bigbatch import distributed
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import is_bucket
+from bigbatch.places.paths import is_bucket
 from bigbatch.schedule.plan import Plan
 from bigbatch.workdir import starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints, version

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bigbatch.errors import Problem, RunError, UserError
-from bigbatch.places import expect_bucket, is_bucket
-from bigbatch.replacing import BEING_WRITTEN, replacing
+from bigbatch.places.paths import expect_bucket, is_bucket
+from bigbatch.places.replacing import BEING_WRITTEN, replacing
 
 # What was logged to a bucket waits at most so long before it is there.
 _PART_S = 30.0
@@ -107,7 +107,7 @@ def hold(lock: Path, field: str) -> bool:
 
 
 def _hold_in_bucket(lock: Path, field: str) -> None:
-    from bigbatch import buckets
+    from bigbatch.places import buckets
 
     if str(lock) in _locks:
         raise _held(lock, field, "another thread of this process")
@@ -184,7 +184,7 @@ def move(source: Path, target: Path) -> None:
       OSError: it cannot be moved.
     """
     if is_bucket(source):
-        from bigbatch import buckets
+        from bigbatch.places import buckets
 
         buckets.move(source, target)
     else:
@@ -228,7 +228,7 @@ class _Parts:
                 self.sync()
 
     def sync(self) -> None:
-        from bigbatch import buckets
+        from bigbatch.places import buckets
 
         if not self._waiting:
             return

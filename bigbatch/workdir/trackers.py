@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import is_bucket
+from bigbatch.places.paths import is_bucket
 from bigbatch.workdir import storage
 from bigbatch.workdir.event_files import numbers_by_tag
 from bigbatch.workdir.files import Workdir, read_json, write_json

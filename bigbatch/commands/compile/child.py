@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
-from bigbatch.caches import cache_directory
 from bigbatch.commands.bench import stand_ins
 from bigbatch.commands.compile import read
 from bigbatch.commands.compile.chips import Target, target
@@ -29,7 +28,8 @@ from bigbatch.config.file import load_config
 from bigbatch.engine.functions import data_mesh
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.memory import program_bytes
-from bigbatch.replacing import replacing
+from bigbatch.places.caches import cache_directory
+from bigbatch.places.replacing import replacing
 
 # Of what is kept: another number where what is read of a program changes.
 _VERSION = 3

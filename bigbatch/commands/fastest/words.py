@@ -10,7 +10,7 @@ import numpy as np
 
 from bigbatch.commands.fastest.answer import FASTEST, ONE_SIZE, THIS, Answer, Recipe
 from bigbatch.commands.plan import abridged, aligned
-from bigbatch.replacing import replacing
+from bigbatch.places.replacing import replacing
 from bigbatch.schedule.diagnostics import diagnose
 from bigbatch.schedule.durations import in_epochs
 

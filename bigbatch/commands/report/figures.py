@@ -16,7 +16,7 @@ import numpy as np
 
 from bigbatch.commands.report.runs import Columns
 from bigbatch.commands.report.summary import Curve, Experiment, Summary
-from bigbatch.replacing import replacing
+from bigbatch.places.replacing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ import numpy as np
 
 from bigbatch.checks import is_number, parsed, text_of
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import expect_bucket, place
+from bigbatch.places.paths import expect_bucket, place
 from bigbatch.schedule.adaptive.gradient_noise import DATA_DISTRIBUTION
 from bigbatch.workdir import starts, storage
 

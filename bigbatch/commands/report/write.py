@@ -9,8 +9,8 @@ from bigbatch.commands.report.page import page
 from bigbatch.commands.report.runs import LoggedRun, read_run
 from bigbatch.commands.report.summary import Summary, summarise
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import place
-from bigbatch.replacing import replacing
+from bigbatch.places.paths import place
+from bigbatch.places.replacing import replacing
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tfds.metadata import Prepared
 from bigbatch.data.tfrecord import HEAD, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import is_bucket
+from bigbatch.places.paths import is_bucket
 
 # Files that a process has open beside those of the records.
 _OTHER_OPEN_FILES = 256
@@ -171,7 +171,7 @@ class _TFRecordFiles:
 
     def _bytes(self, file: int, begin: int, end: int) -> bytes:
         if is_bucket(self._paths[file]):
-            from bigbatch import buckets
+            from bigbatch.places import buckets
 
             return buckets.read(self._paths[file], begin, end)
         return os.pread(self._descriptor(file), end - begin, begin)

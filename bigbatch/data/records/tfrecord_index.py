@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from bigbatch.bars import Bar
-from bigbatch.caches import cache_directory
 from bigbatch.data.tfrecord import HEAD, LENGTH, TAIL, masked_crc32c
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import is_bucket, size_bytes
-from bigbatch.replacing import replacing
+from bigbatch.places.caches import cache_directory
+from bigbatch.places.paths import is_bucket, size_bytes
+from bigbatch.places.replacing import replacing
 
 # Finding a length is one small read, so the time goes into waiting: more threads than cores.
 _THREADS = 8

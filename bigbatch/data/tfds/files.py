@@ -13,7 +13,7 @@ from bigbatch.data.tfds import metadata as tfds_metadata
 from bigbatch.data.tfds.metadata import Prepared
 from bigbatch.data.tfrecord import unframed
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import to_prepare
+from bigbatch.places.paths import to_prepare
 
 FORMATS = (tfds_metadata.ARRAY_RECORD, tfds_metadata.TFRECORD)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from bigbatch.checks import parsed
 from bigbatch.errors import Problem, UserError
-from bigbatch.places import expect_bucket, place
+from bigbatch.places.paths import expect_bucket, place
 
 # More outputs than a network can have; a larger label is a mark for something else.
 MOST_CLASSES = 2**20

@@ -1,7 +1,7 @@
 """Places: paths on this machine, and in a bucket of Google Cloud Storage, which begin with gs://.
 
 Those on this machine are pathlib's. A bucket's are etils.epath's, which have the same methods; what
-these cannot do is in `bigbatch.buckets`.
+these cannot do is in `bigbatch.places.buckets`.
 """
 
 import re
@@ -39,7 +39,7 @@ def place(path: str | Path, field: str = "path") -> Path:
         allowed = "a path on this machine, or gs://BUCKET/NAME/... without spaces, \\ * ? # [ ] { }"
         raise UserError(Problem(field, text, allowed))
     try:
-        from bigbatch import buckets
+        from bigbatch.places import buckets
     except ImportError as error:
         allowed = f"a path on this machine: buckets need pip install 'bigbatch[gcs]' ({error})"
         raise UserError(Problem(field, text, allowed)) from error
@@ -85,7 +85,7 @@ def expect_bucket(path: Path, field: str) -> Path:
       UserError: it is not, or with other credentials.
     """
     if is_bucket(path):
-        from bigbatch import buckets
+        from bigbatch.places import buckets
 
         try:
             buckets.expect(path)

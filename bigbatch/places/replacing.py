@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from bigbatch.places import is_bucket
+from bigbatch.places.paths import is_bucket
 
 BEING_WRITTEN = ".being-written"
 
@@ -26,7 +26,7 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
       OSError: it cannot be written.
     """
     if is_bucket(path):
-        from bigbatch import buckets
+        from bigbatch.places import buckets
 
         written = io.BytesIO()
         yield written
