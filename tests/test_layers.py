@@ -79,9 +79,7 @@ def language(shard, devices):
     """A transformer in bfloat16 whose layers are computed twice, with exact sums."""
     tree = dict(test_language_training.TREE, shard=shard, noise_small_batch_examples=8)
     kinds = {"dtype": "bfloat16", "remat": True, "width": 16}
-    return configured.prepared(
-        read_config(tree | {"model": tree["model"] | kinds | model}), devices
-    )
+    return configured.prepared(read_config(tree | {"model": tree["model"] | kinds}), devices)
 
 
 def bits(run, state, first_update=0, num_updates=None):
