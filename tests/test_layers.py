@@ -16,7 +16,10 @@ from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
 from bigbatch.training import prepare as preparing
 from bigbatch.training.evaluate import evaluate
+from bigbatch.training.fitting import shard_that_fits
 from bigbatch.training.loop import updates
+from bigbatch.training.programs import held_bytes as held_bytes_of
+from bigbatch.training.progress import memory_line
 from bigbatch.workdir.packing import sha256
 from tests import optimizers, test_language_training, test_parts
 from tests import trained as configured
@@ -160,10 +163,49 @@ def test_a_device_holds_its_parts_only():
     with jax.enable_x64(True):
         run = prepared(OPTIMIZERS["adam"](), "adam", shard={"layer": 4})
         state, accumulator = run.init_state(), run.programs.empty_accumulator()
+        shapes = run.programs.state_shapes
+        told = held_bytes_of(run.task, run.optimizer, shapes[:2], run.mesh, False, 4)
     assert state.copy is None
     parts = 28 // 4 + 7 + 64 // 4 + 1
-    assert held_bytes(state.params) == 8 * parts
-    assert held_bytes(accumulator.gradients) == 8 * parts
+    assert held_bytes(state.params) == held_bytes(accumulator.gradients) == 8 * parts
+    # What is told before anything is compiled.
+    assert told["params"] == told["sums of gradients"] == 8 * parts
+    assert told["optimizer"] == held_bytes(state.optimizer)
+    assert sum(told.values()) < held_bytes(state) + held_bytes(accumulator)
+
+
+@pytest.mark.parametrize(
+    ("held", "chosen"),
+    [
+        ({"none": 50, "update": 20, 2: 30, 4: 15}, "none"),
+        ({"none": 51, "update": 50, 2: 30, 4: 15}, "update"),
+        ({"none": 80, "update": 60, 2: 51, 4: 49}, 4),
+        ({"none": 80, "update": 60, 2: 70}, "update"),
+    ],
+)
+def test_auto_takes_the_first_that_leaves_half_of_the_memory(held, chosen):
+    mesh, asked = jax.make_mesh((1,), ("data",)), []
+
+    def told(shard):
+        asked.append(shard)
+        return held[shard] * 2**20
+
+    others = [shard for shard in held if shard != "none"]
+    assert shard_that_fits(told, others, mesh, 100 * 2**20) == chosen
+    assert asked == list(held)[: len(asked)]
+    # Of a CPU nothing is known.
+    assert shard_that_fits(told, others, mesh, None) == "none"
+
+
+def test_auto_is_chosen_before_anything_is_compiled():
+    """Adam's state and sums are four arrays like each parameter; F copies of it, one on eight."""
+    with jax.enable_x64(True):
+        elements = {size: 28 // size + 7 + 64 // size + 1 for size in (1, 4)}
+        whole, in_parts = (4 * 8 * elements[size] for size in (1, 4))
+        for memory, shard in ((2 * whole + 1000, "none"), (2 * in_parts + 500, 4)):
+            run = prepared(OPTIMIZERS["adam"](), "adam", shard="auto", device_memory_bytes=memory)
+            assert run.programs.shard == shard
+    assert "state in parts, shard {'layer': 4}; " in memory_line(run)
 
 
 class Wholes(nn.Module):
@@ -242,7 +284,7 @@ def test_a_network_that_reads_parts_otherwise_is_refused(read_by, words, monkeyp
         ),
         ({"layers": 4}, r"shard: given \{'layers': 4\}"),
         ({"layer": "4"}, r"shard: given \{'layer': '4'\}"),
-        ("layer", r"shard: given 'layer'; .*allowed: 'none', 'update' or"),
+        ("layer", r"shard: given 'layer'; .*allowed: 'auto', 'none', 'update' or"),
     ],
 )
 def test_other_shards_are_refused(shard, words):

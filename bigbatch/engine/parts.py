@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigbatch.engine.task import PyTree
 
+AUTO: Final = "auto"
 NONE: Final = "none"
 UPDATE: Final = "update"
 LAYER: Final = "layer"

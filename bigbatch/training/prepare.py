@@ -19,9 +19,12 @@
 [1.0, 2.0, 3.0]
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +36,7 @@ from bigbatch.checks import Checks
 from bigbatch.data.source import Data, TrainingData
 from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.layer_checks import check_layers
-from bigbatch.engine.parts import LAYER, NONE, UPDATE
+from bigbatch.engine.parts import AUTO, LAYER, NONE, UPDATE
 from bigbatch.engine.task import PyTree, Task, with_float32_masters
 from bigbatch.engine.task_checks import Shapes, check_task
 from bigbatch.engine.update_rule import Rule, resolve
@@ -43,7 +46,7 @@ from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller, Decisions
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import fitting, microbatches
-from bigbatch.training.programs import Compiler, Programs, compile_programs
+from bigbatch.training.programs import Compiler, Programs, compile_programs, held_bytes
 from bigbatch.training.run import Run
 from bigbatch.workdir import packing
 
@@ -64,7 +67,7 @@ def prepare(
     evaluation_batch_examples: int | None = None,
     noise_small_batch_examples: int | None = None,
     reproducible: bool = False,
-    shard: Literal["none", "update"] | Mapping[str, int] = NONE,
+    shard: Literal["auto", "none", "update"] | Mapping[str, int] = AUTO,
     float32_masters: bool = False,
     seed: int = 0,
     initial: Any = None,
@@ -95,7 +98,8 @@ def prepare(
         devices and processes change no bit; see `exact_sums`.
       shard: "update" for parameters and an optimizer's state in parts over the devices, "none" for
         all of them on each, {"layer": F} for parts over F devices while the network computes too:
-        see `bigbatch.engine.parts`.
+        see `bigbatch.engine.parts`. "auto": the first of the three that leaves half of a device's
+        memory to compute, "none" where that is not known.
       float32_masters: keeps parameters of less precision in float32, and computes with them in
         their own.
       seed: of the initial parameters and the order of the examples.
@@ -143,12 +147,25 @@ def prepare(
         task = with_float32_masters(task, shapes.params)
     ghost_batch_examples = ghost_batch_examples or 1
     rule = resolve(optimizer, plan.hypers, shapes.params, evaluation_params)
-    _check_initial(initial, shapes, lies)
     unit_examples = noise_small_batch_examples or ghost_batch_examples
+    layer_examples = _examples(task, data, unit_examples, unit_examples // ghost_batch_examples)
+
+    def layered() -> Iterator[int]:
+        for size in _divisors(mesh.size)[1:]:
+            with contextlib.suppress(UserError):
+                check_layers(task, shapes, layer_examples, size)
+                yield size
+
+    if lies == AUTO:
+        held = functools.partial(held_bytes, task, rule, shapes, mesh, reproducible)
+        others: Iterator[str | int] = itertools.chain([UPDATE] * (mesh.size > 1), layered())
+        lies = fitting.shard_that_fits(
+            lambda shard: sum(held(shard).values()), others, mesh, device_memory_bytes
+        )
+    _check_initial(initial, shapes, lies)
     by_layer = lies not in (NONE, UPDATE)
     if by_layer:
-        given_examples = _examples(task, data, unit_examples, unit_examples // ghost_batch_examples)
-        check_layers(task, shapes, given_examples, int(lies))
+        check_layers(task, shapes, layer_examples, int(lies))
     if reproducible and lies != NONE and (ordered := rule.ordered(shapes.params)):
         allowed = (
             f"{NONE!r} with reproducible and {rule.name}, whose {', '.join(sorted(ordered))} of "
@@ -291,16 +308,20 @@ def _examples(
 def _checked_shard(checks: Checks, shard: Any, devices: int) -> str | int:
     """How the state lies, as `Parts` takes it."""
     if not isinstance(shard, Mapping):
-        allowed = f"{NONE!r}, {UPDATE!r} or {{{LAYER!r}: devices}}"
-        checks.require(shard in (NONE, UPDATE), "shard", shard, allowed, NONE)
+        allowed = f"{AUTO!r}, {NONE!r}, {UPDATE!r} or {{{LAYER!r}: devices}}"
+        checks.require(shard in (AUTO, NONE, UPDATE), "shard", shard, allowed, AUTO)
         return str(shard)
     size = shard.get(LAYER)
     allowed = f"{{{LAYER!r}: F}}, F a whole number that divides the {devices} devices"
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    divisors = _divisors(devices)
     nearest = min(divisors, key=lambda n: abs(n - size)) if isinstance(size, int) else devices
     fits = set(shard) == {LAYER} and size in divisors
     checks.require(fits, "shard", dict(shard), allowed, {LAYER: nearest})
     return NONE if size == 1 else int(size or 0)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _init_shapes(task: Task) -> Shapes:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from bigbatch.engine import accumulator as accumulators
 from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.accumulator import Accumulator
-from bigbatch.engine.parts import Parts
+from bigbatch.engine.parts import NONE, Parts
 from bigbatch.engine.task import PyTree, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.layout import memory
@@ -64,9 +64,10 @@ class Programs:
       with_copy: compiled `functions.with_copy`, for a state from a checkpoint.
       state_shapes: shapes, dtypes and shardings of the state.
       sum_names: of what the loss returns.
-      empty_accumulator: makes the accumulator that the first update starts with.
+      sum_shapes: of the accumulator, likewise.
       evaluation_examples: of an evaluation microbatch, over all devices.
       reproducible: whether sums are exact, and so may have to be taken again.
+      shard: how the state lies on the devices.
     """
 
     accumulate: Mapping[int, Callable]
@@ -77,14 +78,20 @@ class Programs:
     with_copy: Callable[[functions.State], functions.State]
     state_shapes: functions.State
     sum_names: tuple[str, ...]
-    empty_accumulator: Callable[[], Accumulator]
+    sum_shapes: Any
     evaluation_examples: int
     reproducible: bool = False
+    shard: str | int = NONE
 
     @property
     def compilations(self) -> int:
         """The number of programs that the run's updates and evaluations call."""
         return len(self.accumulate) + 2
+
+    def empty_accumulator(self) -> Accumulator:
+        """The accumulator that the first update starts with."""
+        zeros: Accumulator = accumulators.zeros(self.sum_shapes)
+        return zeros
 
     @property
     def device_bytes(self) -> dict[str, int]:
@@ -93,13 +100,48 @@ class Programs:
         The two programs' needs hold the state's; see `memory.program_bytes`.
         """
         return {
-            "state": sum(
-                int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-                for leaf in jax.tree.leaves(self.state_shapes)
+            "state": _device_bytes(
+                self.state_shapes, jax.tree.map(lambda leaf: leaf.sharding, self.state_shapes)
             ),
             "accumulate": max(map(memory.program_bytes, self.accumulate.values())),
             "apply_update": memory.program_bytes(self.apply_update),
         }
+
+
+def _device_bytes(shapes: PyTree, shardings: PyTree) -> int:
+    """Of a device's parts of arrays."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, at in leaves)
+
+
+def held_bytes(
+    task: Task,
+    optimizer: Rule,
+    shapes: tuple[PyTree, PyTree],
+    mesh: Mesh,
+    reproducible: bool,
+    shard: str | int,
+) -> dict[str, int]:
+    """What lies on a device all the time, by what it is; from shapes, before anything is compiled.
+
+    Args:
+      task: what is trained.
+      optimizer: its rule.
+      shapes: of the parameters and the running statistics.
+      mesh: the devices.
+      reproducible: whether sums are exact, of two words each.
+      shard: how the state lies: see `bigbatch.engine.parts`.
+    """
+    parts = Parts(mesh, shard)
+    begun = functions.State(*shapes, jax.eval_shape(optimizer.init, shapes[0]))
+    state = jax.eval_shape(functools.partial(functions.with_copy, task=task, parts=parts), begun)
+    where = functions.shardings(state, parts)._asdict()
+    held = {
+        name.replace("_", " "): _device_bytes(tree, where[name])
+        for name, tree in state._asdict().items()
+    }
+    sums = _device_bytes(shapes[0], parts.of_calls.sharding(shapes[0]))
+    return held | {"sums of gradients": sums * (2 if reproducible else 1)}
 
 
 def compiler_options(text: str, platform: str, reproducible: bool) -> dict[str, Any]:
@@ -307,11 +349,12 @@ def compile_programs(
             init_state=lambda data: initial()(data),
             state_from=placed(state_from),
             with_copy=jax.jit(functools.partial(functions.with_copy, task=task, parts=parts)),
-            empty_accumulator=functools.partial(accumulators.zeros, accumulator),
+            sum_shapes=accumulator,
             evaluation_examples=evaluation_examples,
             state_shapes=state,
             sum_names=tuple(jax.eval_shape(evaluate, state, test, frozen)),
             reproducible=reproducible,
+            shard=shard,
         )
 
 
