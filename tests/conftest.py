@@ -14,6 +14,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # the machine's speed judged.
 hypothesis.settings.register_profile("anywhere", deadline=None)
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=1_000, deadline=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "anywhere")
 
 
