@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch.engine import functions
+from bigbatch.engine import accumulator as accumulators
+from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.accumulator import Accumulator
 from bigbatch.engine.parts import Parts
 from bigbatch.engine.task import PyTree, Task
@@ -145,7 +146,7 @@ def compile_programs(
     evaluation_examples: int | None,
     ghost_batch_examples: int,
     noise_small_batch_examples: int | None,
-    shard: str,
+    shard: str | int,
     reproducible: bool,
     compensated: bool,
     compiler: Compiler | None = None,
@@ -211,7 +212,8 @@ def compile_programs(
     def begun_with(state: functions.State) -> functions.State:
         if reproducible:
             examples = microbatch(microbatch_examples[0])
-            bounds = functions.first_bounds(task, state, examples, measures_noise)
+            given = state.params, state.running_statistics, examples, measures_noise
+            bounds = exact_sums.first_exponents(accumulators.addend_shapes(task, *given))
             state = state._replace(bounds=bounds)
         state = jax.lax.with_sharding_constraint(state, functions.shardings(state, parts))
         return functions.with_copy(state, task, parts)
@@ -239,17 +241,15 @@ def compile_programs(
     )
     like = state.params, state.running_statistics
     frozen = with_sharding(task.frozen, replicated)
-    empty = functools.partial(
-        functions.empty_accumulator,
+    accumulator = accumulators.shapes_of(
         task,
-        state,
+        *like,
         microbatch(microbatch_examples[0]),
-        mesh,
+        parts.of_calls,
         measures_noise=measures_noise,
         reproducible=reproducible,
         compensated=compensated,
     )
-    accumulator = with_sharding(jax.eval_shape(empty), sharded)
     hyper = {
         name: jax.ShapeDtypeStruct((), precision(state), sharding=replicated)
         for name in optimizer.hyper_names
@@ -259,6 +259,7 @@ def compile_programs(
             functions.accumulate,
             task=task,
             mesh=mesh,
+            shard=shard,
             unit_examples=unit_examples,
             measures_noise=measures_noise,
         ),
@@ -278,7 +279,9 @@ def compile_programs(
         return compiled("init_state", placed(first_state), with_sharding(key, replicated))()
 
     evaluate = jax.jit(
-        functools.partial(functions.evaluate, task=task, optimizer=optimizer, mesh=mesh)
+        functools.partial(
+            functions.evaluate, task=task, optimizer=optimizer, mesh=mesh, shard=shard
+        )
     )
     evaluation_examples = evaluation_examples or microbatch_examples[0]
     # The compiler lets Python go on: one program is traced while others are compiled. Processes
@@ -304,27 +307,12 @@ def compile_programs(
             init_state=lambda data: initial()(data),
             state_from=placed(state_from),
             with_copy=jax.jit(functools.partial(functions.with_copy, task=task, parts=parts)),
-            empty_accumulator=functools.partial(_zeros, accumulator, sharded),
+            empty_accumulator=functools.partial(accumulators.zeros, accumulator),
             evaluation_examples=evaluation_examples,
             state_shapes=state,
             sum_names=tuple(jax.eval_shape(evaluate, state, test, frozen)),
             reproducible=reproducible,
         )
-
-
-def _zeros(shapes: PyTree, sharding: NamedSharding) -> PyTree:
-    """Arrays of zeros on the devices; a program for them would take longer to compile."""
-
-    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        # Never all of it on one host: on a pod that would be a thousand times the parameters.
-        part = sharding.shard_shape(leaf.shape)
-        parts = [
-            jax.device_put(np.zeros(part, leaf.dtype), device)
-            for device in sharding.addressable_devices
-        ]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
-
-    return jax.tree.map(zeros, shapes)
 
 
 def precision(state: functions.State) -> np.dtype:
