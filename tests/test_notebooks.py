@@ -82,7 +82,7 @@ def _numbers(text: str) -> list[float]:
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path, quick_networks):
     """Runs the cells of a notebook; what each printed, and how many figures it drew."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
