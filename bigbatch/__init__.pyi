@@ -4,6 +4,7 @@ from bigbatch.commands.critical.measure import critical as critical
 from bigbatch.commands.report.write import write_report
 from bigbatch.commands.saved import export as export
 from bigbatch.data.source import Data as Data
+from bigbatch.engine.layers import whole as whole
 from bigbatch.engine.optimizer import Adam as Adam
 from bigbatch.engine.optimizer import AdamW as AdamW
 from bigbatch.engine.optimizer import Lamb as Lamb

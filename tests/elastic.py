@@ -10,7 +10,6 @@ a file of this process.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,14 +19,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from bigbatch.config import assemble
 from bigbatch.config.config import Config
 from bigbatch.errors import StoppedError
-from bigbatch.models import ModelConfig
-from bigbatch.models.ghost_norm import GhostNorm
-from bigbatch.models.pool import mean_over_positions
 from bigbatch.training.restore import restore
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir
@@ -39,37 +34,9 @@ GROWTH = {"boundaries_epochs": [0.2, 0.4, 0.7], "factor": 0.5}
 PLAN = {"ghost_batch_examples": 8, "policy": trained.DECAY | GROWTH}
 
 
-class Network(nn.Module):
-    """One convolution with ghost norm; compiles in a second."""
-
-    num_classes: int
-    ghost_batch_examples: int
-    axis_name: str
-    dtype: jax.typing.DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = nn.Conv(8, (3, 3), strides=2, dtype=self.dtype, param_dtype=self.dtype)
-        x = GhostNorm(self.ghost_batch_examples, self.axis_name)(conv(x), train=train)
-        x = mean_over_positions(nn.relu(x), self.dtype)
-        return nn.Dense(self.num_classes, dtype=self.dtype, param_dtype=self.dtype)(x)
-
-
-@dataclasses.dataclass(frozen=True)
-class NetworkConfig:
-    """As the config holds a model."""
-
-    dtype: str
-    task = ModelConfig.task
-
-    def module(self, **settings) -> nn.Module:
-        return Network(**settings, dtype=jax.numpy.dtype(self.dtype))
-
-
 def config(name: str, share: int, shard: str = "none") -> Config:
     fields = {"microbatch_examples_per_device": share, "shard": shard}
-    read = trained.config(**PLAN, **fields, reproducible=name == "float32")
-    return dataclasses.replace(read, model=NetworkConfig(name))
+    return trained.quick(name, **PLAN, **fields, reproducible=name == "float32")
 
 
 def part(directory: Path, name: str, share: int, stop: str, shard: str) -> dict[str, str]:

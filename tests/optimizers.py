@@ -9,6 +9,8 @@ import optax
 from optax import contrib
 
 from bigbatch.engine import functions
+from bigbatch.engine.accumulator import shapes_of
+from bigbatch.engine.layers import whole
 from bigbatch.engine.parts import Parts
 from bigbatch.engine.task import Task
 from bigbatch.engine.update_rule import resolve
@@ -29,7 +31,14 @@ PLAN = {
 TWO_RATES = PLAN | {"bias_rate": np.where(np.arange(UPDATES) < 2, 0.01, 0.03)}
 
 
+def empty_accumulator(task, state, examples, mesh, shard="none"):
+    parts = Parts(mesh, shard).of_calls
+    shapes = shapes_of(task, state.params, state.running_statistics, examples, parts)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), shapes)
+
+
 def outputs(params, x):
+    params = {name: whole(param, SHAPES[name]) for name, param in params.items()}
     hidden = jnp.tanh(x @ params["kernel"] + params["bias"])
     hidden = jnp.pad(hidden, ((0, 0), (0, 1))) @ params["square"]
     return jnp.sum(hidden, axis=1) * params["scalar"]
@@ -130,7 +139,7 @@ def rule_of(optimizer, plan=PLAN, dtype=np.float64, **options):
 def trained(rule, plan=PLAN, *, devices=1, shard="none", dtype=jnp.float64, updates=UPDATES):
     """The state after the updates, and the sums of the last, under the two compiled functions.
 
-    With `shard` "update" the state lies in parts.
+    With `shard` "update", or a number of devices for layers, the state lies in parts.
     """
     mesh = functions.data_mesh(jax.devices()[:devices])
     parts = Parts(mesh, shard)
@@ -141,7 +150,9 @@ def trained(rule, plan=PLAN, *, devices=1, shard="none", dtype=jnp.float64, upda
     key = jax.random.key(0)
     where = functions.shardings(jax.eval_shape(begin, key), parts)
     state = jit(begin, out_shardings=where)(key)
-    accumulate = jit(functools.partial(functions.accumulate, task=task(dtype), mesh=mesh))
+    accumulate = jit(
+        functools.partial(functions.accumulate, task=task(dtype), mesh=mesh, shard=shard)
+    )
     apply_update = jit(
         functools.partial(
             functions.apply_update, task=task(dtype), optimizer=rule, mesh=mesh, shard=shard
@@ -156,7 +167,7 @@ def trained(rule, plan=PLAN, *, devices=1, shard="none", dtype=jnp.float64, upda
             "ghost_mask": np.ones(4),
         }
         if accumulator is None:
-            accumulator = functions.empty_accumulator(task(dtype), state, examples, mesh)
+            accumulator = empty_accumulator(task(dtype), state, examples, mesh, shard)
         examples = jax.device_put(examples, jax.NamedSharding(mesh, functions.SHARDED))
         accumulator = accumulate(state, accumulator, examples)
         hyper = {name: np.asarray(plan[name][update]) for name in rule.hyper_names}

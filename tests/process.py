@@ -31,7 +31,7 @@ def main(out: str, coordinator: str = "", num_processes: str = "1", process: str
     exact = small_run(step.data_mesh(), 24, shard=shard)
     *_, (_, exact_state, _) = train.updates(exact, exact.init_state(), 0)
     jax.config.update("jax_enable_x64", True)
-    config = trained.config(model=trained.FLOAT64_MODEL, evaluation_batch_examples=112, shard=shard)
+    config = trained.quick("float64", evaluation_batch_examples=112, shard=shard)
     prepared = assemble.prepared(config)
     *_, (_, state, _) = train.updates(prepared, prepared.init_state(), 0)
     # 360 examples, in microbatches of 112: the last leaves whole processes without examples.

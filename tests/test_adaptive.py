@@ -17,7 +17,7 @@ ADAPTIVE = {
     "batch_size": 32,
     "momentum": 0.9,
     "max_batch_size": 128,
-    "multiple": 4.0,
+    "multiple": 16.0,
 }
 FIELDS = {
     "transformations": [],
@@ -32,7 +32,7 @@ SAME = ("updates", "examples", "test_accuracy", "test_loss", "train_loss", "para
 
 
 def config(policy=ADAPTIVE, **changes):
-    return trained.config(**{**FIELDS, "policy": policy, **changes})
+    return trained.quick(**{**FIELDS, "policy": policy, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_begun_adaptive_run_goes_on_only_with_its_own_policy(run, tmp_path):
     written = files.plan.read_bytes()
     trained.claimed(files, config(log_every_updates=1), run.data)
     assert files.plan.read_bytes() == written
-    with pytest.raises(UserError, match=r"policy\.multiple: given 2\.0; allowed: 4\.0"):
+    with pytest.raises(UserError, match=r"policy\.multiple: given 2\.0; allowed: 16\.0"):
         trained.claimed(files, config(ADAPTIVE | {"multiple": 2.0}), run.data)
     fixed = {n: v for n, v in ADAPTIVE.items() if n in ("learning_rate", "batch_size", "momentum")}
     with pytest.raises(UserError, match=r"policy\.name: given 'nothing'; allowed: 'adaptive'"):

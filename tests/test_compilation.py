@@ -63,7 +63,7 @@ def test_nothing_is_traced_or_compiled_after_the_first_update(seen, changes, tmp
             yield row, state, sums
 
     monkeypatch.setattr(train, "updates", watched)
-    trained.train(trained.prepared(trained.config(**changes | OFTEN), 2), tmp_path)
+    trained.train(trained.prepared(trained.quick(**changes | OFTEN), 2), tmp_path)
     assert len(set(sizes)) > 1
     assert not seen
     # What there is would have been seen.

@@ -632,9 +632,9 @@ def test_runs_of_pods_wait_once_an_update(experiment, shape, share, options, cap
         gathered = sum(c["bytes"] for c in apply_update["collectives"] if c["kind"] == "all-gather")
         assert 0.98 * gradients < gathered < 1.02 * gradients
     elif "--config.reproducible=True" in options:
-        # The sums in parts of 8 bytes, and the largest of their terms.
+        # The sums in three parts, and the largest of their terms.
         assert set(found) == {"all-reduce"}
-        assert 2 * gradients < reduced < 2.04 * gradients
+        assert 3 * gradients < reduced < 3.06 * gradients
     else:
         # Each element once, in as many calls as the compiler likes.
         assert set(found) == {"all-reduce"}

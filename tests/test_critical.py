@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from bigbatch import cli
+from bigbatch import cli, models
 from bigbatch.commands.critical import branches as critical_branches
 from bigbatch.commands.critical import measure as critical
 from bigbatch.commands.critical.fit import Fit, Intervals, spread_sizes
@@ -16,10 +16,11 @@ from bigbatch.commands.critical.table import Noise, Point, SizeResult, along, se
 from bigbatch.config import assemble
 from bigbatch.workdir.files import Workdir
 from bigbatch.workdir.resume import read_plan
-from tests import trained
+from tests import perceptron_run, trained
 
 # The first epoch, with a checkpoint in its middle.
 CHANGES = {
+    "model": {"name": "perceptron"},
     "epochs": 1,
     "transformations": [],
     "policy": {"name": "constant", "learning_rate": 0.05, "batch_size": 32, "momentum": 0.9},
@@ -35,6 +36,13 @@ def claimed(directory, **changes):
     config = trained.config(**CHANGES | changes)
     trained.claimed(files, config, assemble.load_data(config))
     return files, config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def networks():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "perceptron", perceptron_run.PerceptronConfig)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,8 @@ def test_programs_that_are_not_to_be_compiled():
 
 
 def test_a_user_without_home_or_passwd_entry(tmp_path):
-    run, lacks = tmp_path / "run", ("HOME", "USER", "LOGNAME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    run, lacks = tmp_path / "run", ["HOME", "USER", "LOGNAME", "JAX_COMPILATION_CACHE_DIR"]
+    lacks += ["XDG_CACHE_HOME", "XDG_CONFIG_HOME"]
     environment = {k: v for k, v in os.environ.items() if k not in lacks}
     train = ["train", "--config=digits:decay", "--config.epochs=0.05", f"--workdir={run}"]
     for arguments in (train, ["report", str(run), f"--out={tmp_path / 'report'}"]):

@@ -173,10 +173,10 @@ def test_processes_whose_clocks_differ_save_after_the_same_updates(told, monkeyp
 
 
 def test_a_run_that_is_saved_by_the_clock_ends_as_any(tmp_path):
-    config = trained.config(checkpoint_every_minutes=1e-9, keep_checkpoints=100)
+    config = trained.quick(checkpoint_every_minutes=1e-9, keep_checkpoints=100)
     run = trained.prepared(config)
     found = trained.train(run, tmp_path / "clock")
-    expected = trained.train(trained.prepared(trained.config()), tmp_path / "updates")
+    expected = trained.train(trained.prepared(trained.quick()), tmp_path / "updates")
     assert found["params_sha256"] == expected["params_sha256"]
     saved = {int(path.name) for path in (tmp_path / "clock" / "checkpoints").iterdir()}
     assert saved == set(range(1, found["updates"] + 1))

@@ -82,7 +82,7 @@ def test_the_files_hold_the_log_after_kills_and_resumes(tmp_path):
 
 
 def test_a_run_can_be_opened_in_tensorboard(tmp_path):
-    config = trained.config(epochs=0.1, checkpoint_every_updates=2)
+    config = trained.quick(epochs=0.1, checkpoint_every_updates=2)
     trained.train(trained.prepared(config), tmp_path)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("test_accuracy" in row for row in records)

@@ -12,6 +12,8 @@ from bigbatch.workdir.files import Workdir
 from bigbatch.workdir.packing import sha256 as params_sha256
 from tests import trained
 
+pytestmark = pytest.mark.usefixtures("quick_networks")
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -14,6 +14,7 @@ from bigbatch.engine.flax_modules import from_linen, from_nnx
 from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
 from bigbatch.models.ghost_norm import GhostNorm
+from tests.optimizers import empty_accumulator
 
 GHOST = 8
 FEATURES = 3
@@ -84,7 +85,7 @@ def program(task, devices):
     @jax.jit
     def step(params, running, parts, frozen, rate):
         state = functions.State(params, running, ())
-        accumulator = functions.empty_accumulator(task, state, parts[0], mesh)
+        accumulator = empty_accumulator(task, state, parts[0], mesh)
         for part in parts:
             accumulator = functions.accumulate(
                 state, accumulator, part, frozen, task=task, mesh=mesh

@@ -98,7 +98,7 @@ def test_what_is_not_known_is_not_told(damaged):
 
 def test_a_run_of_two_starts(tmp_path, monkeypatch):
     """One that was killed with updates past its checkpoint, and one that ends the run."""
-    run = trained.prepared(trained.config(checkpoint_every_updates=4))
+    run = trained.prepared(trained.quick(checkpoint_every_updates=4))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "updates", trained.stopping(loop.updates, 7))
         with pytest.raises(trained.StopError):

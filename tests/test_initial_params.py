@@ -1,6 +1,5 @@
 """Runs that begin with the network of a file, as `bigbatch export` writes it."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,7 +22,7 @@ from bigbatch.workdir import network_file
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir
 from bigbatch.workdir.packing import sha256 as params_sha256
-from tests import elastic, perceptron_run, trained
+from tests import perceptron_run, trained
 from tests.test_distributed import ended, free_port, start
 from tests.test_lost_processes import flags_of
 
@@ -32,21 +31,10 @@ SMALL = {"ghost_batch_examples": 8, "epochs": 0.1, "microbatch_examples_per_devi
 AVERAGE = {"name": "momentum", "average_examples": 500}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvolutionConfig(models.ModelConfig):
-    """A network with ghost norm that compiles in a second."""
-
-    def num_parameters(self, *, image_channels: int, num_classes: int) -> int:
-        return (9 * image_channels + 3 + num_classes) * 8 + num_classes
-
-    def _module_class(self):
-        return elastic.Network
-
-
 @pytest.fixture(scope="module", autouse=True)
 def networks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "convolution", ConvolutionConfig)
+        patch.setitem(models.MODELS, "convolution", trained.ConvolutionConfig)
         patch.setitem(models.MODELS, "perceptron", perceptron_run.PerceptronConfig)
         yield
 

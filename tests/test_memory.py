@@ -138,7 +138,7 @@ def test_an_update_or_evaluation_that_does_not_fit_ends_the_run_with_words(tmp_p
     def out_of_memory(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory (injected).")
 
-    run = trained.prepared(trained.config(epochs=0.1))
+    run = trained.prepared(trained.quick(epochs=0.1))
     for name, words in (("apply_update", "shard"), ("evaluate", "evaluation_batch")):
         programs = dataclasses.replace(run.programs, **{name: out_of_memory})
         with pytest.raises(RunError, match=words):
@@ -158,7 +158,7 @@ def test_another_error_of_the_runtime_is_left_alone():
     with pytest.raises(jax.errors.JaxRuntimeError) as raised:
         memory.exhausted(other, "it", "smaller")
     assert raised.value is other
-    run = trained.prepared(trained.config())
+    run = trained.prepared(trained.quick())
 
     def fails(*arguments):
         raise other
@@ -171,16 +171,16 @@ def test_another_error_of_the_runtime_is_left_alone():
 def test_auto_takes_what_fits_and_a_second_start_the_same(tmp_path, monkeypatch):
     path = tmp_path / "microbatch.json"
     changes = {"microbatch_examples_per_device": "auto", "epochs": 0.5}
-    config = trained.config(**changes)
+    config = trained.quick(**changes)
     with pytest.raises(UserError, match="device_memory_bytes"):
         trained.prepared(config)
-    small = trained.prepared(trained.config(epochs=0.5)).programs.device_bytes
+    small = trained.prepared(trained.quick(epochs=0.5)).programs.device_bytes
     limit = int(1.6 * (small["accumulate"] + small["state"]) / memory.USED_SHARE)
-    config = trained.config(device_memory_bytes=limit, **changes)
+    config = trained.quick(device_memory_bytes=limit, **changes)
     run = trained.prepared(config, kept=path)
     chosen = json.loads(path.read_text())["chosen_examples_per_device"]
     assert chosen in (32, 64, 96, 128)
-    asked = trained.config(**{**changes, "microbatch_examples_per_device": chosen})
+    asked = trained.quick(**{**changes, "microbatch_examples_per_device": chosen})
     assert run.layout == asked.layout(run.plan, 1)
     needs = run.programs.device_bytes
     assert needs["accumulate"] + needs["state"] <= limit * memory.USED_SHARE

@@ -267,7 +267,7 @@ MEASURED = {"noise_small_batch_examples": 32, "microbatch_examples_per_device": 
 
 
 def test_the_measurement_needs_no_collective():
-    programs = trained.prepared(trained.config(**MEASURED), 8).programs
+    programs = trained.prepared(trained.quick(**MEASURED), 8).programs
     for accumulate in programs.accumulate.values():
         assert collectives(accumulate) == {}
     assert collectives(programs.apply_update) == {"all-reduce": 1}
@@ -275,9 +275,8 @@ def test_the_measurement_needs_no_collective():
 
 def network_measurements(devices, **changes):
     with jax.enable_x64(True):
-        model = trained.tree()["model"] | {"dtype": "float64"}
-        settings = {"model": model, "epochs": 0.4, **MEASURED, **changes}
-        run = trained.prepared(trained.config(**settings), devices)
+        settings = {"epochs": 0.4, **MEASURED, **changes}
+        run = trained.prepared(trained.quick("float64", **settings), devices)
         state = jax.device_put(
             jax.device_get(run.init_state()), NamedSharding(run.mesh, step.REPLICATED)
         )
@@ -294,8 +293,8 @@ def test_a_network_with_ghost_norm_measures_the_same_on_every_layout():
 
 def test_small_batches_are_the_gradients_of_their_examples():
     """The sum over small batches of |gradient|^2 / examples, each gradient computed alone."""
-    run = trained.prepared(trained.config(**MEASURED, log_every_updates=1))
-    alone = trained.prepared(trained.config())
+    run = trained.prepared(trained.quick(**MEASURED, log_every_updates=1))
+    alone = trained.prepared(trained.quick())
     state, update = run.init_state(), int(np.argmax(run.plan.batch_sizes))
     row, part = run.plan.row(update), run.layout.microbatches(160)
     accumulator = run.programs.empty_accumulator()
@@ -319,7 +318,7 @@ def log_of(directory):
 
 
 def test_the_log_tells_the_noise_or_why_there_is_none(tmp_path):
-    run = trained.prepared(trained.config(**MEASURED))
+    run = trained.prepared(trained.quick(**MEASURED))
     trained.train(run, tmp_path)
     records = [r for r in log_of(tmp_path) if "train_loss" in r]
     smoothed = gradient_noise.Smoothed()
@@ -366,7 +365,7 @@ def test_the_averages_go_on_after_a_checkpoint():
 )
 def test_what_cannot_be_measured_is_refused_with_the_nearest(changes, field, nearest):
     with pytest.raises(UserError) as error:
-        trained.config(**changes)
+        trained.quick(**changes)
     assert [(p.field, p.nearest) for p in error.value.problems] == [(field, nearest)]
 
 

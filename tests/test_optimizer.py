@@ -13,6 +13,7 @@ from bigbatch.engine import optimizer, transformations
 from bigbatch.engine.task import Task
 from bigbatch.engine.update_rule import resolve
 from bigbatch.workdir.checkpoint import Checkpoints
+from tests.optimizers import empty_accumulator
 
 UPDATES = 50
 EXAMPLES = 6
@@ -77,7 +78,7 @@ def train(chosen, hypers):
             "ghost_mask": np.ones(1),
         }
         if accumulator is None:
-            accumulator = step.empty_accumulator(task, state, examples, mesh)
+            accumulator = empty_accumulator(task, state, examples, mesh)
         accumulator = accumulate(state, accumulator, examples)
         hyper = {name: np.asarray(hypers[update][name]) for name in rule.hyper_names}
         state, accumulator, _ = apply_update(state, accumulator, hyper)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bigbatch import errors
@@ -147,7 +147,6 @@ def one_at_a_time(policy, train_examples, epochs):
     return sizes, rates
 
 
-@settings(max_examples=300, deadline=None)
 @given(recipe=recipes())
 def test_random_plans_against_one_update_at_a_time(recipe):
     plan = make_plan(recipe.policy, train_examples=recipe.train_examples, epochs=EPOCHS)
@@ -174,7 +173,6 @@ def test_erratic_batch_sizes_against_one_update_at_a_time(seed, largest, train_e
     assert plan.hypers["learning_rate"].tolist() == rates
 
 
-@settings(max_examples=300, deadline=None)
 @given(recipe=recipes(), data=st.data())
 def test_positions(recipe, data):
     plan = make_plan(recipe.policy, train_examples=recipe.train_examples, epochs=EPOCHS)
@@ -198,7 +196,6 @@ def test_positions(recipe, data):
     ]
 
 
-@settings(max_examples=300, deadline=None)
 @given(recipe=recipes())
 def test_json_round_trip(recipe):
     plan = make_plan(recipe.policy, train_examples=recipe.train_examples, epochs=EPOCHS)

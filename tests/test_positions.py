@@ -45,7 +45,6 @@ WRITTEN = st.one_of(
 )
 
 
-@settings(max_examples=500, deadline=None)
 @given(WRITTEN, SIZES)
 @example((3 * 0.1, Fraction(3, 10)), 10)
 @example((90.0000001, Fraction(900000001, 10**7)), 10**10)
@@ -58,7 +57,6 @@ def test_a_position_has_reached_a_time(written, train_examples):
     assert num_reached([time], positions / train_examples).tolist() == reached
 
 
-@settings(max_examples=150, deadline=None)
 @example([(3 * 0.1, Fraction(3, 10)), (7 * 0.1, Fraction(7, 10))], 10)
 @given(
     times=st.lists(WRITTEN, min_size=1, max_size=5, unique_by=lambda written: written[1]),
@@ -90,7 +88,6 @@ def test_policies_change_with_the_position_that_reaches_the_boundary(times, trai
     np.testing.assert_array_equal(rates, np.where(reached, 8 * 2.0**reached, 1))
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     unit=st.sampled_from(["epochs", "examples", "updates"]),
     gaps=st.lists(st.integers(1, 400), min_size=1, max_size=4),
@@ -124,7 +121,6 @@ def test_a_start_in_thousands_is_exact():
         stages(0.1, "0:" + "9" * 400)
 
 
-@settings(max_examples=250, deadline=None)
 @given(
     train_examples=SIZES,
     first=st.integers(1, 64),
@@ -178,7 +174,6 @@ def test_a_schedule_of_optax_is_not_asked_past_the_run():
     assert constant_plan(plan, plan.row(0), 100, 0.1, epochs=0.07).num_updates == 35
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     updates=st.integers(1, 60),
     batch_size=st.integers(1, 90),
@@ -199,7 +194,6 @@ def test_a_time_in_updates_is_refused_where_the_batch_size_has_changed_before_it
             warmup(policy, **end)
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=40), train_examples=st.integers(1, 999)
 )

@@ -30,7 +30,7 @@ def _sigint_is_heeded():
 def run():
     # Updates of one and of five microbatches.
     return trained.prepared(
-        trained.config(evaluate_every_updates=4, checkpoint_every_updates=7, log_every_updates=2)
+        trained.quick(evaluate_every_updates=4, checkpoint_every_updates=7, log_every_updates=2)
     )
 
 

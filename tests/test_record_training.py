@@ -34,6 +34,9 @@ SMALL = (
 )
 
 
+pytestmark = pytest.mark.usefixtures("quick_networks")
+
+
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[1])

@@ -215,7 +215,7 @@ def test_a_ghost_batch_that_devices_would_share_is_refused():
 
 
 def test_auto_is_one_unit():
-    config = trained.config(
+    config = trained.quick(
         reproducible=True, microbatch_examples_per_device="auto", device_memory_bytes=10**9
     )
     assert set(trained.prepared(config, 2).programs.accumulate) == {64}

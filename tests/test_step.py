@@ -15,7 +15,6 @@ from bigbatch.training import loop as train
 from bigbatch.training.microbatches import place
 from tests import trained
 from tests.hlo import collectives
-from tests.trained import FLOAT64_MODEL
 
 NUM_UPDATES = 20
 
@@ -43,7 +42,7 @@ def test_the_count_of_collectives_can_fail():
 def run_float64(devices: int, microbatch: int):
     """A run of 20 updates, over a change from 32 to 160: its parameters and running statistics."""
     with jax.enable_x64(True):
-        config = trained.config(model=FLOAT64_MODEL, microbatch_examples_per_device=microbatch)
+        config = trained.quick("float64", microbatch_examples_per_device=microbatch)
         run = trained.prepared(config, devices)
         assert run.plan.num_updates == NUM_UPDATES
         assert set(run.plan.batch_sizes.tolist()) == {32, 160}
@@ -125,7 +124,7 @@ def test_updates_equal_a_plain_loop_over_ghost_batches(reference):
 
 def test_a_masked_ghost_batch_adds_exactly_nothing(monkeypatch):
     monkeypatch.setattr(layout, "COMPILATION_EXAMPLES", 0)
-    run = trained.prepared(trained.config(microbatch_examples_per_device=160))
+    run = trained.prepared(trained.quick(microbatch_examples_per_device=160))
     state, programs = run.init_state(), run.programs
     examples = stream.examples(run.data.train, 0, 0, 32)
 
@@ -179,34 +178,8 @@ def test_running_statistics_fade_as_exactly_near_a_decay_of_1(decay, ghost_batch
     np.testing.assert_allclose(got["old"], expected["old"], rtol=0, atol=2e-7)
 
 
-def test_nothing_is_compiled_after_the_first_update():
-    compiled = []
-
-    def listen(event: str, duration: float, **_) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
-
-    run = trained.prepared(trained.config(microbatch_examples_per_device=64))
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        jax.jit(lambda x: x + 1.5)(jnp.ones(3))
-        assert compiled, "the listener hears compilations"
-        sizes = set()
-        for row, state, sums in train.updates(run, run.init_state(), 0):
-            sizes.add(row.batch_size)
-            if row.update == 0:
-                jax.block_until_ready((state, sums))
-                compiled.clear()
-        jax.block_until_ready(state)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert sizes == {32, 160}
-    assert compiled == []
-    assert run.programs.compilations == len(run.layout.shapes) + 2
-
-
 def test_sums_are_the_loss_of_the_whole_update():
-    run = trained.prepared(trained.config(), devices=4)
+    run = trained.prepared(trained.quick(), devices=4)
     state = run.init_state()
     params, running = jax.tree.map(np.asarray, (state.params, state.running_statistics))
     row, _, sums = next(train.updates(run, state, 0))

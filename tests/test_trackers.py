@@ -125,7 +125,7 @@ def test_a_run_tells_them_and_goes_on(monkeypatch, tmp_path):
     libraries = [Library("wandb"), Library("trackio")]
     for library in libraries:
         monkeypatch.setitem(sys.modules, library.__name__, library)
-    run = trained.prepared(trained.config(trackers=["wandb", "trackio"]))
+    run = trained.prepared(trained.quick(trackers=["wandb", "trackio"]))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "updates", trained.stopping(loop.updates, 8))
         with pytest.raises(trained.StopError):
@@ -145,7 +145,7 @@ def test_one_that_is_not_installed_is_told(monkeypatch, tmp_path):
         Continued("wandb", Workdir(tmp_path), {}, "run")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"trackers: given .* one of tensorboard, wandb, trackio"):
-        trained.config(trackers=["wandbb"])
+        trained.quick(trackers=["wandbb"])
 
 
 def start(name, directory, first, last, ends):

@@ -22,7 +22,7 @@ from tests.storm import records
 def run():
     # Evaluations, checkpoints and log records that do not fall on the same updates.
     return trained.prepared(
-        trained.config(log_every_updates=3, evaluate_every_updates=4, checkpoint_every_updates=5)
+        trained.quick(log_every_updates=3, evaluate_every_updates=4, checkpoint_every_updates=5)
     )
 
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_holds_what_the_loop_had_when_it_was_saved(run, undisturbed
 
 def test_a_checkpoint_is_restored_on_other_devices(undisturbed):
     directory, expected = undisturbed
-    other = trained.prepared(trained.config(), devices=4)
+    other = trained.prepared(trained.quick(), devices=4)
     with Checkpoints(Workdir(directory).checkpoints) as checkpoints:
         state, progress = train.restore(other, checkpoints)
     assert progress.updates == 20
@@ -126,13 +126,13 @@ def test_a_directory_that_goes_in_mid_run_is_noticed(run, undisturbed, tmp_path,
 
 
 def test_the_seed_changes_the_run(run, undisturbed, tmp_path):
-    other = trained.prepared(trained.config(seed=1))
+    other = trained.prepared(trained.quick(seed=1))
     assert trained.train(other, tmp_path)["params_sha256"] != undisturbed[1]["params_sha256"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoints(tmp_path):
     policy = trained.DECAY | {"learning_rate": 1e30}
-    broken = trained.prepared(trained.config(policy=policy, checkpoint_every_updates=1))
+    broken = trained.prepared(trained.quick(policy=policy, checkpoint_every_updates=1))
     with pytest.raises(RunError, match=r"in update \d+ .* learning_rate 1e\+30"):
         trained.train(broken, tmp_path)
     assert not (tmp_path / "result.json").exists()
@@ -190,7 +190,7 @@ def test_truncate(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("kills", "experiment"),
     [
-        (3, "increase"),
+        (1, "increase"),
         pytest.param(50, "increase", marks=pytest.mark.long),
         pytest.param(50, "adaptive", marks=pytest.mark.long),
     ],

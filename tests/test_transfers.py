@@ -16,7 +16,7 @@ from tests import trained
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_the_updates_move_only_their_examples_and_their_hyperparameters(devices):
-    run = trained.prepared(trained.config(noise_small_batch_examples=32), devices=devices)
+    run = trained.prepared(trained.quick(noise_small_batch_examples=32), devices=devices)
     hypers = []
     sharding = NamedSharding(run.mesh, step.SHARDED)
 
@@ -47,7 +47,7 @@ def test_the_updates_move_only_their_examples_and_their_hyperparameters(devices)
 
 
 def test_the_sums_of_an_update_are_asked_for_before_the_first_is_waited_for(tmp_path, monkeypatch):
-    run = trained.prepared(trained.config(evaluate_every_epochs=100))
+    run = trained.prepared(trained.quick(evaluate_every_epochs=100))
     happened = []
     of_arrays = type(jax.numpy.zeros(()))
     ask = of_arrays.copy_to_host_async

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bigbatch import errors
@@ -45,7 +45,6 @@ def planned(recipe: Recipe, multiple=1):
     return plan, recipe.source.at(plan.first_examples / recipe.train_examples)
 
 
-@settings(max_examples=1000, deadline=None)
 @given(recipe=recipes())
 def test_linear_rule_keeps_the_noise_scale(recipe):
     plan, (batch_size, hyper) = planned(recipe)
@@ -65,7 +64,6 @@ def exact_noise_scale(learning_rate, batch_size, momentum, train_examples):
     return learning_rate / (1 - momentum) * (train_examples / batch_size - 1)
 
 
-@settings(max_examples=1000, deadline=None)
 @given(recipe=recipes(rule="linear_exact"))
 def test_exact_rule_keeps_the_exact_noise_scale(recipe):
     plan, (batch_size, hyper) = planned(recipe)
@@ -81,7 +79,6 @@ def test_exact_rule_keeps_the_exact_noise_scale(recipe):
     assert plan.batch_sizes.max() <= recipe.max_batch_size
 
 
-@settings(max_examples=1000, deadline=None)
 @given(recipe=recipes(rule="seesaw"))
 def test_seesaw_keeps_lr_over_the_root_of_the_batch_size(recipe):
     plan, (batch_size, hyper) = planned(recipe)
@@ -93,7 +90,6 @@ def test_seesaw_keeps_lr_over_the_root_of_the_batch_size(recipe):
     assert plan.batch_sizes.max() <= recipe.max_batch_size * (1 + 1e-12)
 
 
-@settings(max_examples=1000, deadline=None)
 @given(source=sources(momentum=0.0), limit=st.floats(1, 9.9), factor=st.floats(0.5, 1))
 def test_square_root_rule_keeps_its_four(source, limit, factor):
     """lr/sqrt(B), (1-b1)/B, (1-b2)/B and eps sqrt(B); b1 = 0.9 allows ten times the batch size."""
@@ -125,7 +121,6 @@ def test_square_root_rule_trades_a_decay_by_d_for_growth_by_d_squared():
 
 
 @pytest.mark.parametrize("multiple", [8, 32])
-@settings(max_examples=1000, deadline=None)
 @given(recipe=recipes())
 def test_rounding_down_to_a_multiple(multiple, recipe):
     """Against the real batch sizes: less than a multiple below, and the noise scale still holds."""
@@ -152,7 +147,6 @@ def assert_same(one: Policy, other: Policy):
         np.testing.assert_allclose(column, other_hyper[name], rtol=1e-12, atol=1e-15)
 
 
-@settings(max_examples=1000, deadline=None)
 @given(
     source=sources(momentum=0.9), c=st.floats(0.5, 8), d=st.floats(0.5, 8), room=st.floats(1, 99)
 )
@@ -233,7 +227,6 @@ def test_a_learning_rate_of_zero_takes_the_largest_batch_size():
     assert hyper["learning_rate"].tolist() == [0.4, 0, 0]
 
 
-@settings(max_examples=1000, deadline=None)
 @given(source=sources(), most=st.integers(40, 900))
 def test_doubling_only(source, most):
     """Against a loop that doubles while there is room."""

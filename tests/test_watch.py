@@ -70,7 +70,7 @@ def stalled(run, monkeypatch, where: str, event: threading.Event):
 
 @pytest.mark.parametrize("where", ["input", "evaluation", "checkpoint"])
 def test_a_stalled_run_names_its_phase(tmp_path, monkeypatch, capsys, where):
-    run = trained.prepared(trained.config(epochs=0.1))
+    run = trained.prepared(trained.quick(epochs=0.1))
     event, heard = threading.Event(), []
 
     def watchdog(say, stall_s):
@@ -88,7 +88,7 @@ def test_a_stalled_run_names_its_phase(tmp_path, monkeypatch, capsys, where):
 
 
 def test_the_diagnosis_has_the_settings_and_their_arithmetic():
-    plan = trained.config().plan
+    plan = trained.quick().plan
     row = plan.row(15)
     text = divergence.diagnosis(plan, row, "the training loss is nan", 0.25)
     rate, size = row.hyper["learning_rate"], row.batch_size
@@ -105,7 +105,7 @@ def test_the_diagnosis_has_the_settings_and_their_arithmetic():
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_before_its_state_is_saved(tmp_path):
-    run = trained.prepared(trained.config(checkpoint_every_updates=1))
+    run = trained.prepared(trained.quick(checkpoint_every_updates=1))
     apply_update, calls = run.programs.apply_update, []
 
     def broken(state, accumulator, hyper):

@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import linen as nn
 
 from bigbatch.config import assemble
 from bigbatch.config.config import Config, read_config
 from bigbatch.engine.functions import data_mesh
+from bigbatch.models import DType, ModelConfig
+from bigbatch.models.ghost_norm import GhostNorm
+from bigbatch.models.pool import mean_over_positions
 from bigbatch.schedule.durations import TIME_UNITS
 from bigbatch.schedule.intervals import MINUTES
 from bigbatch.training import loop
@@ -96,6 +100,39 @@ def claimed(files: Workdir, config: Config, data: Any = None, **options: Any) ->
 def config(**changes: Any) -> Config:
     """The validated config of `tree`."""
     return read_config(tree(**changes), "test")
+
+
+class Network(nn.Module):
+    """One convolution with ghost norm; compiles in a second."""
+
+    num_classes: int
+    ghost_batch_examples: int | None
+    axis_name: str | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.dtype}
+        x = nn.Conv(8, (3, 3), strides=2, **dtypes, name="stem")(x)
+        x = GhostNorm(self.ghost_batch_examples, self.axis_name)(x, train=train)
+        x = mean_over_positions(nn.relu(x), self.dtype)
+        return nn.Dense(self.num_classes, **dtypes, name="logits")(x)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvolutionConfig(ModelConfig):
+    """Its config."""
+
+    def num_parameters(self, *, image_channels: int, num_classes: int) -> int:
+        return (9 * image_channels + 3 + num_classes) * 8 + num_classes
+
+    def _module_class(self) -> Any:
+        return Network
+
+
+def quick(dtype: DType = "float32", **changes: Any) -> Config:
+    """The same of a network that compiles in a second, where a test does not ask which it is."""
+    return dataclasses.replace(config(**changes), model=ConvolutionConfig(dtype=dtype))
 
 
 def failing(run: Run, fails: Callable[[int], bool]) -> Run:

@@ -1,6 +1,7 @@
 """The plain fields at the top of a config."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from bigbatch.checks import HARDWARE, Checks
@@ -31,7 +32,8 @@ class Fields:
       initial_params_sha256: of what that file holds; None until `assemble.identified` has read it.
         Where it is given, another file is refused.
       shard: "update" for parameters and an optimizer's state in parts over the devices, "none" for
-        all of them on each.
+        all of them on each, {"layer": F} for parts over F devices while the network computes too.
+        "auto": the first that leaves half of a device's memory to compute.
       device_memory_bytes: of each device, for "auto"; None for what the devices report.
       label_smoothing: share of each label that is spread over all classes.
       noise_small_batch_examples: examples of the small batches from which the gradient noise is
@@ -62,7 +64,7 @@ class Fields:
     evaluation_batch_examples: int = _hardware()
     # Where it lies; what it holds is compared.
     initial_params: str | None = _hardware(None)
-    shard: Literal["none", "update"] = _hardware("none")
+    shard: Literal["auto", "none", "update"] | Mapping[str, int] = _hardware("auto")
     device_memory_bytes: int | None = _hardware(None)
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = _hardware(("tensorboard",))
     keep_checkpoints: int = _hardware(2)

@@ -12,9 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
-from bigbatch.engine.exact_sums import two_sum
-from bigbatch.engine.task import PyTree, Sums
+from bigbatch.engine import exact_sums
+from bigbatch.engine.exact_sums import FixedPoint, two_sum
+from bigbatch.engine.parts import Parts
+from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task, wide
+from bigbatch.noise.sums import small_batch_sums
+from bigbatch.schedule.adaptive.gradient_noise import EXAMPLES
 
 RESTS = "rests"
 """The name under which an update's sums have, by name, what one float does not hold of them."""
@@ -41,6 +46,93 @@ class Accumulator(NamedTuple):
     ghost_statistics: PyTree
     ghost_batches: jax.Array
     rests: PyTree = ()
+
+
+def shapes_of(
+    task: Task,
+    params: PyTree,
+    running_statistics: PyTree,
+    examples: Examples,
+    parts: Parts,
+    *,
+    measures_noise: bool = False,
+    reproducible: bool = False,
+    compensated: bool = False,
+) -> Any:
+    """Shapes of the accumulator for microbatches that look like `examples`, and where they lie.
+
+    What rounding leaves of the scalar sums is always kept. `compensated` keeps that of all: sums of
+    any number of addends are then as good as one of two, for another array like each parameter.
+    """
+    addends = addend_shapes(task, params, running_statistics, examples, measures_noise)
+    accumulator: Any
+    if reproducible:
+        accumulator = jax.eval_shape(exact_sums.zeros, addends)
+    else:
+        kept = ("gradients", "sums", "ghost_statistics") if compensated else ("sums",)
+        accumulator = addends._replace(rests={name: getattr(addends, name) for name in kept})
+
+    def lying(leaf: jax.ShapeDtypeStruct, spec: Any) -> jax.ShapeDtypeStruct:
+        first = parts.mesh.shape[spec[0]] if isinstance(spec[0], str) else parts.mesh.size
+        at = NamedSharding(parts.mesh, spec)
+        return jax.ShapeDtypeStruct((first, *leaf.shape), leaf.dtype, sharding=at)
+
+    return jax.tree.map(lying, accumulator, specs_of(accumulator, params, parts))
+
+
+def specs_of(accumulator: Any, params: PyTree, parts: Parts) -> Any:
+    """How the arrays of an accumulator lie, each by each."""
+    lead = 1 if isinstance(accumulator, FixedPoint) else 0
+    of_params = jax.tree.map(lambda leaf: parts.of_sums(leaf.shape, lead), params)
+    whole = jax.tree.map(lambda leaf: parts.each, accumulator)
+    if isinstance(whole, FixedPoint):
+        return whole._replace(words=whole.words._replace(gradients=of_params))
+    rests = {**whole.rests}
+    if "gradients" in rests:
+        rests["gradients"] = of_params
+    return whole._replace(gradients=of_params, rests=rests)
+
+
+def zeros(shapes: PyTree) -> PyTree:
+    """Arrays of zeros on the devices; a program for them would take longer to compile."""
+
+    def made(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        # Never all of it on one host: on a pod that would be a thousand times the parameters.
+        part = leaf.sharding.shard_shape(leaf.shape)
+        parts = [
+            jax.device_put(np.zeros(part, leaf.dtype), device)
+            for device in leaf.sharding.addressable_devices
+        ]
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+
+    return jax.tree.map(made, shapes)
+
+
+def addend_shapes(
+    task: Task,
+    params: PyTree,
+    running_statistics: PyTree,
+    examples: Examples,
+    measures_noise: bool,
+) -> Accumulator:
+    """Shapes of what a unit adds, on one device that has the whole."""
+
+    def like(params: PyTree, running: PyTree, examples: Examples) -> Accumulator:
+        outputs, _ = task.apply_to(params, running, examples, True, task.frozen)
+        sums = sums_of(task, outputs, examples)
+        if measures_noise:
+            sums |= small_batch_sums(params, sums[EXAMPLES])
+        return jax.tree.map(wide, Accumulator(params, sums, running, sums[COUNT]))
+
+    return jax.eval_shape(like, params, running_statistics, examples)
+
+
+def sums_of(task: Task, outputs: PyTree, examples: Examples) -> Sums:
+    """What the loss returns, and the number of examples that are not masked."""
+    sums = task.loss(outputs, examples)
+    # Of one type with the others, so that one all-reduce carries them.
+    present = jnp.sum(examples["weight"] > 0, dtype=wide(sums[COUNT]).dtype)
+    return {**sums, EXAMPLES: present}
 
 
 def add(total: Accumulator, addend: Accumulator) -> Accumulator:

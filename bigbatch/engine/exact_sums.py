@@ -35,7 +35,7 @@ is too far above, is noticed by the largest magnitude, whose maximum has no orde
 nothing may be used of the sums.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,19 @@ _ROOM = 5
 _MOST_ROOM = 9
 # Keeps the unit, 2^(k - 40), far from the numbers that devices flush to 0.
 LEAST_EXPONENT = -80
+
+
+class Digits(NamedTuple):
+    """An addend that is whole numbers already; see `digits`.
+
+    Attributes:
+      digits: of each element, [3, ...], whole numbers as floats; or sums of them, exact for as many
+        as are added in floats.
+      largest: the largest magnitude among what they were made of.
+    """
+
+    digits: jax.Array
+    largest: jax.Array
 
 
 class FixedPoint(NamedTuple):
@@ -97,13 +110,32 @@ def add(total: FixedPoint, addend: PyTree, exponents: jax.Array) -> FixedPoint:
     dtype = total.largest.dtype
     # What made the addend must not be merged with the rounding of it.
     addend = jax.tree.map(lambda leaf: leaf.astype(dtype), jax.lax.optimization_barrier(addend))
-    leaves, structure = jax.tree.flatten(addend)
+    leaves, structure = jax.tree.flatten(addend, is_leaf=_is_made)
     rows = jax.tree.unflatten(structure, list(exponents))
-    words = jax.tree.map(_add_leaf, addend, rows, total.words)
-    largest = [
-        jnp.max(jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), jnp.inf), initial=0) for leaf in leaves
-    ]
+    words = jax.tree.map(_add_leaf, addend, rows, total.words, is_leaf=_is_made)
+    largest = [leaf.largest if _is_made(leaf) else magnitude(leaf) for leaf in leaves]
     return FixedPoint(words, jnp.maximum(total.largest, jnp.stack(largest)))
+
+
+def _is_made(leaf: Any) -> bool:
+    return isinstance(leaf, Digits)
+
+
+def magnitude(array: jax.Array) -> jax.Array:
+    """The largest, infinite where some element is not finite."""
+    return jnp.max(jnp.where(jnp.isfinite(array), jnp.abs(array), jnp.inf), initial=0)
+
+
+def digits(array: jax.Array, exponent: jax.Array) -> jax.Array:
+    """An array as whole numbers, of which sums of up to 2^9 are exact in floats too: [3, ...].
+
+    Args:
+      array: floats.
+      exponent: a whole number, k of the array's bound 2^k.
+    """
+    high, low = _rounded(array, exponent)
+    words = jnp.stack([high, low]).astype(_word(array.dtype))
+    return parts(words).astype(array.dtype)
 
 
 def parts(words: PyTree) -> PyTree:
@@ -223,25 +255,38 @@ def _carried(low: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     return carry, low - (carry << bits)
 
 
-def _add_leaf(leaf: jax.Array, exponent: jax.Array, words: jax.Array) -> jax.Array:
-    bits = _low_bits(words.dtype)
-    scaled = leaf * _power_of_two(_high_bits(words.dtype) - exponent, leaf.dtype)
+def _rounded(leaf: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """An array in units, h 2^L + l: floats that are whole numbers."""
+    word = _word(leaf.dtype)
+    scaled = leaf * _power_of_two(_high_bits(word) - exponent, leaf.dtype)
     high = jax.lax.round(scaled, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    low = (scaled - high) * 2.0**bits
-    low = jax.lax.round(low, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
-    carry, low = _carried(words[1] + low.astype(words.dtype), bits)
-    return jnp.stack([words[0] + high.astype(words.dtype) + carry, low])
+    low = (scaled - high) * 2.0 ** _low_bits(word)
+    return high, jax.lax.round(low, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+
+
+def _add_leaf(leaf: jax.Array | Digits, exponent: jax.Array, words: jax.Array) -> jax.Array:
+    if isinstance(leaf, Digits):
+        high, low = _joined(leaf.digits.astype(words.dtype))
+    else:
+        high, low = (part.astype(words.dtype) for part in _rounded(leaf, exponent))
+    carry, low = _carried(words[1] + low, _low_bits(words.dtype))
+    return jnp.stack([words[0] + high + carry, low])
+
+
+def _joined(parts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Words of sums of `parts`."""
+    high, middle, low = parts
+    half = _low_bits(parts.dtype) // 2
+    carry, middle = _carried(middle + (low >> half), half)
+    return high + carry, (middle << half) + (low & (2**half - 1))
 
 
 def _to_float(
     parts: jax.Array, dtype: jnp.dtype, exponent: jax.Array, finite: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The float nearest to a sum, but for a second rounding, and what it leaves of the sum."""
-    high, middle, low = parts
+    high, low = _joined(parts)
     bits = _low_bits(parts.dtype)
-    half = bits // 2
-    carry, middle = _carried(middle + (low >> half), half)
-    low = (middle << half) + (low & (2**half - 1))
 
     def rounded(word: jax.Array, power: int) -> tuple[jax.Array, jax.Array]:
         value = word.astype(dtype)
@@ -251,7 +296,7 @@ def _to_float(
 
     # exponent - H - L is the power of the unit.
     unit = -_high_bits(parts.dtype) - bits
-    large, large_rest = rounded(high + carry, unit + bits)
+    large, large_rest = rounded(high, unit + bits)
     small, small_rest = rounded(low, unit)
     value, rest = two_sum(large, small)
     value, rest = two_sum(value, rest + (large_rest + small_rest))

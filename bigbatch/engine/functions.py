@@ -9,7 +9,8 @@ Every device sums its own share: the leaves of the accumulator carry a leading a
 `apply_update` needs exactly one all-reduce; where the state is larger than a device, see
 `bigbatch.engine.parts`. (`check_vma=False`: with its types of what varies over
 the devices, `shard_map` would put a reduction into the gradient by replicated parameters, and
-refuse a scan that begins with zeros, so every recurrent network.)
+refuse a scan that begins with zeros, so every recurrent network.) Where the parameters of a layer
+are gathered while it computes, that is over the mesh axis `fsdp`.
 """
 
 import functools
@@ -23,17 +24,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bigbatch.engine import exact_sums, units
-from bigbatch.engine.accumulator import RESTS, Accumulator, add, in_parts
+from bigbatch.engine import exact_sums, layers, units
+from bigbatch.engine.accumulator import RESTS, Accumulator, add, in_parts, specs_of, sums_of
 from bigbatch.engine.exact_sums import FixedPoint, two_sum
 from bigbatch.engine.in_any_order import in_any_order
-from bigbatch.engine.parts import NONE, REPLICATED, Parts
-from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task, wide
+from bigbatch.engine.parts import DATA_AXIS, NONE, REPLICATED, Parts
+from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.noise.sums import small_batch_sums, square
 from bigbatch.schedule.adaptive.gradient_noise import BIG_SQUARE, EXAMPLES, SMALL_SQUARES
 
-DATA_AXIS = "data"
 IS_EXACT = "is_exact"
 GRADIENT_IS_FINITE = "gradient_is_finite"
 PARAMS_ARE_FINITE = "params_are_finite"
@@ -48,8 +48,8 @@ class State(NamedTuple):
       running_statistics: likewise of the model; on every device.
       optimizer: its state, hyperparameters included.
       bounds: where sums are reproducible, int32[leaves of the accumulator]: see `exact_sums`.
-      copy: where `params` lie in parts or are masters, the parameters on every device, in the
-        dtypes that the task computes with. In no checkpoint.
+      copy: where `params` are masters, or lie in parts but not by layer, the parameters on every
+        device, in the dtypes that the task computes with. In no checkpoint.
     """
 
     params: PyTree
@@ -91,69 +91,12 @@ def shardings(state: State, parts: Parts) -> State:
 
 def with_copy(state: State, task: Task, parts: Parts) -> State:
     """The state with the copy of its parameters that microbatches read, if there is to be one."""
-    if not parts.cut and task.computes_with is None:
+    if parts.by_layer or (not parts.cut and task.computes_with is None):
         return state
     like = state.params if task.computes_with is None else task.computes_with
     copy = jax.tree.map(lambda param, like: param.astype(like.dtype), state.params, like)
     whole = NamedSharding(parts.mesh, REPLICATED)
     return state._replace(copy=jax.lax.with_sharding_constraint(copy, whole))
-
-
-def empty_accumulator(
-    task: Task,
-    state: State,
-    examples: Examples,
-    mesh: Mesh,
-    *,
-    measures_noise: bool = False,
-    reproducible: bool = False,
-    compensated: bool = False,
-) -> Accumulator | FixedPoint:
-    """An accumulator of zeros for microbatches that look like `examples` (shapes are enough).
-
-    What rounding leaves of the scalar sums is always kept. `compensated` keeps that of all: sums of
-    any number of addends are then as good as one of two, for another array like each parameter.
-    """
-    shapes = _addend_shapes(task, state, examples, measures_noise)
-    accumulator: Any
-    if reproducible:
-        accumulator = jax.eval_shape(exact_sums.zeros, shapes)
-    else:
-        kept = ("gradients", "sums", "ghost_statistics") if compensated else ("sums",)
-        accumulator = shapes._replace(rests={name: getattr(shapes, name) for name in kept})
-    sharding = NamedSharding(mesh, SHARDED)
-    return jax.tree.map(
-        lambda leaf: jnp.zeros((mesh.size, *leaf.shape), leaf.dtype, device=sharding), accumulator
-    )
-
-
-def first_bounds(task: Task, state: State, examples: Examples, measures_noise: bool) -> jax.Array:
-    """The bounds of reproducible sums before the first update."""
-    return exact_sums.first_exponents(_addend_shapes(task, state, examples, measures_noise))
-
-
-def _addend_shapes(
-    task: Task, state: State, examples: Examples, measures_noise: bool
-) -> Accumulator:
-    def zeros_like(state: State, examples: Examples) -> Accumulator:
-        outputs, _ = task.apply_to(
-            state.params, state.running_statistics, examples, True, task.frozen
-        )
-        sums = _sums(task, outputs, examples)
-        if measures_noise:
-            sums |= small_batch_sums(state.params, sums[EXAMPLES])
-        addends = Accumulator(state.params, sums, state.running_statistics, sums[COUNT])
-        return jax.tree.map(wide, addends)
-
-    return jax.eval_shape(zeros_like, state, examples)
-
-
-def _sums(task: Task, outputs: PyTree, examples: Examples) -> Sums:
-    """What the loss returns, and the number of examples that are not masked."""
-    sums = task.loss(outputs, examples)
-    # Of one type with the others, so that one all-reduce carries them.
-    present = jnp.sum(examples["weight"] > 0, dtype=wide(sums[COUNT]).dtype)
-    return {**sums, EXAMPLES: present}
 
 
 def accumulate(
@@ -164,6 +107,7 @@ def accumulate(
     *,
     task: Task,
     mesh: Mesh,
+    shard: str | int = NONE,
     unit_examples: int | None = None,
     measures_noise: bool = False,
 ) -> Accumulator | FixedPoint:
@@ -171,13 +115,14 @@ def accumulate(
 
     Args:
       state: the state at the start of the update; only read.
-      accumulator: the sums so far, from `empty_accumulator`, which says how they are taken.
+      accumulator: the sums so far; `accumulator.shapes_of` says how they are taken.
       microbatch: arrays [examples, ...] sharded over `data`: whatever the task reads, among it
         `"weight"`, 0 for a masked example; and `"ghost_mask"`, [ghost batches], 1 or 0. Only whole
         ghost batches are masked, and a masked one adds exactly 0.
       frozen: the task's frozen arrays, replicated.
       task: what is trained.
       mesh: the devices, along `data`.
+      shard: how the state lies on them: see `bigbatch.engine.parts`.
       unit_examples: the gradient is computed for so many examples at a time, whole ghost batches; a
         device's share holds whole units, where sums are reproducible one. None: of the whole share.
       measures_noise: also sums |gradient|^2 / examples over the units.
@@ -185,6 +130,10 @@ def accumulate(
     Returns:
       The sums with this microbatch added.
     """
+    parts = Parts(mesh, shard).of_calls
+    is_exact = isinstance(accumulator, FixedPoint)
+    is_cut = jax.tree.map(lambda leaf: any(parts.spec(leaf.shape)), state.read_params)
+    rows = layers.rows_of(is_exact, measures_noise)
 
     def on_device(
         params: PyTree,
@@ -198,13 +147,16 @@ def accumulate(
 
         def summed_loss(params: PyTree, unit: Examples) -> tuple[jax.Array, tuple[Sums, PyTree]]:
             outputs, ghost_statistics = task.apply_to(params, running, unit, True, frozen)
-            sums = _sums(task, outputs, unit)
+            sums = sums_of(task, outputs, unit)
             return sums[task.minimised], (sums, ghost_statistics)
 
+        given = layers.with_room(params, is_cut, rows, bounds if is_exact else None)
+
         def addend(unit: Examples) -> Accumulator:
-            gradients, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(params, unit)
+            found, (sums, ghost_statistics) = jax.grad(summed_loss, has_aux=True)(given, unit)
+            gradients, squared = layers.without_room(found, is_cut, rows)
             if measures_noise:
-                sums = {**sums, **small_batch_sums(gradients, sums[EXAMPLES])}
+                sums |= small_batch_sums(gradients, sums[EXAMPLES], lambda _: squared)
             mask = unit["ghost_mask"]
             ghost_statistics = jax.tree.map(
                 lambda leaf: jnp.tensordot(mask.astype(leaf.dtype), leaf, 1), ghost_statistics
@@ -213,19 +165,23 @@ def accumulate(
 
         into: Callable[[Any, Accumulator], Any] = add
         unit = None if unit_examples == len(microbatch["weight"]) else unit_examples
-        if isinstance(accumulator, FixedPoint):
+        if is_exact:
             # The same program on every layout.
             assert unit is None, "one unit a call"
             into = functools.partial(exact_sums.add, exponents=bounds)
-        platform = mesh.devices.flat[0].platform
-        total = units.add_units(addend, into, accumulator, microbatch, unit, platform=platform)
+        kind = {"platform": mesh.devices.flat[0].platform, "together": parts.by_layer}
+        total = units.add_units(addend, into, accumulator, microbatch, unit, **kind)
         return jax.tree.map(lambda leaf: leaf[None], total)
 
+    of_params, sums = (
+        parts.specs(state.read_params),
+        specs_of(accumulator, state.read_params, parts),
+    )
     return jax.shard_map(
         on_device,
-        mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, REPLICATED, SHARDED, SHARDED, REPLICATED),
-        out_specs=SHARDED,
+        mesh=parts.mesh,
+        in_specs=(of_params, REPLICATED, REPLICATED, sums, parts.each, REPLICATED),
+        out_specs=sums,
         check_vma=False,
     )(state.read_params, state.running_statistics, state.bounds, accumulator, microbatch, frozen)
 
@@ -238,7 +194,7 @@ def apply_update(
     task: Task,
     optimizer: Rule,
     mesh: Mesh,
-    shard: str = NONE,
+    shard: str | int = NONE,
 ) -> tuple[State, Accumulator | FixedPoint, Sums]:
     """Turns the sums of one update into the next state.
 
@@ -275,20 +231,19 @@ def apply_update(
         return total._replace(sums=pairs), largest, emptied
 
     def reduced(own: Accumulator, lead: int = 0) -> Accumulator:
-        gradients = jax.tree.map(lambda leaf: parts.reduced(leaf, lead), own.gradients)
+        gradients = jax.tree.map(
+            lambda leaf, like: parts.reduced(leaf, like.shape, lead), own.gradients, state.params
+        )
         rest = jax.lax.psum(own._replace(gradients=()), parts.mesh.axis_names)
         return rest._replace(gradients=gradients)
 
     rest: Any = REPLICATED
+    spread = specs_of(accumulator, state.params, parts)
     total, largest, emptied = jax.shard_map(
         reduce_on_device,
         mesh=parts.mesh,
-        in_specs=(REPLICATED, parts.each),
-        out_specs=(
-            Accumulator(parts.specs(state.params), rest, rest, rest),
-            REPLICATED,
-            parts.each,
-        ),
+        in_specs=(REPLICATED, spread),
+        out_specs=(Accumulator(parts.specs(state.params), rest, rest, rest), REPLICATED, spread),
     )(state.bounds, accumulator)
     pairs = {name: two_sum(*pair) for name, pair in total.sums.items()}
     sums: dict[str, Any] = {name: value for name, (value, _) in pairs.items()}
@@ -366,6 +321,7 @@ def evaluate(
     task: Task,
     optimizer: Rule,
     mesh: Mesh,
+    shard: str | int = NONE,
 ) -> Sums:
     """The loss's sums over one microbatch of test examples, with the running statistics.
 
@@ -377,10 +333,12 @@ def evaluate(
       task: what is trained.
       optimizer: which parameters are evaluated.
       mesh: the devices, along `data`.
+      shard: how the state lies on them: see `bigbatch.engine.parts`.
 
     Returns:
       What the loss returns, each leaf [devices]: every device's own sums.
     """
+    parts = Parts(mesh, shard).of_calls
 
     def on_device(params: PyTree, running: PyTree, microbatch: Examples, frozen: PyTree) -> Sums:
         outputs, _ = task.apply_to(params, running, microbatch, False, frozen)
@@ -391,8 +349,8 @@ def evaluate(
         params = optimizer.evaluation_params(state.optimizer, state.params)
     return jax.shard_map(
         on_device,
-        mesh=mesh,
-        in_specs=(REPLICATED, REPLICATED, SHARDED, REPLICATED),
-        out_specs=SHARDED,
+        mesh=parts.mesh,
+        in_specs=(parts.specs(params), REPLICATED, parts.each, REPLICATED),
+        out_specs=parts.each,
         check_vma=False,
     )(params, state.running_statistics, microbatch, frozen)

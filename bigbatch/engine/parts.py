@@ -3,8 +3,9 @@
 With `shard` "update" the parameters and the optimizer's state lie in parts (Rajbhandari et al.
 2020, "ZeRO"). Every array keeps its shape and is cut along one of its axes, the largest of those
 that the number of devices divides. Where there is none, each prime factor of that number cuts the
-axis of which most is left, if it divides one; arrays without any are whole on each device. So an
-array is the same to whoever looks at its shape, on any number of devices.
+axis of which most is left, if it divides one; arrays without any, and of too few elements, are
+whole on each device. So an array is the same to whoever looks at its shape, on any number of
+devices.
 
 An update gives each device its part of the summed gradients (a reduce-scatter an array), computes
 the optimizer on arrays in parts, and makes the copy of the parameters whole that the microbatches
@@ -12,10 +13,17 @@ of the next update read (an all-gather an array). The optimizer knows nothing of
 one program on whole arrays, which XLA cuts (Xu et al. 2021, "GSPMD"): what is done to each element
 stays where the element is, a norm is one number from each device, and matrices are sent where they
 are multiplied. So every Optax transformation gives what it gives undivided.
+
+With {"layer": F}, groups of F neighbours hold one copy in parts, and the sums of gradients lie so
+too. Nobody has the whole: the network gathers each layer while it computes it, see
+`bigbatch.engine.layers`. An array is cut along the largest axis that F divides, or is whole on each
+device.
 """
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -24,8 +32,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bigbatch.engine.task import PyTree
 
+AUTO: Final = "auto"
 NONE: Final = "none"
 UPDATE: Final = "update"
+LAYER: Final = "layer"
+DATA_AXIS = "data"
+LAYER_AXIS = "fsdp"
 REPLICATED = PartitionSpec()
 
 
@@ -35,46 +47,80 @@ class Parts:
 
     Attributes:
       devices: the mesh of them, of one axis.
-      shard: "update" for arrays in parts; "none" for all of them on every device.
+      shard: "update" for arrays in parts; "none" for all of them on every device; a number for
+        parts over so many, while layers compute too.
     """
 
-    devices: Mesh
-    shard: str = NONE
+    devices: Any
+    shard: str | int = NONE
 
     @property
     def cut(self) -> bool:
         """Whether there are parts."""
-        return self.shard != NONE and self.devices.size > 1
+        return self.shard not in (NONE, 1) and self.devices.size > 1
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether no device has the whole."""
+        return self.cut and self.shard != UPDATE
 
     @functools.cached_property
     def mesh(self) -> Mesh:
-        """The same devices, for arrays in parts with an axis for each prime factor."""
+        """The same devices.
+
+        For "update" with an axis for each prime factor, for layers with one over the groups and one
+        over the devices of each.
+        """
         if not self.cut:
             return self.devices
-        factors = _prime_factors(self.devices.size)
-        names = tuple(f"part{number}" for number in range(len(factors)))
-        kinds = (jax.sharding.AxisType.Auto,) * len(factors)
-        return Mesh(self.devices.devices.reshape(factors), names, axis_types=kinds)
+        sizes: tuple[int, ...] = _prime_factors(self.devices.size)
+        names: tuple[str, ...] = tuple(f"part{number}" for number in range(len(sizes)))
+        if self.by_layer:
+            sizes, names = (-1, int(self.shard)), (DATA_AXIS, LAYER_AXIS)
+        kinds = (jax.sharding.AxisType.Auto,) * len(names)
+        return Mesh(self.devices.devices.reshape(sizes), names, axis_types=kinds)
+
+    @property
+    def of_calls(self) -> "Parts":
+        """How arrays lie for a microbatch: in parts, or as the copy of what lies in parts."""
+        return self if self.by_layer else Parts(self.devices)
 
     @property
     def each(self) -> PartitionSpec:
         """Of arrays [devices, ...]: to each device its own."""
         return PartitionSpec(self.mesh.axis_names)
 
+    def of_sums(self, shape: tuple[int, ...], lead: int = 0) -> PartitionSpec:
+        """How sums of arrays of this shape lie, before they are reduced.
+
+        Args:
+          shape: of the array.
+          lead: axes of a device's own sums before those of the array.
+
+        Returns:
+          For [devices, ..., *shape]; for [groups, ..., *shape] where groups hold sums in parts.
+        """
+        spec = self.spec(shape)
+        if self.by_layer and any(spec):
+            return PartitionSpec(DATA_AXIS, *[None] * lead, *spec)
+        return self.each
+
     def spec(self, shape: tuple[int, ...]) -> PartitionSpec:
         """How an array of this shape is cut."""
         if not self.cut:
             return REPLICATED
+        if self.by_layer:
+            axis = cut_axis(shape, int(self.shard))
+            return PartitionSpec(*((LAYER_AXIS,) if n == axis else None for n in range(len(shape))))
         cuts: list[tuple[str, ...]] = [() for _ in shape]
         left = list(shape)
 
         def cut_by(factor: int, *names: str) -> bool:
-            fit = [axis for axis, size in enumerate(left) if size and size % factor == 0]
-            if fit:
-                axis = max(fit, key=left.__getitem__)
+            axis = cut_axis(left, factor)
+            if axis is not None:
                 cuts[axis] += names
                 left[axis] //= factor
-            return bool(fit)
+            return axis is not None
 
         if not cut_by(self.mesh.size, *self.mesh.axis_names):
             for name, factor in self.mesh.shape.items():
@@ -89,19 +135,34 @@ class Parts:
         """Likewise, with the devices."""
         return jax.tree.map(lambda leaf: NamedSharding(self.mesh, self.spec(np.shape(leaf))), tree)
 
-    def reduced(self, array: jax.Array, lead: int = 0) -> jax.Array:
+    def reduced(self, array: jax.Array, shape: tuple[int, ...], lead: int = 0) -> jax.Array:
         """On a device: its part of an array's sum over all devices.
 
         Args:
-          array: the device's own.
-          lead: axes of it before those of the array that is cut.
+          array: the device's own, as `of_sums` has it.
+          shape: of the array that is cut.
+          lead: axes of `array` before its.
         """
         names: Any = self.mesh.axis_names
-        for axis, cut in enumerate(self.spec(array.shape[lead:]), start=lead):
-            if cut:
+        for axis, cut in enumerate(self.spec(shape), start=lead):
+            if cut and not self.by_layer:
                 array = jax.lax.psum_scatter(array, cut, scatter_dimension=axis, tiled=True)
+            if cut:
                 names = tuple(name for name in names if name not in cut)
         return jax.lax.psum(array, names) if names else array
+
+
+def cut_axis(shape: Sequence[int], factor: int) -> int | None:
+    """The axis along which an array is cut: the largest that the factor divides, if one does.
+
+    No part is a single number: XLA computes with that otherwise than with longer arrays, and
+    rounds otherwise.
+
+    >>> cut_axis((6, 8, 8), 4), cut_axis((8,), 8)
+    (1, None)
+    """
+    fit = [axis for axis, size in enumerate(shape) if size % factor == 0]
+    return max(fit, key=shape.__getitem__) if fit and math.prod(shape) > factor else None
 
 
 def _prime_factors(number: int) -> tuple[int, ...]:

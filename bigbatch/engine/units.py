@@ -19,6 +19,7 @@ def add_units(
     unit_examples: int | None,
     *,
     platform: str,
+    together: bool = False,
 ) -> PyTree:
     """Adds what `function` makes of each unit of a device's share to a total, one after another.
 
@@ -32,6 +33,7 @@ def add_units(
       examples: a device's share, [examples, ...] by name, and `ghost_mask`, [ghost batches].
       unit_examples: examples of a unit; None: the whole share is one.
       platform: of the device.
+      together: whether devices wait for one another, so that all must compute as many units.
 
     Returns:
       The total with all units added.
@@ -50,6 +52,8 @@ def add_units(
             total = add(total, function(unit))
         return total
     present = jnp.sum(jnp.max(units["ghost_mask"], axis=1) > 0, dtype=jnp.int32)
+    if together:
+        present = jnp.asarray(count, jnp.int32)
 
     def body(index: jax.Array, total: PyTree) -> PyTree:
         unit = {

@@ -11,7 +11,10 @@ share it: for the layout, such a group is a single device.
 
 from typing import Any
 
+import numpy as np
+
 from bigbatch.engine.ghost_batches import devices_per_ghost_batch
+from bigbatch.errors import Problem, UserError
 from bigbatch.layout.layout import Layout, make_layout
 
 
@@ -44,6 +47,11 @@ def layout_over(
       UserError: the layout cannot be formed.
     """
     small = noise_small_batch_examples
+    largest = int(np.max(getattr(plan_or_batch_sizes, "batch_sizes", plan_or_batch_sizes)))
+    if small is not None and small >= largest:
+        allowed = f"less than {largest}, the largest batch size: the noise is told from two or more"
+        half = largest // 2 // ghost_batch_examples * ghost_batch_examples
+        raise UserError(Problem("noise_small_batch_examples", small, allowed, half or None))
     if reproducible:
         small = small or ghost_batch_examples
         microbatch_examples_per_device = min(microbatch_examples_per_device, small)

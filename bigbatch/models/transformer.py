@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bigbatch.engine.layers import whole
 from bigbatch.models import TransformerConfig
 
 _ROTARY_BASE = 10_000.0
@@ -58,17 +59,22 @@ class Transformer(nnx.Module):
           both of the config's dtype.
         """
         config = self.config
-        embedding = self.embedding[...]
+        vocabulary = config.vocabulary, config.width
+        embedding = whole(self.embedding[...], vocabulary)
         # The gradients of a frequent token are summed in the parameters' dtype.
         x = embedding[tokens[:, :-1].astype(jnp.int32)].astype(config.dtype)
         x *= math.sqrt(config.width)
         rotation = _rotation(x.shape[1], config)
         # The module is split, as `nnx.remat` would write to its variables.
-        call = jax.checkpoint(_called, static_argnums=0) if config.remat else _called
+        call = jax.checkpoint(_called, static_argnums=(0, 1)) if config.remat else _called
+        shapes = _block_shapes(config)
         for block in self.blocks:
-            x = call(*nnx.split(block), x, rotation)
-        output = embedding if config.tied else self.output[...]
-        return self.norm(x), output.astype(config.dtype)
+            graphdef, state = nnx.split(block)
+            x = call(shapes, graphdef, state, x, rotation)
+        x = _called(((config.width,),), *nnx.split(self.norm), x)
+        if config.tied:
+            return x, embedding.astype(config.dtype)
+        return x, whole(self.output[...], vocabulary, config.dtype)
 
 
 class Block(nnx.Module):
@@ -113,10 +119,25 @@ class Block(nnx.Module):
         return x + self.down(nnx.gelu(self.up(normed)))
 
 
-def _called(graphdef: Any, state: Any, x: jax.Array, rotation: Any) -> jax.Array:
-    """What a block makes of its input."""
-    result: jax.Array = nnx.merge(graphdef, state)(x, rotation)
+def _called(
+    shapes: tuple[tuple[int, ...], ...], graphdef: Any, state: Any, *inputs: Any
+) -> jax.Array:
+    """What a module makes of its input; its parameters, of these shapes, are whole while it does.
+
+    Matrices travel in the dtype that they are multiplied in. Norms are computed in float32.
+    """
+    leaves, structure = jax.tree.flatten(state)
+    dtypes = [inputs[0].dtype if len(shape) > 1 else None for shape in shapes]
+    leaves = list(map(whole, leaves, shapes, dtypes))
+    result: jax.Array = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))(*inputs)
     return result
+
+
+@functools.cache
+def _block_shapes(config: TransformerConfig) -> tuple[tuple[int, ...], ...]:
+    """Of a block's parameters, in the order of its state."""
+    block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
+    return tuple(leaf.shape for leaf in jax.tree.leaves(nnx.state(block)))
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ updates as before, and ends with the same bits.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +15,47 @@ from jax.sharding import Mesh
 
 from bigbatch import distributed
 from bigbatch.data.source import TrainingData
+from bigbatch.engine.parts import NONE
+from bigbatch.errors import UserError
 from bigbatch.layout import memory
 from bigbatch.training.microbatches import MICROBATCHES_IN_FLIGHT
 from bigbatch.workdir.files import read_json, write_json
 
 _CHOSEN = "chosen_examples_per_device"
+# Of a device's memory, for what lies there all the time, where `shard` is "auto".
+_HELD_SHARE = 0.5
 # Of the entries that every example has beside its own: weight, key and mask.
 _BYTES_BESIDE = 16
+
+
+def shard_that_fits(
+    held_bytes: Callable[[str | int], int],
+    others: Iterable[str | int],
+    mesh: Mesh,
+    device_memory_bytes: int | None,
+) -> str | int:
+    """How the state is to lie: whole on each device, if that leaves half of the memory to compute.
+
+    Args:
+      held_bytes: how it lies -> what a device then holds all the time.
+      others: how it may lie otherwise, in the order of what they cost.
+      mesh: the devices.
+      device_memory_bytes: of each; None for what they report.
+
+    Returns:
+      The first that fits; where none does the one that holds least, and "none" where nothing is
+      known of the memory.
+    """
+    try:
+        limit_bytes = memory.limit_bytes(mesh, device_memory_bytes)
+    except UserError:
+        return NONE
+    held: dict[str | int, int] = {}
+    for shard in (NONE, *others):
+        held[shard] = held_bytes(shard)
+        if held[shard] <= limit_bytes * _HELD_SHARE:
+            return shard
+    return min(held, key=held.__getitem__)
 
 
 class Fitting:

@@ -19,9 +19,12 @@
 [1.0, 2.0, 3.0]
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +35,8 @@ from jax.sharding import Mesh
 from bigbatch.checks import Checks
 from bigbatch.data.source import Data, TrainingData
 from bigbatch.engine import exact_sums, functions
-from bigbatch.engine.parts import NONE, UPDATE
+from bigbatch.engine.layer_checks import check_layers
+from bigbatch.engine.parts import AUTO, LAYER, NONE, UPDATE
 from bigbatch.engine.task import PyTree, Task, with_float32_masters
 from bigbatch.engine.task_checks import Shapes, check_task
 from bigbatch.engine.update_rule import Rule, resolve
@@ -42,7 +46,7 @@ from bigbatch.layout.sharing import layout_over
 from bigbatch.schedule.adaptive.controller import Controller, Decisions
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import fitting, microbatches
-from bigbatch.training.programs import Compiler, Programs, compile_programs
+from bigbatch.training.programs import Compiler, Programs, compile_programs, held_bytes
 from bigbatch.training.run import Run
 from bigbatch.workdir import packing
 
@@ -63,7 +67,7 @@ def prepare(
     evaluation_batch_examples: int | None = None,
     noise_small_batch_examples: int | None = None,
     reproducible: bool = False,
-    shard: Literal["none", "update"] = NONE,
+    shard: Literal["auto", "none", "update"] | Mapping[str, int] = AUTO,
     float32_masters: bool = False,
     seed: int = 0,
     initial: Any = None,
@@ -93,7 +97,9 @@ def prepare(
       reproducible: sums exactly, one ghost batch (or small batch) a call and device, so that
         devices and processes change no bit; see `exact_sums`.
       shard: "update" for parameters and an optimizer's state in parts over the devices, "none" for
-        all of them on each: see `bigbatch.engine.parts`.
+        all of them on each, {"layer": F} for parts over F devices while the network computes too:
+        see `bigbatch.engine.parts`. "auto": the first of the three that leaves half of a device's
+        memory to compute, "none" where that is not known.
       float32_masters: keeps parameters of less precision in float32, and computes with them in
         their own.
       seed: of the initial parameters and the order of the examples.
@@ -122,7 +128,7 @@ def prepare(
     allowed = "a mesh of the one axis 'data'"
     fits = mesh.axis_names == (functions.DATA_AXIS,)
     checks.require(fits, "mesh", mesh.axis_names, allowed, (functions.DATA_AXIS,))
-    checks.require(shard in (NONE, UPDATE), "shard", shard, f"{NONE!r} or {UPDATE!r}", NONE)
+    lies = _checked_shard(checks, shard, mesh.size)
     allowed = "nothing: updates are compiled programs"
     checks.require(not jax.config.jax_disable_jit, "JAX_DISABLE_JIT", True, allowed)  # type: ignore
     checks.done()
@@ -141,15 +147,32 @@ def prepare(
         task = with_float32_masters(task, shapes.params)
     ghost_batch_examples = ghost_batch_examples or 1
     rule = resolve(optimizer, plan.hypers, shapes.params, evaluation_params)
-    _check_initial(initial, shapes, shard)
-    if reproducible and shard == UPDATE and (ordered := rule.ordered(shapes.params)):
+    unit_examples = noise_small_batch_examples or ghost_batch_examples
+    layer_examples = _examples(task, data, unit_examples, unit_examples // ghost_batch_examples)
+
+    def layered() -> Iterator[int]:
+        for size in _divisors(mesh.size)[1:]:
+            with contextlib.suppress(UserError):
+                check_layers(task, shapes, layer_examples, size)
+                yield size
+
+    if lies == AUTO:
+        held = functools.partial(held_bytes, task, rule, shapes, mesh, reproducible)
+        others: Iterator[str | int] = itertools.chain([UPDATE] * (mesh.size > 1), layered())
+        lies = fitting.shard_that_fits(
+            lambda shard: sum(held(shard).values()), others, mesh, device_memory_bytes
+        )
+    _check_initial(initial, shapes, lies)
+    by_layer = lies not in (NONE, UPDATE)
+    if by_layer:
+        check_layers(task, shapes, layer_examples, int(lies))
+    if reproducible and lies != NONE and (ordered := rule.ordered(shapes.params)):
         allowed = (
             f"{NONE!r} with reproducible and {rule.name}, whose {', '.join(sorted(ordered))} of "
             "arrays in parts would add in the order of the parts"
         )
         raise UserError(Problem("shard", shard, allowed, NONE))
     sizes = plan.batch_sizes if batch_sizes is None else np.asarray(batch_sizes)
-    unit_examples = noise_small_batch_examples or ghost_batch_examples
     # What holds any batch that will come.
     most = -(-int(sizes.max()) // unit_examples) * unit_examples
     allowed = f"a batch size of at most {exact_sums.MAX_ADDENDS:,} times {unit_examples} with it"
@@ -169,7 +192,7 @@ def prepare(
             evaluation_examples=evaluation_examples,
             ghost_batch_examples=ghost_batch_examples,
             noise_small_batch_examples=noise_small_batch_examples,
-            shard=shard,
+            shard=lies,
             reproducible=reproducible,
             compensated=addends > _COMPENSATED_ADDENDS and not reproducible,
             compiler=compiler,
@@ -192,6 +215,10 @@ def prepare(
         noise_small_batch_examples=noise_small_batch_examples,
         reproducible=reproducible,
     )
+    if layout.devices < mesh.size and by_layer:
+        allowed = f"a multiple of ghost_batch_examples = {ghost_batch_examples} with shard layer"
+        field, share = "microbatch_examples_per_device", microbatch_examples_per_device
+        raise UserError(Problem(field, share, allowed, ghost_batch_examples))
     if layout.devices < mesh.size and not task.shares_ghost_batches:
         allowed = (
             f"a multiple of ghost_batch_examples = {ghost_batch_examples}: this task forms its "
@@ -248,19 +275,11 @@ def specialised(
     Raises:
       UserError: the task is none, or reads what the data do not give.
     """
-    size = ghost_batch_examples or 1
-    kinds = {
-        "weight": ((), np.float32),
-        **data.example_shapes,
-        **({"key": ((2,), np.uint32)} if task.takes_keys else {}),
-    }
-    examples = {
-        name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in kinds.items()
-    }
+    examples = _examples(task, data, ghost_batch_examples or 1)
     if task.for_examples is not None:
+        del examples["ghost_mask"]
         return specialised(task.for_examples(examples), data, ghost_batch_examples)
-    examples["ghost_mask"] = jax.ShapeDtypeStruct((1,), np.float32)
-    key = tuple(sorted(kinds.items()))
+    key = tuple((name, leaf.shape[1:], leaf.dtype) for name, leaf in sorted(examples.items()))
     checked = _CHECKED.setdefault(task, {})
     if key not in checked:
         checked[key] = _init_shapes(task) if task.is_tested else check_task(task, examples)
@@ -271,11 +290,45 @@ def specialised(
     return task, shapes
 
 
+def _examples(
+    task: Task, data: TrainingData, size: int, ghost_batches: int = 1
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a task is given of so many examples."""
+    kinds = {
+        "weight": ((), np.float32),
+        **data.example_shapes,
+        **({"key": ((2,), np.uint32)} if task.takes_keys else {}),
+    }
+    examples = {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in kinds.items()
+    }
+    return examples | {"ghost_mask": jax.ShapeDtypeStruct((ghost_batches,), np.float32)}
+
+
+def _checked_shard(checks: Checks, shard: Any, devices: int) -> str | int:
+    """How the state lies, as `Parts` takes it."""
+    if not isinstance(shard, Mapping):
+        allowed = f"{AUTO!r}, {NONE!r}, {UPDATE!r} or {{{LAYER!r}: devices}}"
+        checks.require(shard in (AUTO, NONE, UPDATE), "shard", shard, allowed, AUTO)
+        return str(shard)
+    size = shard.get(LAYER)
+    allowed = f"{{{LAYER!r}: F}}, F a whole number that divides the {devices} devices"
+    divisors = _divisors(devices)
+    nearest = min(divisors, key=lambda n: abs(n - size)) if isinstance(size, int) else devices
+    fits = set(shard) == {LAYER} and size in divisors
+    checks.require(fits, "shard", dict(shard), allowed, {LAYER: nearest})
+    return NONE if size == 1 else int(size or 0)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
 def _init_shapes(task: Task) -> Shapes:
     return Shapes(*jax.eval_shape(task.init, jax.eval_shape(jax.random.key, 0)))
 
 
-def _check_initial(initial: Any, shapes: Shapes, shard: str) -> None:
+def _check_initial(initial: Any, shapes: Shapes, shard: str | int) -> None:
     """Refuses initial values that are not those of the task, or lie in parts where none are to."""
     if initial is None or callable(initial):
         return
@@ -292,7 +345,7 @@ def _check_initial(initial: Any, shapes: Shapes, shard: str) -> None:
         checks.require(np.shape(leaf) == like.shape, name, np.shape(leaf), f"{like.shape}")
         parts = getattr(leaf, "sharding", None)
         allowed = f"a whole array on every device with shard {NONE!r}"
-        whole = parts is None or parts.is_fully_replicated or shard == UPDATE
+        whole = parts is None or parts.is_fully_replicated or shard != NONE
         checks.require(whole, name, getattr(parts, "spec", parts), allowed)
     checks.done()
 

@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from bigbatch.engine import functions
+from bigbatch.engine import accumulator as accumulators
+from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.accumulator import Accumulator
-from bigbatch.engine.parts import Parts
+from bigbatch.engine.parts import NONE, Parts
 from bigbatch.engine.task import PyTree, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.layout import memory
@@ -63,9 +64,10 @@ class Programs:
       with_copy: compiled `functions.with_copy`, for a state from a checkpoint.
       state_shapes: shapes, dtypes and shardings of the state.
       sum_names: of what the loss returns.
-      empty_accumulator: makes the accumulator that the first update starts with.
+      sum_shapes: of the accumulator, likewise.
       evaluation_examples: of an evaluation microbatch, over all devices.
       reproducible: whether sums are exact, and so may have to be taken again.
+      shard: how the state lies on the devices.
     """
 
     accumulate: Mapping[int, Callable]
@@ -76,14 +78,20 @@ class Programs:
     with_copy: Callable[[functions.State], functions.State]
     state_shapes: functions.State
     sum_names: tuple[str, ...]
-    empty_accumulator: Callable[[], Accumulator]
+    sum_shapes: Any
     evaluation_examples: int
     reproducible: bool = False
+    shard: str | int = NONE
 
     @property
     def compilations(self) -> int:
         """The number of programs that the run's updates and evaluations call."""
         return len(self.accumulate) + 2
+
+    def empty_accumulator(self) -> Accumulator:
+        """The accumulator that the first update starts with."""
+        zeros: Accumulator = accumulators.zeros(self.sum_shapes)
+        return zeros
 
     @property
     def device_bytes(self) -> dict[str, int]:
@@ -92,13 +100,48 @@ class Programs:
         The two programs' needs hold the state's; see `memory.program_bytes`.
         """
         return {
-            "state": sum(
-                int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-                for leaf in jax.tree.leaves(self.state_shapes)
+            "state": _device_bytes(
+                self.state_shapes, jax.tree.map(lambda leaf: leaf.sharding, self.state_shapes)
             ),
             "accumulate": max(map(memory.program_bytes, self.accumulate.values())),
             "apply_update": memory.program_bytes(self.apply_update),
         }
+
+
+def _device_bytes(shapes: PyTree, shardings: PyTree) -> int:
+    """Of a device's parts of arrays."""
+    leaves = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
+    return sum(math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, at in leaves)
+
+
+def held_bytes(
+    task: Task,
+    optimizer: Rule,
+    shapes: tuple[PyTree, PyTree],
+    mesh: Mesh,
+    reproducible: bool,
+    shard: str | int,
+) -> dict[str, int]:
+    """What lies on a device all the time, by what it is; from shapes, before anything is compiled.
+
+    Args:
+      task: what is trained.
+      optimizer: its rule.
+      shapes: of the parameters and the running statistics.
+      mesh: the devices.
+      reproducible: whether sums are exact, of two words each.
+      shard: how the state lies: see `bigbatch.engine.parts`.
+    """
+    parts = Parts(mesh, shard)
+    begun = functions.State(*shapes, jax.eval_shape(optimizer.init, shapes[0]))
+    state = jax.eval_shape(functools.partial(functions.with_copy, task=task, parts=parts), begun)
+    where = functions.shardings(state, parts)._asdict()
+    held = {
+        name.replace("_", " "): _device_bytes(tree, where[name])
+        for name, tree in state._asdict().items()
+    }
+    sums = _device_bytes(shapes[0], parts.of_calls.sharding(shapes[0]))
+    return held | {"sums of gradients": sums * (2 if reproducible else 1)}
 
 
 def compiler_options(text: str, platform: str, reproducible: bool) -> dict[str, Any]:
@@ -145,7 +188,7 @@ def compile_programs(
     evaluation_examples: int | None,
     ghost_batch_examples: int,
     noise_small_batch_examples: int | None,
-    shard: str,
+    shard: str | int,
     reproducible: bool,
     compensated: bool,
     compiler: Compiler | None = None,
@@ -211,7 +254,8 @@ def compile_programs(
     def begun_with(state: functions.State) -> functions.State:
         if reproducible:
             examples = microbatch(microbatch_examples[0])
-            bounds = functions.first_bounds(task, state, examples, measures_noise)
+            given = state.params, state.running_statistics, examples, measures_noise
+            bounds = exact_sums.first_exponents(accumulators.addend_shapes(task, *given))
             state = state._replace(bounds=bounds)
         state = jax.lax.with_sharding_constraint(state, functions.shardings(state, parts))
         return functions.with_copy(state, task, parts)
@@ -239,17 +283,15 @@ def compile_programs(
     )
     like = state.params, state.running_statistics
     frozen = with_sharding(task.frozen, replicated)
-    empty = functools.partial(
-        functions.empty_accumulator,
+    accumulator = accumulators.shapes_of(
         task,
-        state,
+        *like,
         microbatch(microbatch_examples[0]),
-        mesh,
+        parts.of_calls,
         measures_noise=measures_noise,
         reproducible=reproducible,
         compensated=compensated,
     )
-    accumulator = with_sharding(jax.eval_shape(empty), sharded)
     hyper = {
         name: jax.ShapeDtypeStruct((), precision(state), sharding=replicated)
         for name in optimizer.hyper_names
@@ -259,6 +301,7 @@ def compile_programs(
             functions.accumulate,
             task=task,
             mesh=mesh,
+            shard=shard,
             unit_examples=unit_examples,
             measures_noise=measures_noise,
         ),
@@ -278,7 +321,9 @@ def compile_programs(
         return compiled("init_state", placed(first_state), with_sharding(key, replicated))()
 
     evaluate = jax.jit(
-        functools.partial(functions.evaluate, task=task, optimizer=optimizer, mesh=mesh)
+        functools.partial(
+            functions.evaluate, task=task, optimizer=optimizer, mesh=mesh, shard=shard
+        )
     )
     evaluation_examples = evaluation_examples or microbatch_examples[0]
     # The compiler lets Python go on: one program is traced while others are compiled. Processes
@@ -304,27 +349,13 @@ def compile_programs(
             init_state=lambda data: initial()(data),
             state_from=placed(state_from),
             with_copy=jax.jit(functools.partial(functions.with_copy, task=task, parts=parts)),
-            empty_accumulator=functools.partial(_zeros, accumulator, sharded),
+            sum_shapes=accumulator,
             evaluation_examples=evaluation_examples,
             state_shapes=state,
             sum_names=tuple(jax.eval_shape(evaluate, state, test, frozen)),
             reproducible=reproducible,
+            shard=shard,
         )
-
-
-def _zeros(shapes: PyTree, sharding: NamedSharding) -> PyTree:
-    """Arrays of zeros on the devices; a program for them would take longer to compile."""
-
-    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        # Never all of it on one host: on a pod that would be a thousand times the parameters.
-        part = sharding.shard_shape(leaf.shape)
-        parts = [
-            jax.device_put(np.zeros(part, leaf.dtype), device)
-            for device in sharding.addressable_devices
-        ]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
-
-    return jax.tree.map(zeros, shapes)
 
 
 def precision(state: functions.State) -> np.dtype:

@@ -10,6 +10,7 @@ import jax
 
 from bigbatch.bars import Bar
 from bigbatch.engine.functions import EXAMPLES, GRADIENT_IS_FINITE, PARAMS_ARE_FINITE
+from bigbatch.engine.parts import LAYER, NONE
 from bigbatch.engine.task import COUNT, Sums
 from bigbatch.errors import RunError
 from bigbatch.layout import memory
@@ -171,9 +172,11 @@ def position(run: Run, row: Row) -> dict[str, Any]:
 def memory_line(run: Run) -> str:
     """What a run needs on each device, in one line for the user."""
     needs = {name: f"{size / memory.MIB:,.1f}" for name, size in run.programs.device_bytes.items()}
-    largest = run.microbatch_examples_per_device
+    largest, shard = run.microbatch_examples_per_device, run.programs.shard
+    named = {LAYER: shard} if isinstance(shard, int) else shard
+    lies = "" if shard == NONE else f"state in parts, shard {named}; "
     return (
-        f"microbatches of up to {largest:,} examples a device; MiB a device: parameters, "
+        f"{lies}microbatches of up to {largest:,} examples a device; MiB a device: parameters, "
         f"statistics and optimizer {needs['state']}, with accumulate {needs['accumulate']}, with "
         f"apply_update {needs['apply_update']}"
     )

@@ -16,7 +16,9 @@ import jax
 import numpy as np
 
 from bigbatch.engine import functions as step
+from bigbatch.engine.accumulator import shapes_of
 from bigbatch.engine.optimizer import Momentum
+from bigbatch.engine.parts import Parts
 from bigbatch.engine.update_rule import resolve
 from bigbatch.models import InceptionResNetV2Config, ResNetConfig, WideResNetConfig
 from bigbatch.models.classification import image_classification
@@ -68,8 +70,8 @@ def measure(name: str, dtype: str) -> str:
     }
     if not task.takes_keys:
         del microbatch["key"]
-    empty = functools.partial(step.empty_accumulator, task, state, microbatch, mesh)
-    accumulator = jax.eval_shape(empty)
+    like = state.params, state.running_statistics, microbatch
+    accumulator = shapes_of(task, *like, Parts(mesh))
     hyper = {n: jax.ShapeDtypeStruct((), np.float32) for n in columns}
     accumulate = jax.jit(functools.partial(step.accumulate, task=task, mesh=mesh), donate_argnums=1)
     apply_update = jax.jit(

@@ -26,10 +26,12 @@ from bigbatch.commands.compile.chips import Target, target
 from bigbatch.config.assemble import prepared
 from bigbatch.config.file import load_config
 from bigbatch.engine.functions import data_mesh
+from bigbatch.engine.parts import LAYER
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.memory import program_bytes
 from bigbatch.places.caches import cache_directory
 from bigbatch.places.replacing import replacing
+from bigbatch.training.programs import held_bytes
 
 # Of what is kept: another number where what is read of a program changes.
 _VERSION = 3
@@ -172,6 +174,8 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
         for size, program in made.accumulate.items()
     ]
     programs += [made.apply_update.facts, made.evaluate.facts]
+    state = made.state_shapes.params, made.state_shapes.running_statistics
+    held = held_bytes(run.task, run.optimizer, state, run.mesh, made.reproducible, made.shard)
     hosts: dict[tuple[int, int], list[Any]] = {}
     for place, each in enumerate(run.mesh.devices.flat):
         host = getattr(each, "slice_index", None) or 0, each.process_index
@@ -190,6 +194,8 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
             compiler.made, len(devices), run.unit_examples, given
         ),
         "device_memory_bytes": given,
+        "held_bytes": {name: size for name, size in held.items() if size},
+        "shard": {LAYER: made.shard} if isinstance(made.shard, int) else made.shard,
         "programs": [{**each, "needed_bytes": program_bytes(Program(each))} for each in programs],
     }
 

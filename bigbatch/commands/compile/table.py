@@ -121,6 +121,8 @@ def text(found: Mapping[str, Any], asked: Target) -> str:
         "",
         *aligned([_HEAD, *map(_row, found["programs"])]),
         "",
+        f"shard {found['shard']}; held on a device all the time, MiB: "
+        + ", ".join(f"{name} {size / _MIB:,.4g}" for name, size in found["held_bytes"].items()),
     ]
     if largest := found["largest_examples_per_device"]:
         lines.append(
@@ -132,7 +134,9 @@ def text(found: Mapping[str, Any], asked: Target) -> str:
     for program in found["programs"]:
         if program["name"] != "accumulate" or program["refused"]:
             continue
-        if program["collectives"]:
+        if found["shard"] not in ("none", "update"):
+            lines.append(f"every microbatch moves parameters: {_collectives(program)}")
+        elif program["collectives"]:
             lines.append(
                 f"warning: every microbatch waits for other devices: {_collectives(program)}. "
                 "Ghost batches that devices share take them; else the task does"

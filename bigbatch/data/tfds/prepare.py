@@ -72,7 +72,7 @@ def _builder(name: str, data_dir: str | Path | None) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
-        nearest = nearest_name(name, tfds.list_builders())
+        nearest = nearest_name(name, tfds.list_builders(with_community_datasets=False))
         allowed = "a data set of tensorflow-datasets"
         raise UserError(Problem("name", name, allowed, nearest)) from error
 

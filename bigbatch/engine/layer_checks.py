@@ -1,0 +1,83 @@
+"""What a network must keep to be trained with parameters in parts by layer; see `layers`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from bigbatch.checks import Checks
+from bigbatch.engine.layers import WHOLE
+from bigbatch.engine.parts import DATA_AXIS, LAYER, LAYER_AXIS, NONE, REPLICATED, Parts
+from bigbatch.engine.task import Examples, PyTree, Task
+from bigbatch.engine.task_checks import Shapes
+from bigbatch.errors import Problem, UserError
+
+
+def check_layers(task: Task, shapes: Shapes, examples: Mapping[str, Any], size: int) -> None:
+    """Refuses a network that does not call `whole` once on each parameter that lies in parts.
+
+    Args:
+      task: what is trained.
+      shapes: of its parameters and running statistics.
+      examples: shapes of a unit's.
+      size: devices that hold one copy.
+
+    Raises:
+      UserError: the parameters, and what reads them.
+    """
+    checks = Checks()
+    named = {LAYER: size}
+    leaves = jax.tree.leaves(shapes.params)
+    narrow = next((leaf.dtype for leaf in leaves if jnp.finfo(leaf.dtype).bits < 32), None)
+    masters = task.computes_with is None
+    allowed = "parameters in float32, which the network may make whole in less: `whole(..., dtype)`"
+    checks.require(masters and narrow is None, "shard", named, allowed, NONE)
+    several = len(examples["ghost_mask"]) > 1 and not task.shares_ghost_batches
+    allowed = "a network that computes the ghost batches of a unit together"
+    checks.require(not several, "shard", named, allowed, NONE)
+    checks.done()
+    mesh = AbstractMesh((1, size), (DATA_AXIS, LAYER_AXIS))
+    params, statistics = shapes
+    specs = Parts(mesh, size).specs(params)
+
+    def outputs(params: PyTree, statistics: PyTree, frozen: PyTree, examples: Examples) -> PyTree:
+        return task.apply_to(params, statistics, examples, True, frozen)
+
+    rest = REPLICATED, REPLICATED, REPLICATED
+    on_device = jax.shard_map(
+        outputs, mesh=mesh, in_specs=(specs, *rest), out_specs=REPLICATED, check_vma=False
+    )
+    allowed = f"a network that calls bigbatch.whole once on each parameter with shard {named}"
+    try:
+        traced = jax.make_jaxpr(on_device)(params, statistics, task.frozen, examples)
+    except Exception as error:
+        said = f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
+        raise UserError(Problem("task.apply", said, allowed)) from error
+    (call,) = (e for e in traced.jaxpr.eqns if e.primitive.name == "shard_map")
+    program = call.params["jaxpr"]
+    for (path, leaf), outer in zip(
+        jax.tree.leaves_with_path(params), traced.jaxpr.invars, strict=False
+    ):
+        own = program.invars[call.invars.index(outer)]
+        reads = [] if own.aval.shape == leaf.shape else _reads(program, own)
+        operations = " and ".join(name.strip("_") for name in reads)
+        given = f"{operations} of params{jax.tree_util.keystr(path)}"
+        checks.require(reads in ([], [WHOLE]), "task.apply", given, allowed)
+    checks.done()
+
+
+def _reads(program: Any, variable: Any) -> list[str]:
+    """The operations of a traced program that read a variable, within programs of it too."""
+    found = []
+    for equation in program.eqns:
+        name = equation.params.get("name", equation.primitive.name)
+        inner = [getattr(each, "jaxpr", each) for each in equation.params.values()]
+        inner = [each for each in inner if len(getattr(each, "invars", ())) == len(equation.invars)]
+        for place, atom in enumerate(equation.invars):
+            if atom is variable:
+                into = [] if name == WHOLE else inner[:1]
+                found += [r for each in into for r in _reads(each, each.invars[place])]
+                found += [] if into else [name]
+    return found
