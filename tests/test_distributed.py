@@ -1,5 +1,6 @@
 """Several processes on loopback train the same run as one."""
 
+import functools
 import json
 import os
 import socket
@@ -40,34 +41,45 @@ def ended(processes: list[subprocess.Popen], timeout_s: float = TIMEOUT_S) -> li
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What `tests.process` wrote, by processes, devices of each, and the process that wrote."""
+def run(tmp_path_factory):
+    """Gives what `tests.process` wrote, in each of some processes with so many devices."""
     directory = tmp_path_factory.mktemp("processes")
-    found = {}
-    for processes, devices in ((1, 1), (1, 4), (2, 2)):
+
+    @functools.cache
+    def run(processes, devices):
         out = directory / f"{processes}x{devices}"
         flags = [f"127.0.0.1:{free_port()}", str(processes)] if processes > 1 else []
         commands = [
             ["tests.process", str(out), *flags, *([str(process)] if flags else [])]
             for process in range(processes)
         ]
-        for process, (status, text) in enumerate(ended([start(c, devices) for c in commands])):
+        found = []
+        for process, (status, text) in enumerate(
+            ended([start(c, devices) for c in commands], 4 * TIMEOUT_S)
+        ):
             assert status == 0, text
             report = json.loads(Path(f"{out}.{process}.json").read_text())
             with np.load(f"{out}.{process}.npz") as file:
                 report["state"] = [file[name] for name in file.files]
-            found[processes, devices, process] = report
-    return found
+            found.append(report)
+        return found
+
+    return run
 
 
-def test_two_processes_with_a_state_in_parts_train_what_one_does(results):
-    expected = results[1, 1, 0]
+@pytest.fixture(scope="module")
+def results(run):
+    """By processes, devices of each, and the process that wrote."""
+    over = ((1, 1), (1, 4), (2, 2))
+    return {(*key, process): one for key in over for process, one in enumerate(run(*key))}
+
+
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_two_processes_with_a_state_in_parts_train_what_one_does(run, devices):
+    (expected,) = run(1, 1)
     assert expected["devices"] == 1
     assert expected["sums"]["count"] == 360
-    for key in ((1, 4, 0), (2, 2, 0), (2, 2, 1)):
-        report = results[key]
-        assert report["devices"] == 4
-        assert report["processes"] == key[0]
+    for report in (*run(1, 4), *run(2, devices)):
         differences = [
             np.max(np.abs(a - b)) for a, b in zip(report["state"], expected["state"], strict=True)
         ]
@@ -76,6 +88,8 @@ def test_two_processes_with_a_state_in_parts_train_what_one_does(results):
         for name in ("count", "correct"):
             assert report["sums"][name] == expected["sums"][name]
         np.testing.assert_allclose(report["sums"]["loss"], expected["sums"]["loss"], rtol=1e-10)
+        assert report["reproducible_sha256"] == expected["reproducible_sha256"]
+    assert [(one["devices"], one["processes"]) for one in run(2, devices)] == [(2 * devices, 2)] * 2
 
 
 def test_processes_agree_to_the_bit(results):

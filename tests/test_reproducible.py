@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 import bigbatch
 from bigbatch.engine import functions as step
-from bigbatch.engine.optimizer import Momentum
+from bigbatch.engine.optimizer import OPTIMIZERS, Momentum, Optimizer, arguments
 from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
 from bigbatch.layout import layout
@@ -69,9 +69,20 @@ ARRAYS = {"x": RNG.normal(size=(1_000, 5)), "y": RNG.normal(size=1_000)}
 ARRAYS = {name: array.astype(np.float32) for name, array in ARRAYS.items()}
 
 
-def small_run(mesh: Mesh, share: int, *, reproducible: bool = True, shard: str = "none") -> Run:
+MOMENTUM = Momentum(clip_norm=5.0, weight_decay=1e-3)
+
+
+def small_run(
+    mesh: Mesh,
+    share: int,
+    *,
+    reproducible: bool = True,
+    shard: str = "none",
+    optimizer: Optimizer = MOMENTUM,
+) -> Run:
     """Batches of 24, then 120, in units of 8. A test over processes gives its own mesh."""
-    recipe = bigbatch.step_decay(0.02, 24, 0.9, boundaries_epochs=[0.4], factor=0.2)
+    momentum = 0.9 if "momentum" in arguments(optimizer.links) else 0.0
+    recipe = bigbatch.step_decay(0.02, 24, momentum, boundaries_epochs=[0.4], factor=0.2)
     plan = bigbatch.make_plan(
         bigbatch.grow_batch(recipe), train_examples=1_000, epochs=1.5, batch_multiple_examples=8
     )
@@ -79,7 +90,7 @@ def small_run(mesh: Mesh, share: int, *, reproducible: bool = True, shard: str =
         TASK,
         ARRAYS,
         plan,
-        Momentum(clip_norm=5.0, weight_decay=1e-3),
+        optimizer,
         microbatch_examples_per_device=share,
         ghost_batch_examples=8,
         noise_small_batch_examples=8,
@@ -119,6 +130,19 @@ def expected():
 def test_any_devices_and_parts_give_the_same_bits(expected, devices, shard):
     """The state, the losses and the measurements of the noise, with a clip by the global norm."""
     assert hash_of_everything(small_run(mesh_of(devices), 8, shard=shard)) == expected
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_a_norm_of_each_array_is_the_same_bits_too(name):
+    """In these two an array's learning rate goes by its norm and that of its update."""
+    optimizer = OPTIMIZERS[name](clip_norm=5.0, weight_decay=1e-3)
+    found = {
+        hash_of_everything(small_run(mesh_of(devices), 8, shard=shard, optimizer=optimizer))
+        for devices in (1, 2, 4, 8)
+        for shard in ("none", "update")
+    }
+    assert len(found) == 1
 
 
 def test_without_it_they_do_not():

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from bigbatch.config.assemble import identified, identity_of, load_data, prepared
 from bigbatch.config.config import Config, read_config
 from bigbatch.places.paths import place
@@ -79,7 +77,7 @@ def export(
       UserError: there is no checkpoint yet, a file is damaged, or `out` cannot be written.
     """
     state, updates = newest(run, directory, update)
-    params = jax.device_get(run.optimizer.evaluation_params(state.optimizer, state.params))
-    network = network_file.Network(params, jax.device_get(state.running_statistics))
+    params = run.optimizer.evaluation_params(state.optimizer, state.params)
+    network = network_file.Network(params, state.running_statistics)
     arrays = network_file.write(place(out, "out"), network)
     return {"updates": updates, "arrays": arrays, "params_sha256": packing.sha256(params)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from bigbatch import distributed
@@ -110,11 +111,9 @@ class Run:
         """The same, of the initial parameters where there are any."""
         if self.initial is None:
             return self.init_state()
-        params, running_statistics = distributed.together(self.initial)
-        shapes = self.programs.state_shapes
-        return self.programs.state_from(
-            _placed(params, shapes.params), _placed(running_statistics, shapes.running_statistics)
-        )
+        initial, shapes = self.initial, tuple(self.programs.state_shapes[:2])
+        begun = distributed.together(lambda: _placed(tuple(initial()), shapes))
+        return self.programs.state_from(*begun)
 
     @property
     def saved_shapes(self) -> functions.State:
@@ -131,10 +130,16 @@ class Run:
 
 
 def _placed(tree: PyTree, like: PyTree) -> PyTree:
-    """Values where those that are like them lie; what is of one host is of every one."""
+    """Values where those that are like them lie; what is of one host is of every one.
+
+    One is placed before the next is read.
+    """
 
     def placed(leaf: Any, to: jax.ShapeDtypeStruct) -> jax.Array:
-        in_parts = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        return (jax.device_put if in_parts else distributed.put)(leaf, to.sharding)
+        if not isinstance(leaf, jax.Array):
+            leaf = np.asarray(leaf)
+        in_parts = not getattr(leaf, "is_fully_addressable", True)
+        put = jax.device_put if in_parts else distributed.put
+        return jax.block_until_ready(put(leaf, to.sharding))
 
     return jax.tree.map(placed, tree, like)

@@ -4,7 +4,10 @@
 place in the network.
 """
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +18,10 @@ from bigbatch.engine.task import PyTree
 from bigbatch.errors import Problem, UserError, listed
 from bigbatch.places.paths import place
 from bigbatch.places.replacing import replacing
+from bigbatch.workdir.packing import on_host
 
 FIELD = "initial_params"
+_SUFFIX = ".npy"
 
 
 class Network(NamedTuple):
@@ -32,15 +37,21 @@ class Network(NamedTuple):
 
 
 def write(out: Path, network: Network) -> int:
-    """Writes a network's arrays, and gives their number.
+    """Writes a network's arrays, one after the other as `numpy.savez` does, and gives their number.
+
+    Args:
+      out: the file.
+      network: its arrays; what lies in parts is put together one array at a time.
 
     Raises:
       UserError: the file cannot be written.
     """
-    arrays = {name: np.asarray(leaf) for name, leaf in named(network).items()}
+    arrays = named(network)
     try:
-        with replacing(out) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+        with replacing(out) as file, zipfile.ZipFile(file, "w") as archive:
+            for name, leaf in arrays.items():
+                with archive.open(name + _SUFFIX, "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, on_host(leaf))
     except OSError as error:
         allowed = f"a file that can be written ({error.strerror})"
         raise UserError(Problem("out", str(out), allowed)) from error
@@ -48,7 +59,7 @@ def write(out: Path, network: Network) -> int:
 
 
 def read(path: str, like: Network) -> Network:
-    """The network in a file.
+    """The network in a file, of which no array is read yet: NumPy does where it is given one.
 
     Args:
       path: of the file.
@@ -57,17 +68,13 @@ def read(path: str, like: Network) -> Network:
     Raises:
       UserError: there is no such file, it cannot be read, or its arrays are another network's.
     """
-    try:
-        # NumPy leaves a damaged file open that it opened itself.
-        with place(path, FIELD).open("rb") as opened, np.load(opened) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        allowed = "a file that is there, as `bigbatch export` writes it"
-        raise UserError(Problem(FIELD, path, allowed)) from None
-    except Exception as error:
-        # zip, zlib and npy each have errors of their own for a damaged file.
-        allowed = f"an npz file that can be read ({type(error).__name__}: {error})"
-        raise UserError(Problem(FIELD, path, allowed)) from error
+    arrays = {}
+    with _opened(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                version = "{}_{}".format(*np.lib.format.read_magic(member))
+                header = getattr(np.lib.format, f"read_array_header_{version}")(member)
+            arrays[info.filename.removesuffix(_SUFFIX)] = _Saved(path, info, header[0], header[2])
     problems = _unlike(path, arrays, named(like))
     if problems:
         raise UserError(problems)
@@ -76,8 +83,45 @@ def read(path: str, like: Network) -> Network:
     return network
 
 
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """An array in a file, which NumPy reads when it makes an array of this: one at a time.
+
+    Attributes:
+      path: of the file.
+      info: of its place there, and a checksum, with which what is read is compared.
+      shape: of the array.
+      dtype: likewise.
+    """
+
+    path: str
+    info: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with _opened(self.path) as archive, archive.open(self.info) as member:
+            array: np.ndarray = np.lib.format.read_array(member)
+            return array
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[zipfile.ZipFile]:
+    """A file of arrays that is read; whatever is wrong with it is a `UserError`."""
+    try:
+        with place(path, FIELD).open("rb") as file, zipfile.ZipFile(file) as archive:
+            yield archive
+    except FileNotFoundError:
+        allowed = "a file that is there, as `bigbatch export` writes it"
+        raise UserError(Problem(FIELD, path, allowed)) from None
+    except Exception as error:
+        # zip, zlib and npy each have errors of their own for a damaged file.
+        allowed = f"an npz file that can be read ({type(error).__name__}: {error})"
+        raise UserError(Problem(FIELD, path, allowed)) from error
+
+
 def _unlike(
-    path: str, arrays: Mapping[str, np.ndarray], expected: Mapping[str, jax.ShapeDtypeStruct]
+    path: str, arrays: Mapping[str, _Saved], expected: Mapping[str, jax.ShapeDtypeStruct]
 ) -> list[Problem]:
     """What keeps a file's arrays from being a network's."""
     network = f"the {len(expected)} arrays of this config's network, as `bigbatch export` writes"
@@ -106,5 +150,5 @@ def named(network: Network) -> dict[str, Any]:
     }
 
 
-def _words(array: np.ndarray | jax.ShapeDtypeStruct) -> str:
+def _words(array: _Saved | jax.ShapeDtypeStruct) -> str:
     return f"{array.dtype}{list(array.shape)}"

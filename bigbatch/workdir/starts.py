@@ -8,6 +8,7 @@ starts that came to no checkpoint. Nothing is decided by any of it.
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,15 @@ def with_process() -> None:
         _began[0] -= age_s
 
 
+@functools.cache
+def version(package: str) -> str:
+    """Of a package; the search for one takes milliseconds. A bare tree of this one has none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def note(files: Workdir, sources: Sequence[Path]) -> None:
     """Adds this start to those of a run's starts.json.
 
@@ -55,8 +66,6 @@ def note(files: Workdir, sources: Sequence[Path]) -> None:
     """
     # Who reads them needs none of it.
     import jax
-
-    from bigbatch.workdir.checkpoint import version
 
     program = Path(sys.argv[0])
     # As `python -m bigbatch` has it.
