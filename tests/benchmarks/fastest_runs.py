@@ -24,7 +24,7 @@ LEAST_EXAMPLES = 512
 
 def losses_of(run):
     """The loss of every update: a record's is the mean of the updates since the last one."""
-    records = map(json.loads, (run / "metrics.jsonl").open())
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     train = [(r["update"], r["train_loss"]) for r in records if "train_loss" in r]
     updates, losses = zip(*train, strict=True)
     return np.repeat(losses, np.diff(updates, prepend=0))
