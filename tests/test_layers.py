@@ -1,6 +1,7 @@
 """Parameters that are whole only while a layer computes: the numbers, the bits, what is refused."""
 
 import itertools
+import json
 
 import flax.linen as nn
 import jax
@@ -20,10 +21,11 @@ from bigbatch.training.fitting import shard_that_fits
 from bigbatch.training.loop import updates
 from bigbatch.training.programs import held_bytes as held_bytes_of
 from bigbatch.training.progress import memory_line
-from bigbatch.workdir.packing import sha256
+from bigbatch.workdir.packing import on_host, sha256
 from tests import optimizers, test_language_training, test_parts
 from tests import trained as configured
 from tests.own import layers
+from tests.test_distributed import ended, free_port, start
 from tests.test_parts import SHAPES, held_bytes, prepared, trained
 
 SMALL_BATCHES = {"ghost_batch_examples": 2, "noise_small_batch_examples": 2}
@@ -206,6 +208,36 @@ def test_auto_is_chosen_before_anything_is_compiled():
             run = prepared(OPTIMIZERS["adam"](), "adam", shard="auto", device_memory_bytes=memory)
             assert run.programs.shard == shard
     assert "state in parts, shard {'layer': 4}; " in memory_line(run)
+
+
+def on_host_after(shard, **options):
+    """The state at the end of a run over all processes, and the last update's loss."""
+    run = prepared(optimizer("lamb"), "lamb", shard=shard, **SMALL_BATCHES, **options)
+    *_, (_, state, sums) = updates(run, run.init_state(), 0)
+    return jax.tree.map(on_host, state._replace(copy=None)), float(sums["loss"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shard", ["update", *LAYERS], ids=str)
+def test_two_processes_of_four_devices_train_what_one_does(shard, tmp_path):
+    """A copy of eight parts lies on both."""
+    address = f"localhost:{free_port()}"
+    outs = [tmp_path / str(process) for process in range(2)]
+    commands = [
+        ["tests.layer_process", str(out), json.dumps(shard), address, "2", out.name] for out in outs
+    ]
+    for status, text in ended([start(command, 4) for command in commands], 900):
+        assert status == 0, text
+    with jax.enable_x64(True):
+        state, loss = on_host_after("none")
+        exact, exact_loss = on_host_after("none", reproducible=True)
+    for out in outs:
+        found = np.load(out.with_suffix(".npz"))
+        for one, other in zip(
+            found.values(), [loss, exact_loss, *jax.tree.leaves(state)], strict=True
+        ):
+            np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)
+        assert out.with_suffix(".txt").read_text() == sha256(exact)
 
 
 class Wholes(nn.Module):
