@@ -510,6 +510,8 @@ def test_a_compiler_s_process_that_is_lost(monkeypatch, tmp_path):
         table.compiled("own.py", [], asked)
 
 
+RESNET, INCEPTION = "imagenet_resnet50.py", "imagenet_inception_resnet_v2.py"
+SHARE = "--config.microbatch_examples_per_device"
 needs_tpu = pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs extra tpu")
 
 
@@ -527,9 +529,12 @@ def test_the_compiler_of_tpus(config, capsys, tmp_path, monkeypatch):
     assert "compile-for: given 'v5e:3x7'; allowed: a topology" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
+needs_cuda = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, chips._PACKAGES["cuda"])), reason="needs extra cuda"
 )
+
+
+@needs_cuda
 def test_the_compiler_of_gpus(config, capsys, tmp_path, monkeypatch):
     """Takes the options that training gives it, and cuDNN's attention for bfloat16."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -570,6 +575,39 @@ def test_several_slices(config, capsys, tmp_path, monkeypatch):
     assert found["send"]["bytes"] >= 4 * (PARAMETERS + 6) / 8
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("v5e:2x4", marks=needs_tpu),
+        pytest.param("h100:8", marks=needs_cuda),
+    ],
+)
+def test_layers_in_parts(place, capsys, tmp_path, monkeypatch):
+    """Parameters move in groups of four, sums over groups, and nothing else but scalars."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = f"--compile-for={place}", '--config.shard={"layer": 4}', "--config.model.remat=True"
+    sizes = "--config.model.layers=1", "--config.policy.batch_size=16", f"{SHARE}=2"
+    plan, _ = planned(capsys, "configs/language.py:cosine", *flags, *sizes)
+    accumulate, apply_update, evaluate = plan["compiled"]["programs"]
+    held = plan["compiled"]["held_bytes"]
+    moved = {}
+    for each in accumulate["collectives"] + evaluate["collectives"]:
+        # A TPU's compiler makes some scatters of permutations, whose groups are pairs.
+        assert each["groups"] == "2 x 4" or each["kind"] == "collective-permute"
+    for each in accumulate["collectives"]:
+        moved[each["kind"]] = moved.get(each["kind"], 0) + each["bytes"]
+    # Twice, and once: four bytes each, of a part of four what is scattered.
+    gathered = moved.pop("all-gather")
+    assert 4 * held["params"] < gathered < 2.2 * 4 * held["params"]
+    # A compiler may reduce all and keep a part.
+    assert 0.95 * held["params"] < sum(moved.values()) < 1.05 * 4 * held["params"]
+    summed = {}
+    for each in apply_update["collectives"]:
+        summed[each["groups"]] = summed.get(each["groups"], 0) + each["bytes"]
+    assert 0.95 * held["params"] < summed.pop("4 x 2") < 1.05 * held["params"]
+    assert sum(summed.values()) < 0.1 * held["params"]
+
+
 REFUSED = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -598,10 +636,6 @@ def test_chips_have_the_devices_and_the_memory_that_their_compiler_says():
         assert needed_bytes == 400 * 2**30
         gib = float(re.search(r"exceeds available HBM \(([\d.]+)G\)", refused)[1])
         assert chip.memory_bytes == pytest.approx(gib * 2**30 * chip.devices)
-
-
-RESNET, INCEPTION = "imagenet_resnet50.py", "imagenet_inception_resnet_v2.py"
-SHARE = "--config.microbatch_examples_per_device"
 
 
 @needs_tpu
