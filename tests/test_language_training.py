@@ -27,7 +27,7 @@ TREE = trained.tree(
 )
 
 
-def train(directory, devices, monkeypatch, stop_at=None):
+def train(directory, devices, monkeypatch, stop_at=None, shard="none"):
     """Trains on so many devices, to an update; the tokens of each position that were made."""
     shown = {}
     training = TokenData.training
@@ -40,7 +40,7 @@ def train(directory, devices, monkeypatch, stop_at=None):
 
     with monkeypatch.context() as patch:
         patch.setattr(TokenData, "training", watched)
-        run = trained.prepared(read_config(TREE), devices)
+        run = trained.prepared(read_config(TREE | {"shard": shard}), devices)
         if stop_at is None:
             return trained.train(run, directory), shown
         patch.setattr(loop, "updates", trained.stopping(loop.updates, stop_at))
@@ -50,12 +50,20 @@ def train(directory, devices, monkeypatch, stop_at=None):
 
 
 @pytest.mark.long
-def test_any_devices_show_the_same_tokens_and_give_the_same_bits(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [(1, 4), (4, 9), (2, None)],
+        # Checkpoints in parts are read in others, and whole.
+        [(8, 4, {"layer": 4}), (4, 9, {"layer": 2}), (2, 11, "update"), (1, None, "none")],
+    ],
+)
+def test_any_devices_show_the_same_tokens_and_give_the_same_bits(starts, tmp_path, monkeypatch):
     expected, whole = train(tmp_path / "whole", 1, monkeypatch)
     assert expected["updates"] == len(read_config(TREE).plan.batch_sizes) > 9
     parts = [
-        train(tmp_path / "moved", devices, monkeypatch, stop_at)
-        for devices, stop_at in ((1, 4), (4, 9), (2, None))
+        train(tmp_path / "moved", devices, monkeypatch, stop_at, *shard)
+        for devices, stop_at, *shard in starts
     ]
     result = parts[-1][0]
     assert result["params_sha256"] == expected["params_sha256"]

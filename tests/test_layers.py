@@ -207,7 +207,7 @@ def test_auto_is_chosen_before_anything_is_compiled():
         for memory, shard in ((2 * whole + 1000, "none"), (2 * in_parts + 500, 4)):
             run = prepared(OPTIMIZERS["adam"](), "adam", shard="auto", device_memory_bytes=memory)
             assert run.programs.shard == shard
-    assert "state in parts, shard {'layer': 4}; " in memory_line(run)
+    assert "device, state in parts (shard {'layer': 4}); " in memory_line(run)
 
 
 def on_host_after(shard, **options):

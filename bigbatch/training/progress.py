@@ -174,9 +174,9 @@ def memory_line(run: Run) -> str:
     needs = {name: f"{size / memory.MIB:,.1f}" for name, size in run.programs.device_bytes.items()}
     largest, shard = run.microbatch_examples_per_device, run.programs.shard
     named = {LAYER: shard} if isinstance(shard, int) else shard
-    lies = "" if shard == NONE else f"state in parts, shard {named}; "
+    lies = "" if shard == NONE else f", state in parts (shard {named})"
     return (
-        f"{lies}microbatches of up to {largest:,} examples a device; MiB a device: parameters, "
+        f"microbatches of up to {largest:,} examples a device{lies}; MiB a device: parameters, "
         f"statistics and optimizer {needs['state']}, with accumulate {needs['accumulate']}, with "
         f"apply_update {needs['apply_update']}"
     )
