@@ -184,6 +184,19 @@ def test_what_is_started_early_counts_once():
     assert read.collectives(text)[0]["bytes"] == 4 * 16 * 3
 
 
+def test_what_goes_on_through_several_kernels_counts_once():
+    """A TPU's text has it in each of them, with the chain's number."""
+    steps = [
+        f"""%step.{n} (p: f32[2,3]) -> f32[16,3] {{
+  %p.{n} = f32[2,3]{{1,0}} parameter(0)
+  ROOT %g.{n} = f32[16,3]{{1,0}} all-gather(%p.{n}), replica_groups=[1,8]<=[8], """
+        f'frontend_attributes={{chain_id="{chain}"}}\n}}'
+        for n, chain in enumerate([0, 0, 0, 1, 1])
+    ]
+    (found,) = read.collectives("\n\n".join(steps))
+    assert (found["count"], found["bytes"]) == (2, 2 * 4 * 16 * 3)
+
+
 @pytest.mark.parametrize("over", [("data",), ("fsdp",), ("data", "fsdp")])
 def test_sums_in_loops_are_read_by_axis_and_trips(over):
     """What XLA makes of sums that are known."""
@@ -598,7 +611,7 @@ def test_layers_in_parts(place, capsys, tmp_path, monkeypatch):
         moved[each["kind"]] = moved.get(each["kind"], 0) + each["bytes"]
     # Twice, and once: four bytes each, of a part of four what is scattered.
     gathered = moved.pop("all-gather")
-    assert 4 * held["params"] < gathered < 2.2 * 4 * held["params"]
+    assert 4 * held["params"] < gathered <= 2 * 4 * held["params"]
     # A compiler may reduce all and keep a part.
     assert 0.95 * held["params"] < sum(moved.values()) < 1.05 * 4 * held["params"]
     summed = {}

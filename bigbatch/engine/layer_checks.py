@@ -38,7 +38,8 @@ def check_layers(task: Task, shapes: Shapes, examples: Mapping[str, Any], size: 
     allowed = "a network that computes the ghost batches of a unit together"
     checks.require(not several, "shard", named, allowed, NONE)
     checks.done()
-    mesh = AbstractMesh((1, size), (DATA_AXIS, LAYER_AXIS))
+    kinds = (jax.sharding.AxisType.Auto,) * 2
+    mesh = AbstractMesh((1, size), (DATA_AXIS, LAYER_AXIS), axis_types=kinds)
     params, statistics = shapes
     specs = Parts(mesh, size).specs(params)
 

@@ -34,7 +34,7 @@ from bigbatch.places.replacing import replacing
 from bigbatch.training.programs import held_bytes
 
 # Of what is kept: another number where what is read of a program changes.
-_VERSION = 3
+_VERSION = 4
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZES = [f"{name}_size_in_bytes" for name in ("argument", "output", "alias", "temp")]
 _ESTIMATES = {"xla_flops": "flops", "bytes": "bytes accessed"}

@@ -34,6 +34,8 @@ _CALLED = re.compile(rf"(?:body|condition|calls|to_apply)={_NAME}|branch_computa
 _GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=(\{(?:\{[\d,]*\},?)*\})")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+# A TPU's collective that goes on through several kernels is in the text of each of them.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _KNOWN_TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 # Their work is that of the computations that they call.
 _CALLS = ("while", "call", "conditional", "async-start")
@@ -71,11 +73,16 @@ def collectives(text: str, axes: Mapping[str, int] | None = None) -> list[dict[s
     entry, blocks = _blocks(text)
     trips = _trips(entry, blocks)
     found: dict[tuple[str, str, float, str], list[int]] = {}
+    chains: set[str] = set()
     for block, lines in blocks.items():
         known = {line.name: line.gives for line in lines}
         for line in lines:
             kind = _COLLECTIVE.fullmatch(line.kind)
+            chain = _CHAIN.search(line.rest) if kind else None
+            if chain and chain[1] in chains:
+                continue
             if kind:
+                chains |= {chain[1]} if chain else set()
                 groups = _groups(line.rest, math.prod((axes or {}).values()))
                 shape = "all" if groups is None else " x ".join(map(str, groups.shape))
                 among = "slices" if kind[1] == "send" else shape
