@@ -279,7 +279,9 @@ def specialised(
     if task.for_examples is not None:
         del examples["ghost_mask"]
         return specialised(task.for_examples(examples), data, ghost_batch_examples)
-    key = tuple((name, leaf.shape[1:], leaf.dtype) for name, leaf in sorted(examples.items()))
+    kinds = tuple((name, leaf.shape[1:], leaf.dtype) for name, leaf in sorted(examples.items()))
+    # In the other precision the same task gives others.
+    key = jax.numpy.result_type(float), kinds
     checked = _CHECKED.setdefault(task, {})
     if key not in checked:
         checked[key] = _init_shapes(task) if task.is_tested else check_task(task, examples)
