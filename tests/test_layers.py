@@ -315,7 +315,7 @@ def test_a_network_that_reads_parts_otherwise_is_refused(read_by, words, monkeyp
             r"shard: given \{'layer': 3\}; nearest: \{'layer': 2\}; .*divides the 8 devices",
         ),
         ({"layers": 4}, r"shard: given \{'layers': 4\}"),
-        ({"layer": "4"}, r"shard: given \{'layer': '4'\}"),
+        ({"layer": "all"}, r"shard: given \{'layer': 'all'\}"),
         ("layer", r"shard: given 'layer'; .*allowed: 'auto', 'none', 'update' or"),
     ],
 )
