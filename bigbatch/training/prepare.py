@@ -319,7 +319,7 @@ def _checked_shard(checks: Checks, shard: Any, devices: int) -> str | int:
     nearest = min(divisors, key=lambda n: abs(n - size)) if isinstance(size, int) else devices
     fits = set(shard) == {LAYER} and size in divisors
     checks.require(fits, "shard", dict(shard), allowed, {LAYER: nearest})
-    return int(size) if fits and size != 1 else NONE
+    return int(size) if size and fits and size != 1 else NONE
 
 
 def _divisors(number: int) -> list[int]:
