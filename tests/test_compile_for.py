@@ -559,7 +559,8 @@ def test_the_compiler_of_gpus(config, capsys, tmp_path, monkeypatch):
     assert plan["compiled"]["device_kind"] == "NVIDIA H100 80GB HBM3"
     assert accumulate["collectives"] == evaluate["collectives"] == []
     (found,) = apply_update["collectives"]
-    sent = {"kind": "all-reduce", "count": 1, "bytes": 4 * (PARAMETERS + 6), "groups": "1 x 2"}
+    size = 4 * (PARAMETERS + 6)
+    sent = {"kind": "all-reduce", "count": 1, "bytes": size, "groups": "1 x 2", "trips": 1}
     assert found == sent
     # It refuses nothing: what it says is needed is compared.
     _, said = planned(capsys, config, place, "--config.device_memory_bytes=4000", status=2)
