@@ -63,6 +63,19 @@ def shapes_of(
 
     What rounding leaves of the scalar sums is always kept. `compensated` keeps that of all: sums of
     any number of addends are then as good as one of two, for another array like each parameter.
+
+    Args:
+      task: what is trained.
+      params: shapes of its parameters.
+      running_statistics: and of its running statistics.
+      examples: shapes of a microbatch's, [examples, ...].
+      parts: how arrays lie for a microbatch.
+      measures_noise: whether squares of gradients are summed too.
+      reproducible: whether sums are exact.
+      compensated: see above.
+
+    Returns:
+      `Accumulator` or `FixedPoint`, of shapes with their shardings.
     """
     addends = addend_shapes(task, params, running_statistics, examples, measures_noise)
     accumulator: Any
@@ -81,7 +94,13 @@ def shapes_of(
 
 
 def specs_of(accumulator: Any, params: PyTree, parts: Parts) -> Any:
-    """How the arrays of an accumulator lie, each by each."""
+    """How the arrays of an accumulator lie: a tree like it.
+
+    Args:
+      accumulator: `Accumulator` or `FixedPoint`; shapes are enough.
+      params: the parameters, whole shapes.
+      parts: how arrays lie for a microbatch, or over the axes of an update.
+    """
     lead = 1 if isinstance(accumulator, FixedPoint) else 0
     of_params = jax.tree.map(lambda leaf: parts.of_sums(leaf.shape, lead), params)
     whole = jax.tree.map(lambda leaf: parts.each, accumulator)

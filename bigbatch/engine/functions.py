@@ -173,10 +173,8 @@ def accumulate(
         total = units.add_units(addend, into, accumulator, microbatch, unit, **kind)
         return jax.tree.map(lambda leaf: leaf[None], total)
 
-    of_params, sums = (
-        parts.specs(state.read_params),
-        specs_of(accumulator, state.read_params, parts),
-    )
+    of_params = parts.specs(state.read_params)
+    sums = specs_of(accumulator, state.read_params, parts)
     return jax.shard_map(
         on_device,
         mesh=parts.mesh,

@@ -147,14 +147,19 @@ def without_room(gradients: PyTree, is_cut: PyTree, rows: int) -> tuple[PyTree, 
       gradients: by what `with_room` gave.
       is_cut: as there.
       rows: as there.
+
+    Returns:
+      Gradients, parts of sums or `exact_sums.Digits`; and the square, None where `rows` is 0.
     """
+    if not rows:
+        return gradients, None
     leaves, structure = jax.tree.flatten(gradients)
     squares = []
     for n, cut in enumerate(jax.tree.leaves(is_cut)):
         found = leaves[n]
         if not cut:
             squares.append(square(found))
-        elif rows:
+        else:
             numbers = found.reshape(rows, -1)[:, 0]
             squares.append(numbers[-1])
             leaves[n] = exact_sums.Digits(found[:3], numbers[3]) if rows == _EXACT else found[0]

@@ -152,6 +152,11 @@ class Parts:
         return jax.lax.psum(array, names) if names else array
 
 
+def named(shard: str | int) -> Any:
+    """As a config has it."""
+    return {LAYER: shard} if isinstance(shard, int) else shard
+
+
 def cut_axis(shape: Sequence[int], factor: int) -> int | None:
     """The axis along which an array is cut: the largest that the factor divides, if one does.
 

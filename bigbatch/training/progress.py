@@ -10,7 +10,7 @@ import jax
 
 from bigbatch.bars import Bar
 from bigbatch.engine.functions import EXAMPLES, GRADIENT_IS_FINITE, PARAMS_ARE_FINITE
-from bigbatch.engine.parts import LAYER, NONE
+from bigbatch.engine.parts import NONE, named
 from bigbatch.engine.task import COUNT, Sums
 from bigbatch.errors import RunError
 from bigbatch.layout import memory
@@ -173,8 +173,7 @@ def memory_line(run: Run) -> str:
     """What a run needs on each device, in one line for the user."""
     needs = {name: f"{size / memory.MIB:,.1f}" for name, size in run.programs.device_bytes.items()}
     largest, shard = run.microbatch_examples_per_device, run.programs.shard
-    named = {LAYER: shard} if isinstance(shard, int) else shard
-    lies = "" if shard == NONE else f", state in parts (shard {named})"
+    lies = "" if shard == NONE else f", state in parts (shard {named(shard)})"
     return (
         f"microbatches of up to {largest:,} examples a device{lies}; MiB a device: parameters, "
         f"statistics and optimizer {needs['state']}, with accumulate {needs['accumulate']}, with "

@@ -26,7 +26,7 @@ from bigbatch.commands.compile.chips import Target, target
 from bigbatch.config.assemble import prepared
 from bigbatch.config.file import load_config
 from bigbatch.engine.functions import data_mesh
-from bigbatch.engine.parts import LAYER
+from bigbatch.engine.parts import named
 from bigbatch.errors import Problem, UserError
 from bigbatch.layout.memory import program_bytes
 from bigbatch.places.caches import cache_directory
@@ -195,7 +195,7 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
         ),
         "device_memory_bytes": given,
         "held_bytes": {name: size for name, size in held.items() if size},
-        "shard": {LAYER: made.shard} if isinstance(made.shard, int) else made.shard,
+        "shard": named(made.shard),
         "programs": [{**each, "needed_bytes": program_bytes(Program(each))} for each in programs],
     }
 

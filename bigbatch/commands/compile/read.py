@@ -79,10 +79,11 @@ def collectives(text: str, axes: Mapping[str, int] | None = None) -> list[dict[s
         for line in lines:
             kind = _COLLECTIVE.fullmatch(line.kind)
             chain = _CHAIN.search(line.rest) if kind else None
-            if chain and chain[1] in chains:
-                continue
+            if chain:
+                if chain[1] in chains:
+                    continue
+                chains.add(chain[1])
             if kind:
-                chains |= {chain[1]} if chain else set()
                 groups = _groups(line.rest, math.prod((axes or {}).values()))
                 shape = "all" if groups is None else " x ".join(map(str, groups.shape))
                 among = "slices" if kind[1] == "send" else shape
