@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def storm(kills: int, processes: int, seed: int, rate: float, epochs: int) -> No
                 break
             if all(process.returncode != -signal.SIGKILL for process in running):
                 # What was tried again too often, or a list that Orbax believed.
-                assert "the same command continues" in said, said
+                assert re.search("the same command continues|they continue", said), said
                 given_up.append(said.strip().splitlines()[-1])
         result = json.loads(bucket.read("run/result.json"))
         disk = json.loads((place / "disk/result.json").read_text())

@@ -2,7 +2,8 @@
 
 The same command line, to be killed at leisure: each microbatch takes so many seconds as `WAIT_S`
 in the environment says. One of more examples than `OUT_OF_MEMORY_ABOVE` says does not fit.
-Processes wait for each other as long as `START_TIMEOUT_S` says. This file is its own config.
+Processes wait for each other at the start and later as long as `START_TIMEOUT_S` and
+`HEARTBEAT_TIMEOUT_S` say. This file is its own config.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from tests import trained
 WAIT_S = "PERCEPTRON_WAIT_S"
 OUT_OF_MEMORY_ABOVE = "PERCEPTRON_OUT_OF_MEMORY_ABOVE"
 START_TIMEOUT_S = "PERCEPTRON_START_TIMEOUT_S"
+HEARTBEAT_TIMEOUT_S = "PERCEPTRON_HEARTBEAT_TIMEOUT_S"
 
 
 class Perceptron(nn.Module):
@@ -75,6 +77,8 @@ def main() -> int:
     microbatches.place = slowly
     if START_TIMEOUT_S in os.environ:
         distributed.START_TIMEOUT_S = int(os.environ[START_TIMEOUT_S])
+    if HEARTBEAT_TIMEOUT_S in os.environ:
+        distributed.HEARTBEAT_TIMEOUT_S = int(os.environ[HEARTBEAT_TIMEOUT_S])
     if OUT_OF_MEMORY_ABOVE in os.environ:
         most = int(os.environ[OUT_OF_MEMORY_ABOVE])
         assemble.prepare = prepare_small

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -97,6 +98,20 @@ STORMS = {
     "each killed once, one told to stop": [(KILL, [0]), (TERM, [1]), (KILL, [1])],
     "told to stop": [(TERM, [0]), (TERM, [0, 1])],
 }
+
+
+def test_a_process_that_cannot_write_ends_all_of_them(tmp_path, monkeypatch):
+    """Its part of a checkpoint; process 0 waits for it to be written."""
+    monkeypatch.setenv(perceptron_run.HEARTBEAT_TIMEOUT_S, "10")
+    processes = begin(tmp_path, monkeypatch, wait_s=0.3)
+    wait_for_updates(tmp_path, processes, 1)
+    # As on a full disk.
+    resource.prlimit(processes[1].pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+    (_, first), (status, second) = ended(processes, END_S)
+    assert status == 1
+    assert "a checkpoint could not be written" in second
+    assert AGAIN in first
+    assert [status for status, _ in ended(begin(tmp_path, monkeypatch))] == [0, 0]
 
 
 @pytest.mark.parametrize(

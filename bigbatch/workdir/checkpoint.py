@@ -15,11 +15,9 @@ own parts, and the checksum is one that needs no order. Both forms are read into
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby
@@ -35,7 +33,7 @@ from bigbatch import distributed
 from bigbatch.engine.functions import State
 from bigbatch.errors import Problem, RunError, StoppedError, UserError, listed
 from bigbatch.places.paths import absolute, is_bucket
-from bigbatch.workdir import packing, storage
+from bigbatch.workdir import orbax_options, packing, storage
 from bigbatch.workdir.starts import version
 
 # Counts up when an older version could not read what this one writes, or the other way round.
@@ -82,26 +80,14 @@ class Checkpoints:
         self.directory = absolute(directory)
         self._writes = keep is not None
         self._being_written: Any = None
-        _say_nothing_twice()
+        orbax_options.say_nothing_twice()
         # A reader must not clean up what another process is writing.
-        policy = _Preservation(keep, keep_always) if keep is not None else None
+        policy = orbax_options.Preservation(keep, keep_always) if keep is not None else None
         save = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
-        context = ocp.Context()
-        # Else what writes the state waits 5 minutes for a directory that could not be made, and the
-        # process, told of the error at once, cannot end before.
-        context.asynchronous.create_directories_asynchronously = False
-        # Else Orbax looks for what it has written by a pattern, and in a directory with brackets in
-        # its name finds nothing; a small state then takes twice as long, too.
-        context.array.saving.use_ocdbt = False
-        # It takes two thirds of the time, on the cores of the input, and saves 8 % of the bytes.
-        context.array.saving.use_compression = False
-        # What is written is a copy already, and is read piece by piece.
-        context.memory.deepcopy_host_arrays = False
-        context.pytree.loading.partial_load = True
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.directory,
-                context=context,
+                context=orbax_options.context(),
                 save_decision_policy=save,
                 preservation_policy=policy,
                 cleanup_tmp_directories=keep is not None,
@@ -343,46 +329,20 @@ class Checkpoints:
     def _not_written(self, error: Exception) -> RunError:
         """What to say where a checkpoint cannot be written."""
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if isinstance(error, TimeoutError) and jax.process_count() > 1:
+            return RunError(
+                "a checkpoint was not written: another process of this run has gone, or writing "
+                f"took too long ({reason}). Start all of them again: they continue from the newest "
+                "checkpoint"
+            )
         return RunError(
             f"a checkpoint could not be written to {self.directory} ({reason}); those before it "
             "are untouched. Make room or mend the permissions; the same command continues"
         )
 
 
-@functools.cache
-def _say_nothing_twice() -> None:
-    """Leaves an error of a write to be raised, which Orbax does, and to nobody else.
-
-    It also logs the traceback from each of its threads, and closes its loop while other arrays are
-    being written, on each of which Python then remarks. And it warns of every checkpoint that has
-    no OCDBT database.
-    """
-    for logger in (logging.getLogger("absl"), logging.getLogger()):
-        logger.addFilter(lambda record: "/orbax/checkpoint/" not in record.pathname)
-    remark = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            remark(unraisable)
-
-    sys.unraisablehook = hook
-
-
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-class _Preservation:
-    """Which checkpoints stay: the newest, and those that are kept for good."""
-
-    def __init__(self, newest: int, always: Callable[[int], bool]):
-        self._newest = newest
-        self._always = always
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's protocol: one answer for each checkpoint, oldest first."""
-        first_kept = len(checkpoints) - self._newest
-        return [i >= first_kept or self._always(c.step) for i, c in enumerate(checkpoints)]
 
 
 def _pieces(packed: np.ndarray) -> dict[str, np.ndarray]:
