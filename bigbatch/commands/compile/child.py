@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from bigbatch.commands.bench import stand_ins
@@ -174,6 +175,9 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
         for size, program in made.accumulate.items()
     ]
     programs += [made.apply_update.facts, made.evaluate.facts]
+    largest = None
+    if config.microbatch_examples_per_device == "auto":
+        largest = _largest(run, compiler.made, given)
     state = made.state_shapes.params, made.state_shapes.running_statistics
     held = held_bytes(run.task, run.optimizer, state, run.mesh, made.reproducible, made.shard)
     hosts: dict[tuple[int, int], list[Any]] = {}
@@ -190,9 +194,7 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
             for host, held in hosts.items()
         ],
         "microbatch_examples_per_device": run.microbatch_examples_per_device,
-        "largest_examples_per_device": _largest(
-            compiler.made, len(devices), run.unit_examples, given
-        ),
+        "largest_examples_per_device": largest,
         "device_memory_bytes": given,
         "held_bytes": {name: size for name, size in held.items() if size},
         "shard": named(made.shard),
@@ -200,23 +202,39 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
     }
 
 
-def _largest(
-    made: Mapping[str, Program], devices: int, unit_examples: int, limit_bytes: int
-) -> int | None:
-    """The largest microbatch of a device that fits, by the line through the two largest so far.
+def _largest(run: Any, made: Mapping[str, Program], limit_bytes: int) -> int | None:
+    """The largest microbatch of a device that fits, where several were compiled to find one.
 
-    None where fewer were compiled.
+    It does, and one a tenth larger does not: both are compiled. The line through the largest so far
+    and one of half of it or less says where to begin. Memory is no line, and what a compiler
+    refuses takes it seconds.
     """
-    needs = {
-        int(name.split()[1]) // devices: program_bytes(program)
-        for name, program in made.items()
-        if name.startswith("accumulate") and not program.facts["refused"]
-    }
-    if len(needs) < 2:
+    devices, unit = run.mesh.size, run.unit_examples
+
+    def needed(examples: int) -> int:
+        return program_bytes(made[f"accumulate {devices * examples}"])
+
+    def fits(examples: int) -> bool:
+        if f"accumulate {devices * examples}" not in made:
+            sizes = np.array([devices * examples])
+            run.again(microbatch_examples_per_device=examples, batch_sizes=sizes)
+        return needed(examples) <= limit_bytes
+
+    sizes = [int(name.split()[1]) // devices for name in made if name.startswith("accumulate")]
+    sizes = sorted(filter(fits, sizes))
+    if len(sizes) < 2:
         return None
-    few, many = sorted(needs)[-2:]
-    one = (needs[many] - needs[few]) / (many - few)
-    return many + int((limit_bytes - needs[many]) / one) // unit_examples * unit_examples
+    most = sizes[-1]
+    few = max((size for size in sizes if 2 * size <= most), default=sizes[0])
+    one = (needed(most) - needed(few)) / (most - few)
+    tenth = max(unit, most // 10 // unit * unit)
+    step = max(unit, tenth // 2 // unit * unit)
+    largest = most + max(step, int((limit_bytes - needed(most)) / one) // unit * unit)
+    while largest > most and not fits(largest):
+        largest = max(largest - step, most)
+    while fits(largest + tenth):
+        largest += tenth
+    return largest
 
 
 def _tell(**values: Any) -> None:
