@@ -139,7 +139,7 @@ def rule_of(optimizer, plan=PLAN, dtype=np.float64, **options):
 def trained(rule, plan=PLAN, *, devices=1, shard="none", dtype=jnp.float64, updates=UPDATES):
     """The state after the updates, and the sums of the last, under the two compiled functions.
 
-    With `shard` "update", or a number of devices for layers, the state lies in parts.
+    With `shard` "update", or `Layers`, the state lies in parts.
     """
     mesh = functions.data_mesh(jax.devices()[:devices])
     parts = Parts(mesh, shard)

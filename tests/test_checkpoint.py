@@ -19,9 +19,9 @@ import pytest
 
 from bigbatch import distributed
 from bigbatch.engine.functions import State, data_mesh, shardings
-from bigbatch.engine.parts import Parts
+from bigbatch.engine.parts import Layers, Parts, Shard
 from bigbatch.errors import RunError, UserError
-from bigbatch.workdir import checkpoint
+from bigbatch.workdir import checkpoint, orbax_options
 from bigbatch.workdir.checkpoint import FORMAT, Checkpoints
 
 
@@ -285,7 +285,7 @@ def test_a_state_in_parts_comes_back_wherever_it_is_to_lie(tmp_path):
         jnp.int32(7),
     )
 
-    def lying(devices: int, shard: str) -> State:
+    def lying(devices: int, shard: Shard) -> State:
         parts = Parts(data_mesh(jax.devices()[:devices]), shard)
         return jax.device_put(values, shardings(values, parts))
 
@@ -296,7 +296,8 @@ def test_a_state_in_parts_comes_back_wherever_it_is_to_lie(tmp_path):
     with Checkpoints(tmp_path / "c", 2) as checkpoints:
         for updates in (1, 2):
             checkpoints.save(updates, lying(8, "update"), {"run": "this"})
-    for like in (lying(8, "update"), lying(4, "update"), lying(2, "none")):
+    others = lying(8, Layers(4, 2)), lying(2, "none")
+    for like in (lying(8, "update"), lying(4, "update"), *others):
         found = read(like, [])
         assert found.updates == 2
         jax.tree.map(np.testing.assert_array_equal, found.state, values)
@@ -353,7 +354,7 @@ def test_only_what_orbax_leaves_of_its_loop_is_not_told(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     # Tests before this one have called it.
-    checkpoint._say_nothing_twice.__wrapped__()
+    orbax_options.say_nothing_twice.__wrapped__()
     for words in ("Event loop is closed", "another"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(words)))
     assert [str(each.exc_value) for each in told] == ["another"]

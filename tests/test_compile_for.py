@@ -623,6 +623,35 @@ def test_layers_in_parts(place, capsys, tmp_path, monkeypatch):
     assert sum(summed.values()) < 0.1 * held["params"]
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("v5e:2x4", marks=needs_tpu),
+        pytest.param("h100:8", marks=needs_cuda),
+    ],
+)
+def test_layers_that_devices_compute_together(place, capsys, tmp_path, monkeypatch):
+    """Matrices move in groups of four that have the same half, activations among two neighbours."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = f"--compile-for={place}", '--config.shard={"layer": 8, "model": 2}'
+    sizes = "--config.model.layers=1", "--config.policy.batch_size=16", f"{SHARE}=2"
+    config = "configs/language.py:cosine"
+    plan, _ = planned(capsys, config, *flags, *sizes, "--config.model.remat=True")
+    accumulate, apply_update, evaluate = plan["compiled"]["programs"]
+    moved = Counter()
+    for each in accumulate["collectives"]:
+        moved[each["groups"]] += each["bytes"] * (each["kind"] == "all-gather")
+    model = load_config(config).model
+    matrices = 8 * plan["compiled"]["held_bytes"]["params"] - 4 * model.vocabulary * model.width
+    # Once or twice, two bytes an element or four.
+    assert matrices // 4 < moved.pop("2 x 4") < matrices
+    # Into both halves of the block, again for the gradient of what was computed anew, and out.
+    assert moved.pop("4 x 2") > 4 * 2 * 2 * 128 * model.width
+    kinds = {each["kind"] for each in evaluate["collectives"] if each["groups"] == "4 x 2"}
+    assert kinds & {"reduce-scatter", "all-reduce"}
+    assert {each["groups"] for each in apply_update["collectives"]} <= {"1 x 8", "all"}
+
+
 REFUSED = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -678,8 +707,12 @@ def test_runs_of_pods_wait_once_an_update(experiment, shape, share, options, cap
     reduced = sum(c["bytes"] for c in apply_update["collectives"] if c["kind"] == "all-reduce")
     gradients = plan["time"]["gradient_bytes"]
     if "--config.shard=update" in options:
-        gathered = sum(c["bytes"] for c in apply_update["collectives"] if c["kind"] == "all-gather")
-        assert 0.98 * gradients < gathered < 1.02 * gradients
+        # All is scattered and gathered once. A TPU's compiler makes either a sum where it likes.
+        for each in apply_update["collectives"]:
+            if each["kind"] == "reduce-scatter":
+                reduced += each["bytes"] * int(each["groups"].split(" x ")[1])
+            reduced += each["bytes"] if each["kind"] == "all-gather" else 0
+        assert 1.99 * gradients < reduced < 2.02 * gradients
     elif "--config.reproducible=True" in options:
         # The sums in three parts, and the largest of their terms.
         assert set(found) == {"all-reduce"}
@@ -698,7 +731,10 @@ def test_shared_ghost_batches_wait_for_neighbours_only(capsys):
     plan, _ = planned(capsys, f"configs/{RESNET}:mlperf_lars", *flags)
     accumulate = plan["compiled"]["programs"][0]
     assert {each["groups"] for each in accumulate["collectives"]} == {"1024 x 4"}
-    assert sum(each["bytes"] for each in accumulate["collectives"]) < 2**21
+    # A value, mean and variance of each channel from each of the four, and back for the gradient.
+    statistics = plan["compiled"]["held_bytes"]["running statistics"]
+    moved = {each["kind"]: each["bytes"] for each in accumulate["collectives"]}
+    assert moved == dict.fromkeys(("all-gather", "all-reduce"), 4 * 3 * statistics // 2)
 
 
 @needs_tpu
@@ -708,7 +744,7 @@ def test_shared_ghost_batches_wait_for_neighbours_only(capsys):
     [
         ("fashion_mnist_wrn16_4.py:decay", 2**18),
         (f"{RESNET}:decay", 2**13),
-        (f"{INCEPTION}:decay", 2**13),
+        (f"{INCEPTION}:decay", 2**10),
     ],
 )
 def test_the_largest_microbatch_of_16_gb(experiment, batch_size, capsys):

@@ -13,6 +13,7 @@ import bigbatch
 from bigbatch.commands.compile import read
 from bigbatch.config.config import read_config
 from bigbatch.engine.optimizer import OPTIMIZERS
+from bigbatch.engine.parts import Layers
 from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
 from bigbatch.training import prepare as preparing
@@ -61,7 +62,7 @@ def test_any_optimizer_gives_its_numbers(name):
     with jax.enable_x64(True):
         rule = optimizers.rule_of(own, plan)
         expected, expected_sums = optimizers.trained(rule, plan)
-        found, sums = optimizers.trained(rule, plan, devices=4, shard=2)
+        found, sums = optimizers.trained(rule, plan, devices=4, shard=Layers(2))
         optimizers.assert_close(found, expected)
         optimizers.assert_close(sums, expected_sums)
 
@@ -166,7 +167,7 @@ def test_a_device_holds_its_parts_only():
         run = prepared(OPTIMIZERS["adam"](), "adam", shard={"layer": 4})
         state, accumulator = run.init_state(), run.programs.empty_accumulator()
         shapes = run.programs.state_shapes
-        told = held_bytes_of(run.task, run.optimizer, shapes[:2], run.mesh, False, 4)
+        told = held_bytes_of(run.task, run.optimizer, shapes[:2], run.mesh, False, Layers(4))
     assert state.copy is None
     parts = 28 // 4 + 7 + 64 // 4 + 1
     assert held_bytes(state.params) == held_bytes(accumulator.gradients) == 8 * parts
@@ -179,10 +180,10 @@ def test_a_device_holds_its_parts_only():
 @pytest.mark.parametrize(
     ("held", "chosen"),
     [
-        ({"none": 50, "update": 20, 2: 30, 4: 15}, "none"),
-        ({"none": 51, "update": 50, 2: 30, 4: 15}, "update"),
-        ({"none": 80, "update": 60, 2: 51, 4: 49}, 4),
-        ({"none": 80, "update": 60, 2: 70}, "update"),
+        ({"none": 50, "update": 20, Layers(2): 30, Layers(4): 15}, "none"),
+        ({"none": 51, "update": 50, Layers(2): 30, Layers(4): 15}, "update"),
+        ({"none": 80, "update": 60, Layers(2): 51, Layers(4): 49}, Layers(4)),
+        ({"none": 80, "update": 60, Layers(2): 70}, "update"),
     ],
 )
 def test_auto_takes_the_first_that_leaves_half_of_the_memory(held, chosen):
@@ -204,7 +205,7 @@ def test_auto_is_chosen_before_anything_is_compiled():
     with jax.enable_x64(True):
         elements = {size: 28 // size + 7 + 64 // size + 1 for size in (1, 4)}
         whole, in_parts = (4 * 8 * elements[size] for size in (1, 4))
-        for memory, shard in ((2 * whole + 1000, "none"), (2 * in_parts + 500, 4)):
+        for memory, shard in ((2 * whole + 1000, "none"), (2 * in_parts + 500, Layers(4))):
             run = prepared(OPTIMIZERS["adam"](), "adam", shard="auto", device_memory_bytes=memory)
             assert run.programs.shard == shard
     assert "device, state in parts (shard {'layer': 4}); " in memory_line(run)

@@ -32,8 +32,9 @@ class Fields:
       initial_params_sha256: of what that file holds; None until `assemble.identified` has read it.
         Where it is given, another file is refused.
       shard: "update" for parameters and an optimizer's state in parts over the devices, "none" for
-        all of them on each, {"layer": F} for parts over F devices while the network computes too.
-        "auto": the first that leaves half of a device's memory to compute.
+        all of them on each, {"layer": F} for parts over F devices while the network computes too,
+        {"layer": F, "model": M} where M of them compute each layer together. "auto": the
+        first without "model" that leaves half of a device's memory to compute.
       device_memory_bytes: of each device, for "auto"; None for what the devices report.
       label_smoothing: share of each label that is spread over all classes.
       noise_small_batch_examples: examples of the small batches from which the gradient noise is

@@ -28,7 +28,7 @@ from bigbatch.engine import exact_sums, layers, units
 from bigbatch.engine.accumulator import RESTS, Accumulator, add, in_parts, specs_of, sums_of
 from bigbatch.engine.exact_sums import FixedPoint, two_sum
 from bigbatch.engine.in_any_order import in_any_order
-from bigbatch.engine.parts import DATA_AXIS, NONE, REPLICATED, Parts
+from bigbatch.engine.parts import DATA_AXIS, NONE, REPLICATED, Parts, Shard
 from bigbatch.engine.task import COUNT, Examples, PyTree, Sums, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.noise.sums import small_batch_sums, square
@@ -107,7 +107,7 @@ def accumulate(
     *,
     task: Task,
     mesh: Mesh,
-    shard: str | int = NONE,
+    shard: Shard = NONE,
     unit_examples: int | None = None,
     measures_noise: bool = False,
 ) -> Accumulator | FixedPoint:
@@ -192,7 +192,7 @@ def apply_update(
     task: Task,
     optimizer: Rule,
     mesh: Mesh,
-    shard: str | int = NONE,
+    shard: Shard = NONE,
 ) -> tuple[State, Accumulator | FixedPoint, Sums]:
     """Turns the sums of one update into the next state.
 
@@ -319,7 +319,7 @@ def evaluate(
     task: Task,
     optimizer: Rule,
     mesh: Mesh,
-    shard: str | int = NONE,
+    shard: Shard = NONE,
 ) -> Sums:
     """The loss's sums over one microbatch of test examples, with the running statistics.
 

@@ -16,6 +16,13 @@ zeros that nothing reads:
 
 A parameter that is made whole twice would have two squares and two roundings: `layer_checks`
 refuses it.
+
+Where M devices compute a layer together, each multiplies a part of its matrices (Shoeybi et al.
+2019, "Megatron-LM"), of as many heads or features as the others, for the examples of all M. So the
+layer begins with `all_examples` and ends with `own_examples`, and what is between is 1/M of the
+work and of the parameters, for M times the examples. All else knows nothing of it. The gradient of
+such a part is of the examples of all, so no device's own noise is in it, and sums are rounded in
+another order: neither the noise nor exact sums go with it.
 """
 
 import functools
@@ -26,17 +33,19 @@ import jax
 import jax.numpy as jnp
 
 from bigbatch.engine import exact_sums
-from bigbatch.engine.parts import LAYER_AXIS, cut_axis
+from bigbatch.engine.parts import LAYER_AXIS, MODEL_AXIS, cut_axis
 from bigbatch.engine.task import PyTree, wide
 from bigbatch.errors import Problem, UserError
 from bigbatch.noise.sums import square
 
 _NOISE, _EXACT = 2, 5
-WHOLE = "_whole"
-"""The name of its program in one that is traced."""
+WHOLE, PART = "_whole", "_part"
+"""The names of its programs in one that is traced."""
 
 
-def whole(part: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array:
+def whole(
+    part: jax.Array, shape: Sequence[int], dtype: Any = None, together: int | None = None
+) -> jax.Array:
     """A parameter whole, for a network that may be trained with `shard` {"layer": F}.
 
     Call it once on each parameter, in the layer that reads it, and on nothing else. Without such
@@ -47,18 +56,17 @@ def whole(part: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array
       shape: of the whole parameter.
       dtype: in which it travels, and is wanted; None for its own. Gradients travel in float32 at
         least.
+      together: the axis along which each of the devices that compute the layer together takes a
+        part; None where each takes all of it.
 
     Returns:
-      The parameter, of that shape.
+      The parameter, of that shape; with `together` this device's part along that axis.
 
     Raises:
       UserError: `part` is no part of an array of that shape.
     """
-    shape = tuple(shape)
-    try:
-        devices = jax.lax.axis_size(LAYER_AXIS)
-    except NameError:
-        devices = 1
+    shape, model = tuple(shape), devices_together()
+    devices = _size(LAYER_AXIS) * model
     axis = cut_axis(shape, devices) if devices > 1 else None
     expected = tuple(size // devices if n == axis else size for n, size in enumerate(shape))
     has_room = axis is not None and part.ndim > len(shape)
@@ -67,9 +75,51 @@ def whole(part: jax.Array, shape: Sequence[int], dtype: Any = None) -> jax.Array
         allowed = f"{expected}, the part of a parameter of shape {shape} on one of {devices}"
         raise UserError(Problem("whole", f"an array of shape {given}", allowed))
     dtype = jnp.dtype(part.dtype if dtype is None else dtype)
+    if together is not None and model > 1:
+        if shape[together] % model:
+            allowed = f"a divisor of the {shape[together]} of axis {together} of a parameter"
+            raise UserError(Problem("shard", {"model": model}, allowed))
+        return _part(part, axis, together, dtype)
     if axis is None:
         return part.astype(dtype)
     return _whole(part, axis, dtype, has_room)
+
+
+def devices_together() -> int:
+    """How many devices compute a layer together."""
+    return _size(MODEL_AXIS)
+
+
+def all_examples(x: jax.Array) -> jax.Array:
+    """The examples of all devices that compute a layer together, of each device's [examples, ...].
+
+    On each device that computes layers by itself these are its own.
+    """
+    if devices_together() == 1:
+        return x
+    gathered: jax.Array = jax.lax.all_gather(x, MODEL_AXIS, tiled=True)
+    return gathered
+
+
+def own_examples(y: jax.Array) -> jax.Array:
+    """A device's own examples, of the sum of what each device has made of `all_examples`."""
+    if devices_together() == 1:
+        return y
+    own: jax.Array = jax.lax.psum_scatter(y, MODEL_AXIS, tiled=True)
+    return own
+
+
+def _size(axis: str) -> int:
+    """The number of devices along an axis of the mesh; 1 without it."""
+    try:
+        return int(jax.lax.axis_size(axis))
+    except NameError:
+        return 1
+
+
+def _axes() -> Any:
+    """Those over which an array's parts lie, in their order."""
+    return (MODEL_AXIS, LAYER_AXIS) if devices_together() > 1 else LAYER_AXIS
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -81,7 +131,7 @@ def _whole(part: jax.Array, axis: int, dtype: Any, has_room: bool) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gathered(part: jax.Array, axis: int, dtype: Any, has_room: bool) -> jax.Array:
     own = (part[0] if has_room else part).astype(dtype)
-    return jax.lax.all_gather(own, LAYER_AXIS, axis=axis, tiled=True)
+    return jax.lax.all_gather(own, _axes(), axis=axis, tiled=True)
 
 
 def _forward(
@@ -97,7 +147,7 @@ def _backward(
 ) -> tuple[jax.Array]:
     def scattered(array: jax.Array) -> jax.Array:
         place = axis + array.ndim - gradient.ndim
-        return jax.lax.psum_scatter(array, LAYER_AXIS, scatter_dimension=place, tiled=True)
+        return jax.lax.psum_scatter(array, _axes(), scatter_dimension=place, tiled=True)
 
     if not has_room:
         return (scattered(wide(gradient)),)
@@ -114,6 +164,53 @@ def _backward(
 
 
 _gathered.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _part(part: jax.Array, axis: int | None, together: int, dtype: Any) -> jax.Array:
+    taken: jax.Array = _taken(part, axis, together, dtype)
+    return taken
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _taken(part: jax.Array, axis: int | None, together: int, dtype: Any) -> jax.Array:
+    return _moved(part.astype(dtype), axis, together)
+
+
+def _moved(part: jax.Array, axis: int | None, together: int) -> jax.Array:
+    """A device's part along `together`, of one that lies in parts along `axis`."""
+    model = devices_together()
+    if axis is None:
+        size = part.shape[together] // model
+        begin = size * jax.lax.axis_index(MODEL_AXIS)
+        return jax.lax.dynamic_slice_in_dim(part, begin, size, together)
+    if axis == together:
+        # Its pieces lie side by side.
+        gathered: jax.Array = jax.lax.all_gather(part, LAYER_AXIS, axis=axis, tiled=True)
+        return gathered
+    part = jax.lax.all_to_all(part, MODEL_AXIS, together, axis, tiled=True)
+    pieces = part.reshape(*part.shape[:axis], model, -1, *part.shape[axis + 1 :])
+    pieces = jax.lax.all_gather(pieces, LAYER_AXIS, axis=axis + 1)
+    return pieces.reshape(*part.shape[:axis], -1, *part.shape[axis + 1 :])
+
+
+def _taken_forward(
+    part: jax.Array, axis: int | None, together: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    # For its shape; nothing of it is kept.
+    return _taken(part, axis, together, dtype), jnp.zeros((0, *part.shape), part.dtype)
+
+
+def _taken_backward(
+    axis: int | None, together: int, dtype: Any, like: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    given = jax.ShapeDtypeStruct(like.shape[1:], wide(like).dtype)
+    moved = functools.partial(_moved, axis=axis, together=together)
+    (scattered,) = jax.linear_transpose(moved, given)(wide(gradient))
+    return (scattered.astype(like.dtype),)
+
+
+_taken.defvjp(_taken_forward, _taken_backward)
 
 
 def rows_of(exact: bool, measures_noise: bool) -> int:

@@ -17,14 +17,15 @@ are multiplied. So every Optax transformation gives what it gives undivided.
 With {"layer": F}, groups of F neighbours hold one copy in parts, and the sums of gradients lie so
 too. Nobody has the whole: the network gathers each layer while it computes it, see
 `bigbatch.engine.layers`. An array is cut along the largest axis that F divides, or is whole on each
-device.
+device. With {"layer": F, "model": M}, M neighbours of each group compute a layer together, each a
+part of it.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import jax
 import numpy as np
@@ -36,9 +37,35 @@ AUTO: Final = "auto"
 NONE: Final = "none"
 UPDATE: Final = "update"
 LAYER: Final = "layer"
+MODEL: Final = "model"
 DATA_AXIS = "data"
 LAYER_AXIS = "fsdp"
+MODEL_AXIS = "model"
 REPLICATED = PartitionSpec()
+
+
+class Layers(NamedTuple):
+    """Parts while layers compute too.
+
+    Attributes:
+      devices: that hold one copy.
+      model: of them, those that compute a layer together; they divide it.
+    """
+
+    devices: int
+    model: int = 1
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes of a mesh over those that hold one copy; those that compute together are last.
+
+        Such as are neighbours: they wait for each other more often.
+        """
+        model = {MODEL_AXIS: self.model} if self.model > 1 else {}
+        return {LAYER_AXIS: self.devices // self.model} | model
+
+
+Shard = str | Layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,36 +74,36 @@ class Parts:
 
     Attributes:
       devices: the mesh of them, of one axis.
-      shard: "update" for arrays in parts; "none" for all of them on every device; a number for
-        parts over so many, while layers compute too.
+      shard: "update" for arrays in parts; "none" for all of them on every device; or `Layers`.
     """
 
     devices: Any
-    shard: str | int = NONE
+    shard: Shard = NONE
 
     @property
     def cut(self) -> bool:
         """Whether there are parts."""
-        return self.shard not in (NONE, 1) and self.devices.size > 1
+        return self.shard != NONE and self.devices.size > 1
 
     @property
     def by_layer(self) -> bool:
         """Whether no device has the whole."""
-        return self.cut and self.shard != UPDATE
+        return self.cut and isinstance(self.shard, Layers)
 
     @functools.cached_property
     def mesh(self) -> Mesh:
         """The same devices.
 
         For "update" with an axis for each prime factor, for layers with one over the groups and one
-        over the devices of each.
+        over the devices of each, or two.
         """
         if not self.cut:
             return self.devices
         sizes: tuple[int, ...] = _prime_factors(self.devices.size)
         names: tuple[str, ...] = tuple(f"part{number}" for number in range(len(sizes)))
-        if self.by_layer:
-            sizes, names = (-1, int(self.shard)), (DATA_AXIS, LAYER_AXIS)
+        if isinstance(self.shard, Layers):
+            within = self.shard.axes
+            sizes, names = (-1, *within.values()), (DATA_AXIS, *within)
         kinds = (jax.sharding.AxisType.Auto,) * len(names)
         return Mesh(self.devices.devices.reshape(sizes), names, axis_types=kinds)
 
@@ -109,9 +136,11 @@ class Parts:
         """How an array of this shape is cut."""
         if not self.cut:
             return REPLICATED
-        if self.by_layer:
-            axis = cut_axis(shape, int(self.shard))
-            return PartitionSpec(*((LAYER_AXIS,) if n == axis else None for n in range(len(shape))))
+        if isinstance(self.shard, Layers):
+            axis = cut_axis(shape, self.shard.devices)
+            # So that the pieces of a layer's part lie side by side.
+            names = tuple(reversed(self.shard.axes))
+            return PartitionSpec(*(names if n == axis else None for n in range(len(shape))))
         cuts: list[tuple[str, ...]] = [() for _ in shape]
         left = list(shape)
 
@@ -152,9 +181,11 @@ class Parts:
         return jax.lax.psum(array, names) if names else array
 
 
-def named(shard: str | int) -> Any:
+def named(shard: Shard) -> Any:
     """As a config has it."""
-    return {LAYER: shard} if isinstance(shard, int) else shard
+    if not isinstance(shard, Layers):
+        return shard
+    return {LAYER: shard.devices} | ({MODEL: shard.model} if shard.model > 1 else {})
 
 
 def cut_axis(shape: Sequence[int], factor: int) -> int | None:

@@ -18,9 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bigbatch.engine.layers import whole
+from bigbatch.engine.layers import all_examples, devices_together, own_examples, whole
+from bigbatch.errors import Problem, UserError
 from bigbatch.models import TransformerConfig
 
+# Shapes, and the axes along which devices that compute together have a part each.
+_Arrays = tuple[tuple[tuple[int, ...], int | None], ...]
 _ROTARY_BASE = 10_000.0
 _EPSILON = 1e-6
 # Its attention takes 16 bits only, and sizes of heads that are multiples of 8.
@@ -67,18 +70,21 @@ class Transformer(nnx.Module):
         rotation = _rotation(x.shape[1], config)
         # The module is split, as `nnx.remat` would write to its variables.
         call = jax.checkpoint(_called, static_argnums=(0, 1)) if config.remat else _called
-        shapes = _block_shapes(config)
+        arrays = _block_arrays(config)
         for block in self.blocks:
             graphdef, state = nnx.split(block)
-            x = call(shapes, graphdef, state, x, rotation)
-        x = _called(((config.width,),), *nnx.split(self.norm), x)
+            x = call(arrays, graphdef, state, x, rotation)
+        x = _called((((config.width,), None),), *nnx.split(self.norm), x)
         if config.tied:
             return x, embedding.astype(config.dtype)
         return x, whole(self.output[...], vocabulary, config.dtype)
 
 
 class Block(nnx.Module):
-    """Attention to what came before, then a perceptron; each adds to its input."""
+    """Attention to what came before, then a perceptron; each adds to its input.
+
+    Where devices compute it together, each has some of the heads and of the inner features.
+    """
 
     def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
         self.config = config
@@ -106,38 +112,52 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Hidden states [examples, sequence, width] after the block."""
         config = self.config
-        normed = self.attention_norm(x)
-        heads = (*x.shape[:2], config.heads, -1)
+        normed = all_examples(self.attention_norm(x))
+        model = devices_together()
+        if config.heads % model:
+            allowed = f"a divisor of the {config.heads} heads that these compute together"
+            raise UserError(Problem("shard", f"{model} devices as model", allowed))
+        positions = normed.shape[:2]
+        heads = (*positions, -1, config.width // config.heads)
         query, key, value = (f(normed).reshape(heads) for f in (self.query, self.key, self.value))
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = _rotated(query, rotation), _rotated(key, rotation)
-        x = x + self.attended(_attention(query, key, value).reshape(x.shape))
-        normed = self.inner_norm(x)
+        attended = _attention(query, key, value).reshape(*positions, -1)
+        x = x + own_examples(self.attended(attended))
+        normed = all_examples(self.inner_norm(x))
         if config.activation == "swiglu":
-            return x + self.down(nnx.silu(self.gate(normed)) * self.up(normed))
-        return x + self.down(nnx.gelu(self.up(normed)))
+            inner = nnx.silu(self.gate(normed)) * self.up(normed)
+        else:
+            inner = nnx.gelu(self.up(normed))
+        return x + own_examples(self.down(inner))
 
 
-def _called(
-    shapes: tuple[tuple[int, ...], ...], graphdef: Any, state: Any, *inputs: Any
-) -> jax.Array:
-    """What a module makes of its input; its parameters, of these shapes, are whole while it does.
+def _called(arrays: _Arrays, graphdef: Any, state: Any, *inputs: Any) -> jax.Array:
+    """What a module makes of its input; its parameters are whole, or this device's, while it does.
 
     Matrices travel in the dtype that they are multiplied in. Norms are computed in float32.
     """
     leaves, structure = jax.tree.flatten(state)
-    dtypes = [inputs[0].dtype if len(shape) > 1 else None for shape in shapes]
-    leaves = list(map(whole, leaves, shapes, dtypes))
+    leaves = [
+        whole(leaf, shape, inputs[0].dtype if len(shape) > 1 else None, together)
+        for leaf, (shape, together) in zip(leaves, arrays, strict=True)
+    ]
     result: jax.Array = nnx.merge(graphdef, jax.tree.unflatten(structure, leaves))(*inputs)
     return result
 
 
 @functools.cache
-def _block_shapes(config: TransformerConfig) -> tuple[tuple[int, ...], ...]:
+def _block_arrays(config: TransformerConfig) -> _Arrays:
     """Of a block's parameters, in the order of its state."""
     block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
-    return tuple(leaf.shape for leaf in jax.tree.leaves(nnx.state(block)))
+    of_heads_and_features = {"attended": 0, "down": 0} | dict.fromkeys(
+        ("query", "key", "value", "gate", "up"), 1
+    )
+    return tuple(
+        (leaf.shape, of_heads_and_features.get(path[0].key))
+        for path, leaf in jax.tree.leaves_with_path(nnx.state(block))
+    )
 
 
 def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from bigbatch import distributed
 from bigbatch.data.source import TrainingData
-from bigbatch.engine.parts import NONE
+from bigbatch.engine.parts import NONE, Shard
 from bigbatch.errors import UserError
 from bigbatch.layout import memory
 from bigbatch.training.microbatches import MICROBATCHES_IN_FLIGHT
@@ -29,11 +29,11 @@ _BYTES_BESIDE = 16
 
 
 def shard_that_fits(
-    held_bytes: Callable[[str | int], int],
-    others: Iterable[str | int],
+    held_bytes: Callable[[Shard], int],
+    others: Iterable[Shard],
     mesh: Mesh,
     device_memory_bytes: int | None,
-) -> str | int:
+) -> Shard:
     """How the state is to lie: whole on each device, if that leaves half of the memory to compute.
 
     Args:
@@ -50,7 +50,7 @@ def shard_that_fits(
         limit_bytes = memory.limit_bytes(mesh, device_memory_bytes)
     except UserError:
         return NONE
-    held: dict[str | int, int] = {}
+    held: dict[Shard, int] = {}
     for shard in (NONE, *others):
         held[shard] = held_bytes(shard)
         if held[shard] <= limit_bytes * _HELD_SHARE:

@@ -36,7 +36,7 @@ from bigbatch.checks import Checks
 from bigbatch.data.source import Data, TrainingData
 from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.layer_checks import check_layers
-from bigbatch.engine.parts import AUTO, LAYER, NONE, UPDATE
+from bigbatch.engine.parts import AUTO, LAYER, MODEL, NONE, UPDATE, Layers, Shard, named
 from bigbatch.engine.task import PyTree, Task, with_float32_masters
 from bigbatch.engine.task_checks import Shapes, check_task
 from bigbatch.engine.update_rule import Rule, resolve
@@ -97,8 +97,9 @@ def prepare(
       reproducible: sums exactly, one ghost batch (or small batch) a call and device, so that
         devices and processes change no bit; see `exact_sums`.
       shard: "update" for parameters and an optimizer's state in parts over the devices, "none" for
-        all of them on each, {"layer": F} for parts over F devices while the network computes too:
-        see `bigbatch.engine.parts`. "auto": the first of the three that leaves half of a device's
+        all of them on each, {"layer": F} for parts over F devices while the network computes too,
+        {"layer": F, "model": M} where M of them compute each layer together: see
+        `bigbatch.engine.parts`. "auto": the first of the first three that leaves half of a device's
         memory to compute, "none" where that is not known.
       float32_masters: keeps parameters of less precision in float32, and computes with them in
         their own.
@@ -150,22 +151,29 @@ def prepare(
     unit_examples = noise_small_batch_examples or ghost_batch_examples
     layer_examples = _examples(task, data, unit_examples, unit_examples // ghost_batch_examples)
 
-    def layered() -> Iterator[int]:
+    def layered() -> Iterator[Layers]:
         for size in _divisors(mesh.size)[1:]:
             with contextlib.suppress(UserError):
-                check_layers(task, shapes, layer_examples, size)
-                yield size
+                check_layers(task, shapes, layer_examples, Layers(size))
+                yield Layers(size)
 
     if lies == AUTO:
         held = functools.partial(held_bytes, task, rule, shapes, mesh, reproducible)
-        others: Iterator[str | int] = itertools.chain([UPDATE] * (mesh.size > 1), layered())
+        others: Iterator[Shard] = itertools.chain([UPDATE] * (mesh.size > 1), layered())
         lies = fitting.shard_that_fits(
             lambda shard: sum(held(shard).values()), others, mesh, device_memory_bytes
         )
     _check_initial(initial, shapes, lies)
-    by_layer = lies not in (NONE, UPDATE)
-    if by_layer:
-        check_layers(task, shapes, layer_examples, int(lies))
+    by_layer = isinstance(lies, Layers)
+    if isinstance(lies, Layers):
+        check_layers(task, shapes, layer_examples, lies)
+        for field, on in (
+            ("reproducible", reproducible),
+            ("noise_small_batch_examples", noise_small_batch_examples is not None),
+        ):
+            allowed = f"layers that a device computes by itself, {{{LAYER!r}: F}}, with {field}"
+            checks.require(lies.model == 1 or not on, "shard", named(lies), allowed)
+        checks.done()
     if reproducible and lies != NONE and (ordered := rule.ordered(shapes.params)):
         allowed = (
             f"{NONE!r} with reproducible and {rule.name}, whose {', '.join(sorted(ordered))} of "
@@ -307,19 +315,22 @@ def _examples(
     return examples | {"ghost_mask": jax.ShapeDtypeStruct((ghost_batches,), np.float32)}
 
 
-def _checked_shard(checks: Checks, shard: Any, devices: int) -> str | int:
+def _checked_shard(checks: Checks, shard: Any, devices: int) -> Shard:
     """How the state lies, as `Parts` takes it."""
     if not isinstance(shard, Mapping):
         allowed = f"{AUTO!r}, {NONE!r}, {UPDATE!r} or {{{LAYER!r}: devices}}"
         checks.require(shard in (AUTO, NONE, UPDATE), "shard", shard, allowed, AUTO)
         return str(shard)
-    size = shard.get(LAYER)
-    allowed = f"{{{LAYER!r}: F}}, F a whole number that divides the {devices} devices"
+    size, model = shard.get(LAYER), shard.get(MODEL, 1)
+    allowed = (
+        f"{{{LAYER!r}: F}}, F a whole number that divides the {devices} devices; beside it may be "
+        f"{MODEL!r}, one that divides F"
+    )
     divisors = _divisors(devices)
     nearest = min(divisors, key=lambda n: abs(n - size)) if isinstance(size, int) else devices
-    fits = set(shard) == {LAYER} and size in divisors
+    fits = set(shard) - {MODEL} == {LAYER} and size in divisors and model in _divisors(size)
     checks.require(fits, "shard", dict(shard), allowed, {LAYER: nearest})
-    return int(size) if size and fits and size != 1 else NONE
+    return Layers(int(size), int(model)) if size and fits and size != 1 else NONE
 
 
 def _divisors(number: int) -> list[int]:
@@ -330,7 +341,7 @@ def _init_shapes(task: Task) -> Shapes:
     return Shapes(*jax.eval_shape(task.init, jax.eval_shape(jax.random.key, 0)))
 
 
-def _check_initial(initial: Any, shapes: Shapes, shard: str | int) -> None:
+def _check_initial(initial: Any, shapes: Shapes, shard: Shard) -> None:
     """Refuses initial values that are not those of the task, or lie in parts where none are to."""
     if initial is None or callable(initial):
         return

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from bigbatch.engine import accumulator as accumulators
 from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.accumulator import Accumulator
-from bigbatch.engine.parts import NONE, Parts
+from bigbatch.engine.parts import NONE, Parts, Shard
 from bigbatch.engine.task import PyTree, Task
 from bigbatch.engine.update_rule import Rule
 from bigbatch.layout import memory
@@ -81,7 +81,7 @@ class Programs:
     sum_shapes: Any
     evaluation_examples: int
     reproducible: bool = False
-    shard: str | int = NONE
+    shard: Shard = NONE
 
     @property
     def compilations(self) -> int:
@@ -120,7 +120,7 @@ def held_bytes(
     shapes: tuple[PyTree, PyTree],
     mesh: Mesh,
     reproducible: bool,
-    shard: str | int,
+    shard: Shard,
 ) -> dict[str, int]:
     """What lies on a device all the time, by what it is; from shapes, before anything is compiled.
 
@@ -188,7 +188,7 @@ def compile_programs(
     evaluation_examples: int | None,
     ghost_batch_examples: int,
     noise_small_batch_examples: int | None,
-    shard: str | int,
+    shard: Shard,
     reproducible: bool,
     compensated: bool,
     compiler: Compiler | None = None,
