@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from collections import Counter
 
 import jax
@@ -379,6 +380,52 @@ def test_the_largest_that_fits_does_and_a_tenth_more_does_not(here, config, caps
     more = largest + max(4, largest // 40 * 4)
     _, said = compiled(4 * more, more, status=2)
     assert f"microbatch_examples_per_device: given {more}" in said
+
+
+@settings(max_examples=50)
+@given(
+    one=st.floats(0.001, 50),
+    bumps=st.floats(0, 0.3),
+    unit=st.sampled_from([1, 8, 32]),
+    refuses=st.booleans(),
+    small=st.integers(1, 3),
+)
+def test_the_largest_is_found_in_few_compilations_whatever_the_memory(
+    one, bumps, unit, refuses, small
+):
+    """Memory is no line, and a compiler may refuse, or only say what is needed."""
+    limit, most, made = 1_000, 3 * 8 * 4_096, {}
+
+    def needs(examples):
+        return int(one * examples * (1 + bumps * np.sin(examples)))
+
+    def compiled(microbatch_examples_per_device, batch_sizes=(most,)):
+        (size,) = batch_sizes
+        assert size >= most
+        assert size % (8 * microbatch_examples_per_device) == 0
+        needed = needs(microbatch_examples_per_device)
+        facts = {"refused": "no" if refuses and needed > limit else None}
+        facts["memory"] = dict.fromkeys(child._SIZES, 0) | {child._SIZES[0]: needed}
+        made[f"accumulate {8 * microbatch_examples_per_device}"] = child.Program(facts)
+
+    for examples in (unit * small, 2 * unit * small):
+        compiled(examples, (-(-most // (8 * examples)) * 8 * examples,))
+    run = types.SimpleNamespace(
+        mesh=types.SimpleNamespace(size=8),
+        unit_examples=unit,
+        controller=None,
+        plan=types.SimpleNamespace(batch_sizes=np.array([most])),
+        again=compiled,
+    )
+    found = child._largest(run, made, limit)
+    if found is None:
+        assert needs(2 * unit * small) > limit
+        return
+    tried = {int(name.split()[1]) // 8 for name in made}
+    assert needs(found) <= limit
+    assert found % unit == 0
+    assert any(found < n <= found + max(unit, found // 10) and needs(n) > limit for n in tried)
+    assert len(tried) < 30
 
 
 def test_every_host_makes_one_range_of_a_microbatch(here, config, capsys):

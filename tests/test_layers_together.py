@@ -1,19 +1,25 @@
 """Layers that several devices compute together, each some heads and some features of a matrix."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bigbatch
 from bigbatch.commands.compile import read
 from bigbatch.config.config import read_config
+from bigbatch.engine import layers
 from bigbatch.engine.optimizer import OPTIMIZERS
+from bigbatch.engine.task import Task
 from bigbatch.errors import UserError
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.loop import updates
 from bigbatch.workdir.packing import on_host
-from tests import test_language_training
+from tests import test_language_training, test_parts
 from tests import trained as configured
-from tests.test_parts import prepared
+from tests.test_parts import prepared, trained
 
 TOGETHER = {"layer": 4, "model": 2}
 MODEL = {"name": "transformer", "vocabulary": 256, "width": 16, "heads": 4, "layers": 2}
@@ -45,9 +51,13 @@ def after(run):
 @pytest.mark.parametrize(
     ("shards", "model"),
     [
-        ([TOGETHER], {}),
+        ({8: [TOGETHER]}, {}),
         pytest.param(
-            [{"layer": 8, "model": 2}, {"layer": 4, "model": 4}, {"layer": 2, "model": 2}],
+            # Six divides no matrix of a block: all of each is on every device.
+            {
+                8: [{"layer": 8, "model": 2}, {"layer": 4, "model": 4}, {"layer": 2, "model": 2}],
+                6: [{"layer": 6, "model": 2}],
+            },
             {"tied": False, "activation": "gelu", "qk_norm": False, "remat": False},
             marks=pytest.mark.long,
         ),
@@ -56,14 +66,45 @@ def after(run):
 def test_the_numbers_are_those_of_a_whole_state(shards, model):
     with jax.enable_x64(True):
         expected = after(language("none", model=model))
-        for shard in shards:
-            found = after(language(shard, model=model))
-            assert found[0].optimizer is not None
+        for devices, shard in ((n, shard) for n in shards for shard in shards[n]):
+            found = after(language(shard, devices, model=model))
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
                 found,
                 expected,
             )
+
+
+def test_a_network_of_one_s_own(monkeypatch):
+    """Its first matrix by columns, though it lies by rows, the second by rows."""
+    shapes = {"up": (8, 4), "bias": (4,), "down": (4, 2)}
+
+    def init(key):
+        return {name: jax.random.normal(key, shape) for name, shape in shapes.items()}, {}
+
+    def apply(params, statistics, examples, train):
+        part = lambda name, axis: bigbatch.whole(params[name], shapes[name], together=axis)  # noqa: E731
+        x = layers.all_examples(jnp.tile(examples["x"], 2))
+        hidden = jnp.tanh(x @ part("up", -1) + part("bias", 0))
+        return jnp.sum(layers.own_examples(hidden @ part("down", 0)), axis=1), {}
+
+    monkeypatch.setattr(test_parts, "TASK", Task(init, apply, test_parts.loss))
+    with jax.enable_x64(True):
+        whole, *others = (
+            trained(prepared(OPTIMIZERS["lamb"](clip_norm=0.1), "lamb", shard=shard))
+            for shard in ("none", TOGETHER, {"layer": 4, "model": 4}, {"layer": 2, "model": 2})
+        )
+    for found in others:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, whole
+        )
+
+
+def test_axes_of_the_same_name_in_other_meshes_are_not_ours():
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    call = functools.partial(bigbatch.whole, shape=(4, 6), together=1)
+    spread = jax.shard_map(call, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+    assert spread(jnp.ones((4, 6))).shape == (4, 6)
 
 
 def test_what_moves_over_which_devices():
@@ -104,16 +145,23 @@ def test_what_moves_over_which_devices():
         ({"layer": 4, "model": 3}, {}, r"shard: given .*; beside it may be 'model', one that div"),
         ({"layer": 4, "model": "all"}, {}, r"shard: given \{'layer': 4, 'model': 'all'\}"),
         ({"model": 2}, {}, r"shard: given \{'model': 2\}"),
-        (TOGETHER, {"reproducible": True}, r"shard: .*by itself, \{'layer': F\}, with reproducibl"),
+        ({"layer": 4, "model": True}, {}, r"shard: given \{'layer': 4, 'model': True\}"),
+        ({"layer": True}, {}, r"shard: given \{'layer': True\}"),
+        ({"layer": 4.5}, {}, r"shard: given \{'layer': 4.5\}; nearest: \{'layer': 4\}"),
+        (
+            TOGETHER,
+            {"reproducible": True},
+            r"shard: .*nearest: \{'layer': 4\}; .*by itself with reproducibl",
+        ),
         (
             TOGETHER,
             {"noise_small_batch_examples": 2},
-            "shard: .*by itself.* with noise_small_batch_examples",
+            "shard: .*by itself where the gradient noise is measured",
         ),
         (
             {"layer": 8, "model": 8},
             {},
-            r"shard: given .8 devices as model.; .* a divisor of the 4 heads",
+            r"shard: given .8 devices as 'model'.; .* a divisor of 4 heads and of 48",
         ),
     ],
 )

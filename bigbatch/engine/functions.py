@@ -10,7 +10,8 @@ Every device sums its own share: the leaves of the accumulator carry a leading a
 `bigbatch.engine.parts`. (`check_vma=False`: with its types of what varies over
 the devices, `shard_map` would put a reduction into the gradient by replicated parameters, and
 refuse a scan that begins with zeros, so every recurrent network.) Where the parameters of a layer
-are gathered while it computes, that is over the mesh axis `fsdp`.
+are gathered while it computes, that is over the mesh axis `fsdp`; over `model` too, where devices
+compute it together.
 """
 
 import functools

@@ -66,11 +66,12 @@ def check_layers(task: Task, shapes: Shapes, examples: Mapping[str, Any], lies: 
         jax.tree.leaves_with_path(params), traced.jaxpr.invars, strict=False
     ):
         own = program.invars[call.invars.index(outer)]
-        reads = [] if own.aval.shape == leaf.shape else _reads(program, own)
+        reads, is_cut = _reads(program, own), own.aval.shape != leaf.shape
         operations = " and ".join(name.strip("_") for name in reads)
         name = f"{operations} of params{jax.tree_util.keystr(path)}"
-        checks.require(reads in ([], [WHOLE], [PART]), "task.apply", name, allowed)
-        computed_in_parts |= reads == [PART]
+        fits = not is_cut or reads in ([], [WHOLE], [PART])
+        checks.require(fits, "task.apply", name, allowed)
+        computed_in_parts |= PART in reads
     allowed = "a network whose layers several devices compute together, such as the transformer"
     checks.require(lies.model == 1 or computed_in_parts, "shard", given, allowed)
     checks.done()

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from bigbatch.engine import exact_sums
-from bigbatch.engine.parts import LAYER_AXIS, MODEL_AXIS, cut_axis
+from bigbatch.engine.parts import LAYER_AXIS, MODEL, MODEL_AXIS, cut_axis
 from bigbatch.engine.task import PyTree, wide
 from bigbatch.errors import Problem, UserError
 from bigbatch.noise.sums import square
@@ -63,10 +63,11 @@ def whole(
       The parameter, of that shape; with `together` this device's part along that axis.
 
     Raises:
-      UserError: `part` is no part of an array of that shape.
+      UserError: `part` is no part of an array of that shape, or that axis is none of as many equal
+        parts.
     """
     shape, model = tuple(shape), devices_together()
-    devices = _size(LAYER_AXIS) * model
+    devices = (_size(LAYER_AXIS) or 1) * model
     axis = cut_axis(shape, devices) if devices > 1 else None
     expected = tuple(size // devices if n == axis else size for n, size in enumerate(shape))
     has_room = axis is not None and part.ndim > len(shape)
@@ -76,9 +77,10 @@ def whole(
         raise UserError(Problem("whole", f"an array of shape {given}", allowed))
     dtype = jnp.dtype(part.dtype if dtype is None else dtype)
     if together is not None and model > 1:
+        together %= len(shape)
         if shape[together] % model:
-            allowed = f"a divisor of the {shape[together]} of axis {together} of a parameter"
-            raise UserError(Problem("shard", {"model": model}, allowed))
+            allowed = f"a divisor of {shape[together]}, of the axis {together} of {shape}"
+            raise UserError(Problem("shard", f"{model} devices as {MODEL!r}", allowed))
         return _part(part, axis, together, dtype)
     if axis is None:
         return part.astype(dtype)
@@ -87,7 +89,8 @@ def whole(
 
 def devices_together() -> int:
     """How many devices compute a layer together."""
-    return _size(MODEL_AXIS)
+    # Others have meshes with an axis of that name.
+    return (_size(LAYER_AXIS) and _size(MODEL_AXIS)) or 1
 
 
 def all_examples(x: jax.Array) -> jax.Array:
@@ -110,11 +113,11 @@ def own_examples(y: jax.Array) -> jax.Array:
 
 
 def _size(axis: str) -> int:
-    """The number of devices along an axis of the mesh; 1 without it."""
+    """The number of devices along an axis of the mesh; 0 without it."""
     try:
         return int(jax.lax.axis_size(axis))
     except NameError:
-        return 1
+        return 0
 
 
 def _axes() -> Any:

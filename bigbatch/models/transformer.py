@@ -68,6 +68,10 @@ class Transformer(nnx.Module):
         x = embedding[tokens[:, :-1].astype(jnp.int32)].astype(config.dtype)
         x *= math.sqrt(config.width)
         rotation = _rotation(x.shape[1], config)
+        model = devices_together()
+        if config.heads % model or config.inner_width % model:
+            allowed = f"a divisor of {config.heads} heads and of {config.inner_width} features"
+            raise UserError(Problem("shard", f"{model} devices as 'model'", allowed))
         # The module is split, as `nnx.remat` would write to its variables.
         call = jax.checkpoint(_called, static_argnums=(0, 1)) if config.remat else _called
         arrays = _block_arrays(config)
@@ -113,10 +117,6 @@ class Block(nnx.Module):
         """Hidden states [examples, sequence, width] after the block."""
         config = self.config
         normed = all_examples(self.attention_norm(x))
-        model = devices_together()
-        if config.heads % model:
-            allowed = f"a divisor of the {config.heads} heads that these compute together"
-            raise UserError(Problem("shard", f"{model} devices as model", allowed))
         positions = normed.shape[:2]
         heads = (*positions, -1, config.width // config.heads)
         query, key, value = (f(normed).reshape(heads) for f in (self.query, self.key, self.value))

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from bigbatch.checks import Checks
+from bigbatch.checks import Checks, is_number
 from bigbatch.data.source import Data, TrainingData
 from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.layer_checks import check_layers
@@ -167,12 +167,13 @@ def prepare(
     by_layer = isinstance(lies, Layers)
     if isinstance(lies, Layers):
         check_layers(task, shapes, layer_examples, lies)
-        for field, on in (
-            ("reproducible", reproducible),
-            ("noise_small_batch_examples", noise_small_batch_examples is not None),
+        for reason, there in (
+            ("with reproducible", reproducible),
+            ("where the gradient noise is measured", noise_small_batch_examples is not None),
         ):
-            allowed = f"layers that a device computes by itself, {{{LAYER!r}: F}}, with {field}"
-            checks.require(lies.model == 1 or not on, "shard", named(lies), allowed)
+            allowed = f"layers that a device computes by itself {reason}"
+            fits = lies.model == 1 or not there
+            checks.require(fits, "shard", named(lies), allowed, {LAYER: lies.devices})
         checks.done()
     if reproducible and lies != NONE and (ordered := rule.ordered(shapes.params)):
         allowed = (
@@ -318,7 +319,8 @@ def _examples(
 def _checked_shard(checks: Checks, shard: Any, devices: int) -> Shard:
     """How the state lies, as `Parts` takes it."""
     if not isinstance(shard, Mapping):
-        allowed = f"{AUTO!r}, {NONE!r}, {UPDATE!r} or {{{LAYER!r}: devices}}"
+        layered = f"{{{LAYER!r}: F}} or {{{LAYER!r}: F, {MODEL!r}: M}}"
+        allowed = f"{AUTO!r}, {NONE!r}, {UPDATE!r}, {layered}"
         checks.require(shard in (AUTO, NONE, UPDATE), "shard", shard, allowed, AUTO)
         return str(shard)
     size, model = shard.get(LAYER), shard.get(MODEL, 1)
@@ -326,11 +328,12 @@ def _checked_shard(checks: Checks, shard: Any, devices: int) -> Shard:
         f"{{{LAYER!r}: F}}, F a whole number that divides the {devices} devices; beside it may be "
         f"{MODEL!r}, one that divides F"
     )
-    divisors = _divisors(devices)
-    nearest = min(divisors, key=lambda n: abs(n - size)) if isinstance(size, int) else devices
-    fits = set(shard) - {MODEL} == {LAYER} and size in divisors and model in _divisors(size)
-    checks.require(fits, "shard", dict(shard), allowed, {LAYER: nearest})
-    return Layers(int(size), int(model)) if size and fits and size != 1 else NONE
+    divisors, fits = _divisors(devices), False
+    if is_number(size) and is_number(model):
+        devices = min(divisors, key=lambda n: abs(n - size))
+        fits = set(shard) - {MODEL} == {LAYER} and devices == size and model in _divisors(devices)
+    checks.require(fits, "shard", dict(shard), allowed, {LAYER: devices})
+    return Layers(devices, int(model)) if fits and devices != 1 else NONE
 
 
 def _divisors(number: int) -> list[int]:

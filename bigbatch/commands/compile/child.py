@@ -205,36 +205,48 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
 def _largest(run: Any, made: Mapping[str, Program], limit_bytes: int) -> int | None:
     """The largest microbatch of a device that fits, where several were compiled to find one.
 
-    It does, and one a tenth larger does not: both are compiled. The line through the largest so far
-    and one of half of it or less says where to begin. Memory is no line, and what a compiler
-    refuses takes it seconds.
+    It is compiled, and so is one, at most a tenth larger, that does not fit. The line through the
+    largest so far and one of half of it or less says where to begin: memory is no line. What a
+    compiler refuses takes it seconds.
     """
     devices, unit = run.mesh.size, run.unit_examples
+    sizes = run.controller.likely_batch_sizes if run.controller else run.plan.batch_sizes
+    most = int(np.max(sizes))
 
-    def needed(examples: int) -> int:
-        return program_bytes(made[f"accumulate {devices * examples}"])
+    def program(examples: int) -> Program:
+        name, call = f"accumulate {devices * examples}", devices * examples
+        if name not in made:
+            # As many calls an update as the run has, or its sums may be others.
+            same = np.array([-(-most // call) * call])
+            run.again(microbatch_examples_per_device=examples, batch_sizes=same)
+        return made[name]
 
     def fits(examples: int) -> bool:
-        if f"accumulate {devices * examples}" not in made:
-            sizes = np.array([devices * examples])
-            run.again(microbatch_examples_per_device=examples, batch_sizes=sizes)
-        return needed(examples) <= limit_bytes
+        found = program(examples)
+        return not found.facts["refused"] and program_bytes(found) <= limit_bytes
 
-    sizes = [int(name.split()[1]) // devices for name in made if name.startswith("accumulate")]
-    sizes = sorted(filter(fits, sizes))
-    if len(sizes) < 2:
+    def tenth(examples: int) -> int:
+        return int(max(unit, examples // 10 // unit * unit))
+
+    known = [int(name.split()[1]) // devices for name in made if name.startswith("accumulate")]
+    known = sorted(filter(fits, known))
+    if len(known) < 2:
         return None
-    most = sizes[-1]
-    few = max((size for size in sizes if 2 * size <= most), default=sizes[0])
-    one = (needed(most) - needed(few)) / (most - few)
-    tenth = max(unit, most // 10 // unit * unit)
-    step = max(unit, tenth // 2 // unit * unit)
-    largest = most + max(step, int((limit_bytes - needed(most)) / one) // unit * unit)
-    while largest > most and not fits(largest):
-        largest = max(largest - step, most)
-    while fits(largest + tenth):
-        largest += tenth
-    return largest
+    low, high, step = known[-1], None, tenth(known[-1])
+    few = max((size for size in known if 2 * size <= low), default=known[0])
+    needed = [program_bytes(program(size)) for size in (few, low)]
+    room = (limit_bytes - needed[1]) * (low - few) / max(needed[1] - needed[0], 1)
+    asked = low + min(max(unit, int(room) // unit * unit), low // unit * unit)
+    while high is None or high - low > tenth(low):
+        if fits(asked):
+            low = asked
+        else:
+            high = asked
+        if high is None:
+            asked, step = low + step, 2 * step
+        else:
+            asked = low + max(unit, (high - low) // 2 // unit * unit)
+    return low
 
 
 def _tell(**values: Any) -> None:

@@ -126,9 +126,9 @@ def text(found: Mapping[str, Any], asked: Target) -> str:
     ]
     if largest := found["largest_examples_per_device"]:
         lines.append(
-            f"microbatches of {largest:,} examples a device just fit: a tenth more was compiled "
-            'and does not; "auto" keeps a tenth of the memory free, and room for a checkpoint and '
-            "the input"
+            f"microbatches of {largest:,} examples a device just fit: some of at most a tenth more "
+            'were compiled and do not; "auto" keeps a tenth of the memory free, and room for a '
+            "checkpoint and the input"
         )
     peak = f"{chip.bf16_flops_s / 1e12:g} TFLOP/s and {chip.memory_bytes_s / 1e9:g} GB/s"
     for program in found["programs"]:
