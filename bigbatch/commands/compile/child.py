@@ -205,8 +205,9 @@ def compiled(request: Mapping[str, Any], say: Callable[[str], None]) -> dict[str
 def _largest(run: Any, made: Mapping[str, Program], limit_bytes: int) -> int | None:
     """The largest microbatch of a device that fits, where several were compiled to find one.
 
-    It is compiled, and so is one, at most a tenth larger, that does not fit. The line through the
-    largest so far and one of half of it or less says where to begin: memory is no line. What a
+    It is compiled, and so is one, at most a tenth larger, that does not fit. None where a device's
+    share of the plan's largest update fits, as nothing larger is ever computed. The line through
+    the largest so far and one of half of it or less says where to begin: memory is no line. What a
     compiler refuses takes it seconds.
     """
     devices, unit = run.mesh.size, run.unit_examples
@@ -229,19 +230,22 @@ def _largest(run: Any, made: Mapping[str, Program], limit_bytes: int) -> int | N
         return int(max(unit, examples // 10 // unit * unit))
 
     known = [int(name.split()[1]) // devices for name in made if name.startswith("accumulate")]
-    known = sorted(filter(fits, known))
-    if len(known) < 2:
+    known, share = sorted(filter(fits, known)), -(-most // (devices * unit)) * unit
+    if len(known) < 2 or known[-1] >= share:
         return None
     low, high, step = known[-1], None, tenth(known[-1])
     few = max((size for size in known if 2 * size <= low), default=known[0])
     needed = [program_bytes(program(size)) for size in (few, low)]
     room = (limit_bytes - needed[1]) * (low - few) / max(needed[1] - needed[0], 1)
-    asked = low + min(max(unit, int(room) // unit * unit), low // unit * unit)
+    asked = low + min(max(unit, int(room) // unit * unit), low)
     while high is None or high - low > tenth(low):
-        if fits(asked):
-            low = asked
-        else:
+        asked = min(asked, share)
+        if not fits(asked):
             high = asked
+        elif asked == share:
+            return None
+        else:
+            low = asked
         if high is None:
             asked, step = low + step, 2 * step
         else:
