@@ -76,7 +76,7 @@ def test_what_the_compiler_of_gpus_is_told(monkeypatch):
 
     def options(function, *shape):
         x = jax.ShapeDtypeStruct(shape, np.float32)
-        return list(compiler_options(jax.jit(function).lower(x).as_text(), "gpu", False))
+        return list(compiler_options("", jax.jit(function).lower(x).as_text(), "gpu", False))
 
     def pool(x):
         return jnp.sum(nn.max_pool(x, (3, 3), (2, 2)))

@@ -32,6 +32,8 @@ from bigbatch.training.wall_time import compiling
 # other's memory; elsewhere too a large network's needs gigabytes.
 _ON_CPU, _ELSEWHERE = 1, 2
 
+APPLY_UPDATE = "apply_update"
+
 # What compilers are told; docs/compilers.md has the reasons.
 _GPU_OPTIONS: dict[str, Any] = {
     "xla_gpu_all_reduce_combine_threshold_bytes": 2**28,
@@ -40,6 +42,11 @@ _GPU_OPTIONS: dict[str, Any] = {
 # A program of several devices is searched for what is computed twice before it is simplified, one
 # of a single device only after: other products are fused with sums, and bits move by the number.
 _REPRODUCIBLE_OPTIONS = {"xla_disable_hlo_passes": "cse"}
+# Of a * b + b * c one product is rounded before it is added. Newer code for CPUs (seen with jax
+# 0.12) chooses it by the length of the array, and an update's arrays in parts are shorter: each
+# operation of an update then has a loop of its own.
+_OF_PARTS_ON_CPU = {"xla_disable_hlo_passes": "cse,fusion"}
+_CHOOSES_BY_LENGTH = jax.__version_info__ > (0, 11)
 _SCATTERED = re.compile(r'stablehlo\.(?:select_and_)?scatter".*?\}\) : \((.*?)\) ->', re.DOTALL)
 # To give a sum of more scattered numbers an order, XLA sorts them for longer than all else takes.
 _MOST_SORTED = 2**20
@@ -144,9 +151,11 @@ def held_bytes(
     return held | {"sums of gradients": sums * (2 if reproducible else 1)}
 
 
-def compiler_options(text: str, platform: str, reproducible: bool) -> dict[str, Any]:
+def compiler_options(name: str, text: str, platform: str, reproducible: bool) -> dict[str, Any]:
     """What the compiler is told of a lowered program, save what XLA_FLAGS names."""
-    options = dict(_REPRODUCIBLE_OPTIONS) if reproducible else {}
+    options: dict[str, Any] = dict(_REPRODUCIBLE_OPTIONS) if reproducible else {}
+    if reproducible and platform == "cpu" and name == APPLY_UPDATE and _CHOOSES_BY_LENGTH:
+        options |= _OF_PARTS_ON_CPU
     if platform == "gpu":
         options |= _GPU_OPTIONS
         # The first is what they are added to.
@@ -267,7 +276,7 @@ def compile_programs(
         traced = function.trace(*shapes)
         lowered = traced.lower()
         text = lowered.as_text() if platform == "gpu" else ""
-        options = compiler_options(text, platform, reproducible)
+        options = compiler_options(name, text, platform, reproducible)
         if compiler:
             return lambda: compiler(name, traced, lowered, options)
         return functools.partial(lowered.compile, options or None)
@@ -339,7 +348,7 @@ def compile_programs(
             n: begun(f"accumulate {n}", accumulate, state, accumulator, microbatch(n), frozen)
             for n in microbatch_examples
         }
-        applied = begun("apply_update", apply_update, state, accumulator, hyper)
+        applied = begun(APPLY_UPDATE, apply_update, state, accumulator, hyper)
         test = microbatch(evaluation_examples, training=False)
         evaluated = begun("evaluate", evaluate, state, test, frozen)
         return Programs(
