@@ -636,13 +636,16 @@ def test_several_slices(config, capsys, tmp_path, monkeypatch):
     assert found["send"]["bytes"] >= 4 * (PARAMETERS + 6) / 8
 
 
-@pytest.mark.parametrize(
+on_eight = pytest.mark.parametrize(
     "place",
     [
         pytest.param("v5e:2x4", marks=needs_tpu),
         pytest.param("h100:8", marks=needs_cuda),
     ],
 )
+
+
+@on_eight
 def test_layers_in_parts(place, capsys, tmp_path, monkeypatch):
     """Parameters move in groups of four, sums over groups, and nothing else but scalars."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -670,13 +673,7 @@ def test_layers_in_parts(place, capsys, tmp_path, monkeypatch):
     assert sum(summed.values()) < 0.1 * held["params"]
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        pytest.param("v5e:2x4", marks=needs_tpu),
-        pytest.param("h100:8", marks=needs_cuda),
-    ],
-)
+@on_eight
 def test_layers_that_devices_compute_together(place, capsys, tmp_path, monkeypatch):
     """Matrices move in groups of four that have the same half, activations among two neighbours."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
