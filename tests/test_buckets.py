@@ -63,6 +63,10 @@ def uploads(method, path):
     return "/upload/" in path
 
 
+def lists(method, path):
+    return method == "GET" and path.split("?")[0].endswith("/o")
+
+
 def test_the_emulator_refuses_a_second_creation_and_a_stale_replacement(bucket):
     from bigbatch.places import buckets
 
@@ -288,6 +292,15 @@ def test_checkpoints_in_a_bucket(bucket, tmp_path):
     assert restored(directory, warnings).updates == 2
     assert {name.split("/")[2] for name in bucket.names("a/later-checkpoints/")} == {"3-0"}
     gc.collect()
+
+
+def test_a_directory_that_an_old_list_hides_is_found(bucket):
+    path = place(f"{WHERE}/a/directory")
+    assert not path.exists()
+    bucket.write("a/directory/file", b"x")
+    bucket.force = once("stale", lists)
+    assert path.exists()
+    assert bucket.counts["stale"] == 1
 
 
 def test_a_checkpoint_that_an_old_list_hides_is_saved_again(bucket):

@@ -72,6 +72,13 @@ class _Store(GCSFileSystem):
     async def _mkdir(self, path: str, **options: Any) -> None:
         """Nothing: a bucket has no directories, and none is made by the way."""
 
+    async def _info(self, path: str, *args: Any, **options: Any) -> Any:
+        """As of the library; what an old list may hide is looked for twice."""
+        try:
+            return await super()._info(path, *args, **options)
+        except FileNotFoundError:
+            return await super()._info(path, *args, **options)
+
     # Those of the library take every failure for a no.
     async def _isdir(self, path: str) -> bool:
         return await self._kind(path) == "directory"
