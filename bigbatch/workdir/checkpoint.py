@@ -337,7 +337,7 @@ class Checkpoints:
             )
         return RunError(
             f"a checkpoint could not be written to {self.directory} ({reason}); those before it "
-            "are untouched. Make room or mend the permissions; the same command continues"
+            "are untouched. The same command continues, once there is room and permission"
         )
 
 
