@@ -84,6 +84,11 @@ def adafactor(learning_rate):
     return optax.adafactor(learning_rate, min_dim_size_to_factor=2)
 
 
+def with_noise(learning_rate):
+    """With a random key in its state."""
+    return optax.chain(optax.add_noise(0.01, 0.55, 0), optax.sgd(learning_rate))
+
+
 # Name -> (the plan, an optimizer as `resolve` takes it, the same of plain Optax at some rates).
 OWN = {
     "lion": (PLAN, optax.lion, lambda h: optax.lion(h["learning_rate"])),
@@ -121,6 +126,7 @@ OWN = {
             optax.clip_by_global_norm(0.5), optax.sgd(h["learning_rate"], 0.0, nesterov=True)
         ),
     ),
+    "random noise": (PLAN, with_noise, lambda h: with_noise(h["learning_rate"])),
     "every second update": (
         PLAN,
         lambda learning_rate: optax.MultiSteps(

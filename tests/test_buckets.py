@@ -21,7 +21,7 @@ from bigbatch.data import sets, token_files, tokens
 from bigbatch.errors import RunError, UserError
 from bigbatch.places.paths import is_bucket, place
 from bigbatch.places.replacing import replacing
-from bigbatch.workdir import metrics, storage
+from bigbatch.workdir import metrics, storage, trackers
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.event_files import EventFiles
 from bigbatch.workdir.files import Workdir
@@ -334,6 +334,7 @@ COPY = ("config.json", "plan.json", "metrics.jsonl")
 BAD = [
     ("gs:/tests/a", None, (), r"gs://BUCKET/NAME/"),
     ("s3://tests/a", None, (), r"a path on this machine, or gs://BUCKET"),
+    ("GS://tests/a", None, (), r"a path on this machine, or gs://BUCKET"),
     ("gs://tests/a b", None, (), r"without spaces"),
     (f"{WHERE}/a", no_such, (), r"bucket that is there and can be read \(there is no such bucket"),
     (f"{WHERE}/a", lambda *_: 401, (), r"\(no credentials were found, or these are not taken"),
@@ -359,6 +360,12 @@ def test_a_directory_that_cannot_be_used_is_one_sentence(
     assert re.search(words, error), error
     bucket.force = lambda *_: None
     assert bucket.names() == sorted(f"a/{name}" for name in held)
+
+
+def test_a_tracker_that_needs_a_disk_is_refused(bucket, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    with pytest.raises(UserError, match=r"trackers: given 'wandb'; allowed: .* that need no disk"):
+        trackers.expect(["tensorboard", "wandb"], Workdir.at(f"{WHERE}/a"))
 
 
 def test_without_the_library_it_is_named(monkeypatch):

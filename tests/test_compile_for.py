@@ -539,12 +539,24 @@ def test_what_can_be_asked_for(monkeypatch, tmp_path):
         ("v55e:2x2", "nearest: 'v5e'"),
         ("h100:2x2x2", "CARD:HOSTSxCOUNT"),
         ("nowhere.txtpb:8", "No such file"),
+        ("0*v5e:2x2", "of 1 to 1,048,576 chips"),
+        ("h100:0", "of 1 to 1,048,576 chips"),
+        ("h100:1048577", "of 1 to 1,048,576 chips"),
     ],
 )
 def test_mistakes_in_what_is_asked_for(asked, words, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match=words):
         chips.target(asked)
+
+
+@pytest.mark.parametrize("name", ["core_count", "memory_bandwidth"])
+def test_a_card_without_a_peak(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    card = tmp_path / "card.txtpb"
+    card.write_text(re.sub(rf"{name}: \d+", f"{name}: 0", chips.target("h100:8").card))
+    with pytest.raises(UserError, match=rf"describes a card to XLA \({name} is 0\)"):
+        chips.target(f"{card}:8")
 
 
 def test_without_the_extra(monkeypatch):

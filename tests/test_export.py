@@ -1,6 +1,7 @@
 """`bigbatch export`: the network of a run in a file that NumPy alone can read."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -48,6 +49,16 @@ def test_the_exported_network_is_the_trained_one(capsys, finished, tmp_path):
     logits = jax.jit(lambda x: module.apply(variables, x, train=False))(np.float32(images))
     accuracy = np.mean(np.argmax(logits, axis=1) == test.labels)
     np.testing.assert_allclose(accuracy, result["test_accuracy"], atol=1e-6)
+
+
+def test_the_devices_of_a_run_bind_no_reader(capsys, finished, tmp_path):
+    """How its state lay on them was in its config."""
+    directory = shutil.copytree(finished[1], tmp_path / "run")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"shard": {"layer": 5}}))
+    out = tmp_path / "network.npz"
+    assert cli.main(["export", f"--workdir={directory}", f"--out={out}"]) == 0
+    assert json.loads(capsys.readouterr().out)["params_sha256"] == finished[2]["params_sha256"]
 
 
 @pytest.mark.parametrize("out", ["", "missing/network.npz", "."])

@@ -1,5 +1,6 @@
 """Parameters that are whole only while a layer computes: the numbers, the bits, what is refused."""
 
+import functools
 import itertools
 import json
 
@@ -293,7 +294,7 @@ def of_other_shapes(params):
 @pytest.mark.parametrize(
     ("read_by", "words"),
     [
-        (as_parts, r"TypeError: .*allowed: a network that calls bigbatch.whole once on each"),
+        (as_parts, r"shard: .*'update'; allowed: a network that calls .*whole once .*\(TypeError"),
         (twice, r"whole and whole of params\['kernel'\]"),
         (also_as_parts, r"whole and reduce_sum of params\['square'\]"),
         (of_other_shapes, r"an array of shape \(.*\(16,"),
@@ -306,6 +307,42 @@ def test_a_network_that_reads_parts_otherwise_is_refused(read_by, words, monkeyp
     monkeypatch.setattr(test_parts, "TASK", Task(test_parts.init, apply, test_parts.loss))
     with pytest.raises(UserError, match=words):
         prepared(OPTIMIZERS["sgd"](), "sgd", shard={"layer": 4})
+
+
+def scanned(params, x):
+    """As many layers as a part has rows where noise is measured, in two arrays."""
+    shape = params["kernel"].shape[-1:] * 2
+    call = lambda x, kernel: (jnp.tanh(x @ bigbatch.whole(kernel, shape)), None)  # noqa: E731
+    return jax.lax.scan(call, x, params["kernel"])[0]
+
+
+def mapped(params, x):
+    shape = (8, 8)
+    call = lambda kernel: jnp.tanh(x @ bigbatch.whole(kernel, shape))  # noqa: E731
+    return jnp.sum(jax.vmap(call)(params["kernel"]), axis=0)
+
+
+@pytest.mark.parametrize("network", [scanned, mapped])
+def test_layers_in_a_scan_or_a_vmap(network, monkeypatch):
+    """They are computed; where they would take the rows beside a part for layers they are not."""
+
+    def init(key):
+        return {"kernel": jax.random.normal(key, (2, 8, 8))}, {}
+
+    def apply(params, statistics, examples, train):
+        x = jnp.tile(examples["x"], 2).astype(params["kernel"].dtype)
+        return jnp.sum(network(params, x), axis=1), {}
+
+    monkeypatch.setattr(test_parts, "TASK", Task(init, apply, test_parts.loss))
+    run = functools.partial(prepared, OPTIMIZERS["sgd"](), "sgd", devices=4)
+    with jax.enable_x64(True):
+        (expected, _), (found, _) = (trained(run(shard=s)) for s in ("none", {"layer": 4}))
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-10)
+    for option in ({"noise_small_batch_examples": 2}, {"reproducible": True}):
+        words = r"whole of params\['kernel'\].*; allowed: .* in no scan or vmap with reproducible"
+        with pytest.raises(UserError, match=words):
+            run(shard={"layer": 4}, **option)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,33 @@ def test_a_network_of_one_s_own(monkeypatch):
         )
 
 
+@pytest.mark.parametrize(
+    ("begins", "ends", "words"),
+    [
+        (False, False, "task.apply: .*layers in parts begin with all_examples and end with own_ex"),
+        (False, True, r"shard: .*begin with all_examples and end with own_examples \(ValueError"),
+        (True, False, r"shard: .*begin with all_examples and end with own_examples \(TypeError"),
+    ],
+)
+def test_a_layer_in_parts_without_its_ends_is_refused(monkeypatch, begins, ends, words):
+    """With one example a device, whose numbers would be added to those of two."""
+    shapes = {"up": (4, 8), "down": (8, 4)}
+
+    def init(key):
+        return {name: jnp.ones(shape) for name, shape in shapes.items()}, {}
+
+    def apply(params, statistics, examples, train):
+        x = examples["x"]
+        y = layers.all_examples(x) if begins else x
+        for name, axis in (("up", 1), ("down", 0)):
+            y = y @ bigbatch.whole(params[name], shapes[name], together=axis)
+        return jnp.sum(x + (layers.own_examples(y) if ends else y), axis=1), {}
+
+    monkeypatch.setattr(test_parts, "TASK", Task(init, apply, test_parts.loss))
+    with pytest.raises(UserError, match=words):
+        prepared(OPTIMIZERS["sgd"](), "sgd", shard=TOGETHER, microbatch=1)
+
+
 def test_axes_of_the_same_name_in_other_meshes_are_not_ours():
     mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     call = functools.partial(bigbatch.whole, shape=(4, 6), together=1)
@@ -156,7 +183,7 @@ def test_what_moves_over_which_devices():
         (
             TOGETHER,
             {"noise_small_batch_examples": 2},
-            "shard: .*by itself where the gradient noise is measured",
+            "shard: .*by itself .* where the gradient noise is measured",
         ),
         (
             {"layer": 8, "model": 8},

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bigbatch.errors import StoppedError
-from bigbatch.training import evaluate, microbatches, preemption
+from bigbatch.training import evaluate, loop, microbatches, preemption
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from tests import perceptron_run, trained
 from tests.storm import ROOT, records
@@ -59,7 +59,7 @@ def test_sigterm_drops_the_update_and_the_same_run_goes_on(run, undisturbed, tmp
     expected_directory, expected = undisturbed
     before = signal.getsignal(signal.SIGTERM)
     for number in numbers:
-        with pytest.raises(StoppedError, match="the same command continues"):
+        with pytest.raises(StoppedError, match=r"saved after update .* the same command continues"):
             trained.train(stopping_at(run, number), tmp_path)
         assert not (tmp_path / "result.json").exists()
         assert signal.getsignal(signal.SIGTERM) is before
@@ -67,6 +67,19 @@ def test_sigterm_drops_the_update_and_the_same_run_goes_on(run, undisturbed, tmp
     same = ["updates", "examples", "test_accuracy", "test_loss", "train_loss", "params_sha256"]
     assert {k: result[k] for k in same} == {k: expected[k] for k in same}
     assert records(tmp_path) == records(expected_directory)
+
+
+def test_before_the_first_update_nothing_is_said_to_be_saved(run, tmp_path, monkeypatch):
+    original = loop.restore
+
+    def notified(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "restore", notified)
+    with pytest.raises(StoppedError, match="told to stop: no update was done yet; the same"):
+        trained.train(run, tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 def test_a_stop_within_an_evaluation_evaluates_again(run, undisturbed, tmp_path, monkeypatch):

@@ -355,6 +355,9 @@ def test_all_mistakes_are_told_at_once(run_dir, tmp_path):
         ("run_dirs", str(tmp_path / "absent")),
         ("out", str(taken)),
     ]
+    with pytest.raises(UserError):
+        write_report([tmp_path / "empty"], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_file_that_cannot_be_replaced_is_a_users_mistake(run_dir, tmp_path):

@@ -142,7 +142,7 @@ def test_a_run_tells_them_and_goes_on(monkeypatch, tmp_path):
 def test_one_that_is_not_installed_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"trackers: given 'wandb'; .*pip install 'bigbatch\[wandb"):
-        Continued("wandb", Workdir(tmp_path), {}, "run")
+        trained.train(trained.prepared(trained.quick(trackers=["wandb"])), tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"trackers: given .* one of tensorboard, wandb, trackio"):
         trained.quick(trackers=["wandbb"])

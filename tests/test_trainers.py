@@ -622,6 +622,8 @@ def test_the_command_writes_and_compares(tmp_path, capsys):
         ["--against=megatrom:flags.txt"],
         ["--emit=megatron", "--sequence-length=0"],
         ["--emit=megatron", "--devices=64"],
+        ["--emit=megatron", "--compile-for=h100:8"],
+        ["--against=digits:increase", "--examples-per-s=400"],
     ],
 )
 def test_what_the_command_refuses(flags, capsys):

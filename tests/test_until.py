@@ -115,13 +115,15 @@ def test_the_command_ends_goes_on_and_loses_nothing(train, tmp_path):
         assert err.count("\n") == 1
     status, _, err = train("--until=3")
     assert (status, "until: given '3'; nearest: 2" in err) == (2, True)
+    assert train("--until=3", name="new")[0] == 2
+    assert not (tmp_path / "new").exists()
     assert train("--until=15_updates")[0] == 3
     status, out, _ = train("--until=90_epochs")
     assert status == 0
     # Parameters, losses and updates; the seconds differ.
     goodput, line = out.splitlines()
     assert goodput.startswith("goodput ")
-    assert "in 6 starts device" in goodput
+    assert "in 5 starts device" in goodput
     assert line.split(" examples")[0] == whole[1].splitlines()[-1].split(" examples")[0]
     logs = [records(tmp_path / name) for name in ("run", "whole")]
     assert logs[0] == logs[1]

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from bigbatch.checks import Checks, text_of
@@ -17,11 +18,17 @@ from bigbatch.schedule.trainers.emit import FORMATS, stray
 
 # Those that are data; the others are programs, which are not run.
 _READ = [name for name in FORMATS if name not in ("optax", "pytorch", "megatron_rampup")]
+_IGNORED = ("plot", "critical", "compile_for", "bench")
 _STAGE = ("first example", "batch size", "learning rate")
 
 
-def show(config: Any, options: argparse.Namespace) -> None:
+def show(config: Any, options: argparse.Namespace, typed: Mapping[str, Any]) -> None:
     """Prints what the options ask for.
+
+    Args:
+      config: whose plan it is.
+      options: of the verb.
+      typed: speeds, by name; a schedule for others has no use for them.
 
     Raises:
       UserError: an option is out of its range or another's schedule cannot be read.
@@ -30,6 +37,9 @@ def show(config: Any, options: argparse.Namespace) -> None:
     alone = {"emit": options.emit, "against": options.against, "json": options.json or None}
     given = {name: value for name, value in alone.items() if value is not None}
     checks.require(len(given) == 1, next(iter(given)), given, "one of them alone")
+    others = {name: getattr(options, name) for name in _IGNORED} | dict(typed)
+    for name, value in others.items():
+        checks.require(value is None, name, value, f"none with --{next(iter(given))}")
     checks.done()
     plan, ranks = _known(config, "policy"), options.devices or 1
     told = plan.tokens_per_example or 1

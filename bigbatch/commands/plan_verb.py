@@ -7,9 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from bigbatch.commands import fastest, tables
+from bigbatch.commands.compile.chips import MOST_DEVICES
 from bigbatch.errors import Problem, UserError
-
-_MOST_DEVICES = 2**20
 
 
 def add_arguments(plan: argparse.ArgumentParser) -> None:
@@ -70,17 +69,17 @@ def run(options: argparse.Namespace) -> None:
     mode = fastest.asked(options)
     config = load_config(options.config, options.overrides)
     devices = 1 if options.devices in (None, "auto") else options.devices
-    nearest = min(max(devices, 1), _MOST_DEVICES)
+    nearest = min(max(devices, 1), MOST_DEVICES)
     if devices != nearest:
-        allowed = f"a whole number from 1 to {_MOST_DEVICES:,}"
+        allowed = f"a whole number from 1 to {MOST_DEVICES:,}"
         raise UserError(Problem("devices", devices, allowed, nearest))
+    names = [f.name for f in dataclasses.fields(time_model.Speeds) if f.name != "call_s"]
+    typed = {name: v for name in names if (v := getattr(options, name)) is not None}
     if options.emit or options.against:
         from bigbatch.commands import plan_others
 
-        plan_others.show(config, options)
+        plan_others.show(config, options, typed)
         return
-    names = [f.name for f in dataclasses.fields(time_model.Speeds) if f.name != "call_s"]
-    typed = {name: v for name in names if (v := getattr(options, name)) is not None}
     if mode == fastest.BY_STAGES:
         from bigbatch.commands import plan_devices
 

@@ -1,5 +1,6 @@
 """`bigbatch evaluate` and `bigbatch export`: what a run's newest checkpoint is and holds."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 from bigbatch.config.assemble import identified, identity_of, load_data, prepared
 from bigbatch.config.config import Config, read_config
+from bigbatch.engine.parts import AUTO
 from bigbatch.places.paths import place
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.restore import newest
@@ -31,6 +33,8 @@ def run_of(files: Workdir, config: Config | None) -> Callable[..., Run]:
     if config is None:
         tree = read_json(files.config)
         config = read_config(tree, tree.pop("experiment", ""))
+        # How the state lay on other devices binds nobody.
+        config = dataclasses.replace(config, shard=AUTO)
     config = identified(config, files)
     data = load_data(config)
     resume.check_same(files, identity_of(config, data))

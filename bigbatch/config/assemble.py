@@ -20,9 +20,9 @@ from bigbatch.schedule.adaptive.controller import Controller
 from bigbatch.schedule.plan import Plan
 from bigbatch.training import loop, progress
 from bigbatch.training.prepare import prepare, specialised
-from bigbatch.training.restore import end_of
+from bigbatch.training.restore import end_of, expect_before
 from bigbatch.training.run import Run
-from bigbatch.workdir import network_file, packing, resume, storage
+from bigbatch.workdir import network_file, packing, resume, storage, trackers
 from bigbatch.workdir.files import Workdir, read_json
 from bigbatch.workdir.network_file import Network
 
@@ -134,6 +134,10 @@ def train(
         data = distributed.together(lambda: load_data(config, show_progress=show_progress))
     record = {"experiment": config.experiment, **_placed(config.tree)}
     identity = distributed.together(lambda: identity_of(config, data))
+    decides = config.controller is not None
+    # Before the directory is claimed: a mistake leaves nothing behind.
+    ended = end_of(until, config.plan, config.plan.tokens_per_example, decides)
+    distributed.on_first(lambda: trackers.expect(config.trackers, files))
     with files.released():
         # Before anything is compiled: what is refused is refused at once.
         plan = resume.open_run(
@@ -141,15 +145,14 @@ def train(
             identity,
             config.plan,
             record=record,
-            adaptive=config.controller is not None,
+            adaptive=decides,
             change_future=change_future,
             from_update=from_update,
             sources=config.sources,
         )
         if files.result.exists():
             return read_json(files.result, _RESULT), True
-        decides = config.controller is not None
-        end_of(until, files, plan, plan.tokens_per_example, decides)
+        expect_before(ended, files)
         if show_progress and distributed.is_first():
             name = config.experiment or files.path.name
             progress.say_devices(progress.first_line(name, plan, decides))

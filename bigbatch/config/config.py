@@ -210,7 +210,8 @@ def read_config(
         try:
             Intervals.of(vars(fields), tokens_per_example=context["tokens_per_example"])
         except UserError as error:
-            problems += error.problems
+            told = {problem.field for problem in problems}
+            problems += [problem for problem in error.problems if problem.field not in told]
     if not problems:
         source_plan = plan
         if policy is not source:

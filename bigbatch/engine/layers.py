@@ -39,7 +39,7 @@ from bigbatch.errors import Problem, UserError
 from bigbatch.noise.sums import square
 
 _NOISE, _EXACT = 2, 5
-WHOLE, PART = "_whole", "_part"
+WHOLE, PART, ALL, OWN = "_whole", "_part", "_all", "_own"
 """The names of its programs in one that is traced."""
 
 
@@ -100,14 +100,24 @@ def all_examples(x: jax.Array) -> jax.Array:
     """
     if devices_together() == 1:
         return x
-    gathered: jax.Array = jax.lax.all_gather(x, MODEL_AXIS, tiled=True)
-    return gathered
+    return _all(x)
 
 
 def own_examples(y: jax.Array) -> jax.Array:
     """A device's own examples, of the sum of what each device has made of `all_examples`."""
     if devices_together() == 1:
         return y
+    return _own(y)
+
+
+@jax.jit
+def _all(x: jax.Array) -> jax.Array:
+    gathered: jax.Array = jax.lax.all_gather(x, MODEL_AXIS, tiled=True)
+    return gathered
+
+
+@jax.jit
+def _own(y: jax.Array) -> jax.Array:
     own: jax.Array = jax.lax.psum_scatter(y, MODEL_AXIS, tiled=True)
     return own
 

@@ -82,7 +82,7 @@ class Rule:
         # A hyperparameter may have been given as a whole number.
         return _with_hyperparameters(
             lambda name, value: value.astype(precision) if name in self.hyper_names else value,
-            self.transformation.init(params),
+            jax.tree.map(_plain, self.transformation.init(params)),
         )
 
     def update(
@@ -110,7 +110,27 @@ class Rule:
             state,
         )
         gradients, params = jax.tree.map(wide, (gradients, params))
-        return self.transformation.update(gradients, state, params, num_examples=num_examples)
+        state = self._with_keys(state, params)
+        changes, state = self.transformation.update(
+            gradients, state, params, num_examples=num_examples
+        )
+        return changes, jax.tree.map(_plain, state)
+
+    def _with_keys(self, state: optax.OptState, params: PyTree) -> optax.OptState:
+        """The state with random keys where the transformation's own has them."""
+        kinds: list[Any] = []
+
+        def begin(params: PyTree) -> None:
+            own = jax.tree.leaves(self.transformation.init(params))
+            kinds.extend(jax.random.key_impl(leaf) if _is_key(leaf) else None for leaf in own)
+
+        jax.eval_shape(begin, params)
+        leaves, structure = jax.tree.flatten(state)
+        keyed = [
+            leaf if kind is None else jax.random.wrap_key_data(leaf, impl=kind)
+            for leaf, kind in zip(leaves, kinds, strict=True)
+        ]
+        return jax.tree.unflatten(structure, keyed)
 
     def ordered(self, params: PyTree) -> set[str]:
         """What of an update of parameters of such shapes `in_any_order` leaves in an order."""
@@ -238,6 +258,15 @@ def _check_traced(rule: Rule, params: PyTree) -> None:
         raise UserError(Problem("evaluation_params", None, allowed))
     chosen = _traced("evaluation_params", rule.name, rule.evaluation_params, state, params)
     _check_alike("evaluation_params", rule.name, "what has the parameters' shapes", chosen, params)
+
+
+def _plain(leaf: Any) -> Any:
+    """A random key as the numbers that are saved, and lie in parts, as others do."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _check_alike(field: str, name: str, allowed: str, tree: PyTree, like: PyTree) -> None:

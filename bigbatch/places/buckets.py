@@ -275,8 +275,10 @@ class Lease:
             return
         store = _store()
         bucket, name, _ = store.split_path(str(self.path))
+        condition = {"ifGenerationMatch": self._generation}
+        # Who is not answered has no lease for long.
         with contextlib.suppress(OSError):
-            store.call("DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=self._generation)
+            store.call("DELETE", "b/{}/o/{}", bucket, name, **condition, timeout=LEASE_S / 3)
 
     def _taken(self) -> str:
         watched, since_s = "", time.monotonic()

@@ -10,7 +10,7 @@ from typing import Any
 
 from bigbatch.errors import Problem, UserError
 
-_SCHEME = re.compile(r"[a-z][a-z0-9]+:/.*", re.DOTALL)
+_SCHEME = re.compile(r"[a-z][a-z0-9]+:/.*", re.DOTALL | re.IGNORECASE)
 # Without what gcsfs takes for a pattern or a generation, and TensorStore for no character.
 _USABLE = re.compile(
     r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[^/\\*?\[\]{}#\s\ud800-\udfff]+)*/?"

@@ -34,7 +34,7 @@ from bigbatch.training import progress as progress_lib
 from bigbatch.training.evaluate import evaluate
 from bigbatch.training.preemption import StopNoticeError, StopRequest
 from bigbatch.training.progress import Progress, span
-from bigbatch.training.restore import end_of, restore, saved_elsewhere
+from bigbatch.training.restore import End, end_of, expect_before, restore, saved_elsewhere
 from bigbatch.training.run import Run
 from bigbatch.training.trackers import opened
 from bigbatch.training.updates import updates, waits_for
@@ -43,7 +43,7 @@ from bigbatch.training.watch import STALL_S, Watchdog
 from bigbatch.workdir import metrics, packing, resume, starts, storage
 from bigbatch.workdir.checkpoint import Checkpoints
 from bigbatch.workdir.files import Workdir, read_json, write_json
-from bigbatch.workdir.trackers import TENSORBOARD
+from bigbatch.workdir.trackers import TENSORBOARD, expect
 
 # How long the sums of a finished update may wait for those of the next ones: to read and log many
 # short updates in one go takes a third of the time.
@@ -105,6 +105,10 @@ def train(
     due, files = due_lib.intervals(run, intervals), Workdir.at(directory)
     if record is None:
         record = {"experiment": files.path.name, **run.identity}
+    decides = run.controller is not None
+    # Before the directory is claimed: a mistake leaves nothing behind.
+    ended = end_of(until, run.plan, run.tokens_per_example, decides)
+    distributed.on_first(lambda: expect(trackers, files))
     with files.released():
         metric_names = list(run.task.shown_metrics(run.programs.sum_names))
         plan = resume.open_run(
@@ -113,7 +117,7 @@ def train(
             run.plan,
             record=record,
             metrics=metric_names,
-            adaptive=run.controller is not None,
+            adaptive=decides,
             change_future=change_future,
             sources=sources,
         )
@@ -121,8 +125,7 @@ def train(
             result: dict[str, Any] = read_json(files.result)
             return result
         run = dataclasses.replace(run, plan=plan)
-        decides = run.controller is not None
-        ended = end_of(until, files, plan, run.tokens_per_example, decides)
+        expect_before(ended, files)
         show_progress = show_progress and distributed.is_first()
         stays = functools.partial(due_lib.stays, run, due.keep_every)
         with (
@@ -217,7 +220,7 @@ class _Loop:
 
     run: Run
     due: Intervals
-    ended: Callable[[int, int], StoppedError | None]
+    ended: End
     state: functions.State
     progress: Progress
     checkpoints: Checkpoints
@@ -257,11 +260,10 @@ class _Loop:
         except StopNoticeError:
             self._read()
             self._save()
-            raise StoppedError(
-                f"told to stop: saved after update {self.progress.updates:,} of "
-                f"{self.run.plan.num_updates:,}; the same command continues",
-                self.stop.exit_status,
-            ) from None
+            done, of = self.progress.updates, self.run.plan.num_updates
+            saved = f"saved after update {done:,} of {of:,}" if done else "no update was done yet"
+            text = f"told to stop: {saved}; the same command continues"
+            raise StoppedError(text, self.stop.exit_status) from None
 
     def _use(self, smaller: Run, state: functions.State) -> None:
         """Goes on with smaller microbatches, from the update that did not fit."""
@@ -287,7 +289,7 @@ class _Loop:
         evaluation_due = is_last or due.evaluate_every.due(*at)
         checkpoint_due = is_last or due.checkpoint_every.due(*at)
         checkpoint_due = checkpoint_due or due_lib.stays(self.run, due.keep_every, row.update + 1)
-        ended = None if is_last else self.ended(at[0] + at[1], row.update + 1)
+        ended = None if is_last else self.ended(at[0] + at[1], row.update + 1, "saved")
         checkpoint_due = checkpoint_due or ended is not None
         checkpoint_due = checkpoint_due or self._clock.due(row.update + 1, self._read)
         if evaluation_due or checkpoint_due or self.log.is_lost:
@@ -367,7 +369,8 @@ class _Loop:
             "plan": self.run.plan.fingerprint,
             "seed": self.run.seed,
         }
-        self.log.sync()
+        with self.watchdog.phase("checkpoint"):
+            self.log.sync()
         if self.log.is_lost:
             where = self.files, self.log.directory()
             raise saved_elsewhere(self.run, *where, updates_done, self.state, record)

@@ -36,7 +36,8 @@ from bigbatch.checks import Checks, is_number
 from bigbatch.data.source import Data, TrainingData
 from bigbatch.engine import exact_sums, functions
 from bigbatch.engine.layer_checks import check_layers
-from bigbatch.engine.parts import AUTO, LAYER, MODEL, NONE, UPDATE, Layers, Shard, named
+from bigbatch.engine.layers import rows_of
+from bigbatch.engine.parts import AUTO, LAYER, MODEL, NONE, UPDATE, Layers, Shard
 from bigbatch.engine.task import PyTree, Task, with_float32_masters
 from bigbatch.engine.task_checks import Shapes, check_task
 from bigbatch.engine.update_rule import Rule, resolve
@@ -149,12 +150,13 @@ def prepare(
     ghost_batch_examples = ghost_batch_examples or 1
     rule = resolve(optimizer, plan.hypers, shapes.params, evaluation_params)
     unit_examples = noise_small_batch_examples or ghost_batch_examples
+    rows = rows_of(reproducible, noise_small_batch_examples is not None)
     layer_examples = _examples(task, data, unit_examples, unit_examples // ghost_batch_examples)
 
     def layered() -> Iterator[Layers]:
         for size in _divisors(mesh.size)[1:]:
             with contextlib.suppress(UserError):
-                check_layers(task, shapes, layer_examples, Layers(size))
+                check_layers(task, shapes, layer_examples, Layers(size), rows)
                 yield Layers(size)
 
     if lies == AUTO:
@@ -166,15 +168,7 @@ def prepare(
     _check_initial(initial, shapes, lies)
     by_layer = isinstance(lies, Layers)
     if isinstance(lies, Layers):
-        check_layers(task, shapes, layer_examples, lies)
-        for reason, there in (
-            ("with reproducible", reproducible),
-            ("where the gradient noise is measured", noise_small_batch_examples is not None),
-        ):
-            allowed = f"layers that a device computes by itself {reason}"
-            fits = lies.model == 1 or not there
-            checks.require(fits, "shard", named(lies), allowed, {LAYER: lies.devices})
-        checks.done()
+        check_layers(task, shapes, layer_examples, lies, rows)
     if reproducible and lies != NONE and (ordered := rule.ordered(shapes.params)):
         allowed = (
             f"{NONE!r} with reproducible and {rule.name}, whose {', '.join(sorted(ordered))} of "

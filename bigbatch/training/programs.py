@@ -42,11 +42,10 @@ _GPU_OPTIONS: dict[str, Any] = {
 # A program of several devices is searched for what is computed twice before it is simplified, one
 # of a single device only after: other products are fused with sums, and bits move by the number.
 _REPRODUCIBLE_OPTIONS = {"xla_disable_hlo_passes": "cse"}
-# Of a * b + b * c one product is rounded before it is added. Newer code for CPUs (seen with jax
-# 0.12) chooses it by the length of the array, and an update's arrays in parts are shorter: each
-# operation of an update then has a loop of its own.
+# Of a * b + b * c one product is rounded before it is added. Code for CPUs chooses it by the length
+# of the array, and an update's arrays in parts are shorter: each operation of an update then has a
+# loop of its own.
 _OF_PARTS_ON_CPU = {"xla_disable_hlo_passes": "cse,fusion"}
-_CHOOSES_BY_LENGTH = jax.__version_info__ > (0, 11)
 _SCATTERED = re.compile(r'stablehlo\.(?:select_and_)?scatter".*?\}\) : \((.*?)\) ->', re.DOTALL)
 # To give a sum of more scattered numbers an order, XLA sorts them for longer than all else takes.
 _MOST_SORTED = 2**20
@@ -154,7 +153,7 @@ def held_bytes(
 def compiler_options(name: str, text: str, platform: str, reproducible: bool) -> dict[str, Any]:
     """What the compiler is told of a lowered program, save what XLA_FLAGS names."""
     options: dict[str, Any] = dict(_REPRODUCIBLE_OPTIONS) if reproducible else {}
-    if reproducible and platform == "cpu" and name == APPLY_UPDATE and _CHOOSES_BY_LENGTH:
+    if reproducible and platform == "cpu" and name == APPLY_UPDATE:
         options |= _OF_PARTS_ON_CPU
     if platform == "gpu":
         options |= _GPU_OPTIONS

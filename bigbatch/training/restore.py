@@ -56,31 +56,29 @@ def newest(run: Run, directory: str | Path, at: int | None = None) -> tuple[Stat
     return state, progress.updates
 
 
+# What ends a start, of the examples and updates done and a word of them; None: nothing yet.
+End = Callable[[int, int, str], StoppedError | None]
+
+
 def end_of(
-    given: str | int | None,
-    files: Workdir,
-    plan: Plan,
-    tokens_per_example: int | None,
-    decides: bool,
-) -> Callable[[int, int], StoppedError | None]:
-    """What ends this start, of the examples and updates done; None as long as nothing does.
+    given: str | int | None, plan: Plan, tokens_per_example: int | None, decides: bool
+) -> End:
+    """What ends this start.
 
     Args:
-      given: as of `until`, which also says what the last three are; None: it ends with the run.
-      files: the run's directory.
+      given: as of `until`, which also says what the others are; None: it ends with the run.
       plan: of the run.
       tokens_per_example: likewise.
       decides: likewise.
 
     Raises:
       UserError: there is no such time.
-      StoppedError: the newest checkpoint is there, or past it.
     """
     if given is None:
-        return lambda examples, updates: None
+        return lambda examples, updates, words: None
     end = until(given, plan, tokens_per_example, decides)
 
-    def ended(examples: int, updates: int, words: str = "saved") -> StoppedError | None:
+    def ended(examples: int, updates: int, words: str) -> StoppedError | None:
         if not end.passed(examples, updates, plan.train_examples):
             return None
         return StoppedError(
@@ -89,11 +87,19 @@ def end_of(
             UNTIL_STATUS,
         )
 
+    return ended
+
+
+def expect_before(ended: End, files: Workdir) -> None:
+    """Makes sure that the run in a directory is not at its start's end yet.
+
+    Raises:
+      StoppedError: the newest checkpoint is there, or past it.
+    """
     with Checkpoints(files.checkpoints) as checkpoints:
         updates, record = checkpoints.latest() or (0, {"examples": 0})
     if past := ended(record["examples"], updates, "nothing was trained: the run is"):
         raise past
-    return ended
 
 
 def saved_elsewhere(

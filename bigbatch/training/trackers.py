@@ -20,11 +20,7 @@ def opened(
     record: Mapping[str, Any],
     metric_names: Sequence[str],
 ) -> list[Tracker]:
-    """The trackers of those names for a run that goes on from there; process 0 has them.
-
-    Raises:
-      UserError: one is not installed.
-    """
+    """The trackers of those names for a run that goes on from there; process 0 has them."""
     tested = ["loss", *metric_names] if run.data.test_examples else []
     config = resume.plain(record)
 

@@ -298,6 +298,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written ({error.strerror or error}): make room or mend the "
-            "permissions, and give the same command again"
+            f"{path} cannot be written ({error.strerror or error}). The same command continues, "
+            "once there is room and permission"
         ) from error

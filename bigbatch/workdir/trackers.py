@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from bigbatch.errors import Problem, UserError
@@ -38,6 +38,25 @@ class Tracker(Protocol):
         """Ends it."""
 
 
+def expect(names: Sequence[str], files: Workdir) -> None:
+    """Makes sure that trackers are installed, and can be used in a run's directory.
+
+    Raises:
+      UserError: one is not, or cannot.
+    """
+    for name in names:
+        if name == TENSORBOARD:
+            continue
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            allowed = f"trackers that are installed ({error}): pip install 'bigbatch[{name}]'"
+            raise UserError(Problem("trackers", name, allowed)) from error
+        if name == WANDB and is_bucket(files.path):
+            allowed = "trackers that need no disk: wandb writes its files below the workdir"
+            raise UserError(Problem("trackers", name, allowed))
+
+
 class Continued:
     """A tracker with wandb's interface: `init(project, name, ...)` gives what can `log`.
 
@@ -49,20 +68,10 @@ class Continued:
       files: the run's directory, whose log ends where this start goes on.
       config: nested plain values, shown as the run's settings.
       experiment: the run's name.
-
-    Raises:
-      UserError: the library is not installed.
     """
 
     def __init__(self, name: str, files: Workdir, config: Mapping[str, Any], experiment: str):
-        try:
-            library: Any = importlib.import_module(name)
-        except ImportError as error:
-            allowed = f"trackers that are installed ({error}): pip install 'bigbatch[{name}]'"
-            raise UserError(Problem("trackers", name, allowed)) from error
-        if name == WANDB and is_bucket(files.path):
-            allowed = "trackers that need no disk: wandb writes its files below the workdir"
-            raise UserError(Problem("trackers", name, allowed))
+        library: Any = importlib.import_module(name)
         files.trackers.mkdir(exist_ok=True)
         self._file, own, given = files.trackers / f"{name}.json", secrets.token_hex(4), 0
         if self._file.exists():

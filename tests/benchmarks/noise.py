@@ -28,7 +28,6 @@ PLAIN = "plain: one microbatch of 256"
 _NOISE, _MICROBATCH = "noise_small_batch_examples", "microbatch_examples_per_device"
 VARIANTS = {
     PLAIN: {},
-    "small batch = the whole share of 256": {_NOISE: 256},
     **{f"small batches of {n}, in one microbatch of 256": {_NOISE: n} for n in (128, 64, 32)},
     **{f"nothing measured, microbatches of {n}": {_MICROBATCH: n} for n in (128, 64, 32)},
     **{

@@ -141,6 +141,9 @@ def described(asked: Target) -> tuple[list[Any], str]:
         options["chip_config_name"] = asked.chip.cores
     if asked.slices > 1:
         options["num_slices"] = asked.slices
+    if asked.devices == asked.chip.devices and asked.card is None:
+        # Of one chip: the default host of TPUs has more.
+        options["chips_per_host_bounds"] = [1, 1, 1]
     try:
         found = topologies.get_topology_desc(platform=asked.chip.platform, **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:

@@ -22,6 +22,7 @@ _BELIEVED = (
 # Where a card is described for XLA, among the public figures in it.
 _CARDS = Path(__file__).parent
 _PACKAGES = {"tpu": ("libtpu",), "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin")}
+MOST_DEVICES = 2**20
 _ASKED = re.compile(r"(?:(\d+)\*)?(.+):(\d+(?:x\d+)*)")
 
 
@@ -101,10 +102,10 @@ def target(asked: str) -> Target:
         return UserError(Problem("compile-for", asked, allowed, nearest))
 
     parts = _ASKED.fullmatch(asked)
-    if parts is None:
-        raise problem("CHIP:SHAPE, such as v5e:16x16 or h100:8")
-    slices, name, shape = int(parts[1] or 1), parts[2], parts[3]
+    slices, name, shape = (int(parts[1] or 1), parts[2], parts[3]) if parts else (0, "", "0")
     sizes = [int(size) for size in shape.split("x")]
+    if not 1 <= slices * math.prod(sizes) <= MOST_DEVICES:
+        raise problem(f"CHIP:SHAPE, such as v5e:16x16 or h100:8, of 1 to {MOST_DEVICES:,} chips")
     card = None
     if name.endswith(".txtpb"):
         try:
@@ -140,8 +141,8 @@ def _described(card: str) -> Chip:
 
     def number(name: str) -> float:
         found = re.search(rf"\b{name}: *([\d.]+)", card)
-        if found is None:
-            raise ValueError(f"{name} is missing")
+        if found is None or not float(found[1]) > 0:
+            raise ValueError(f"{name} is {'missing' if found is None else found[1]}")
         return float(found[1])
 
     known = _CORE_FLOPS.get(int(number("major")))

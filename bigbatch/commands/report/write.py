@@ -62,17 +62,16 @@ def write_report(run_dirs: Sequence[str | Path], out: str | Path) -> Report:
         given = [str(path) for path in run_dirs]
         allowed = "at least one run directory with a training record in its metrics.jsonl"
         problems.append(Problem("run_dirs", given, allowed))
-    try:
-        out_path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problems.append(_cannot_write(out, error))
+    if out_path.exists() and not out_path.is_dir():
+        problems.append(_cannot_write(out, "it is a file"))
     if problems:
         raise UserError(problems)
     summary = summarise(runs)
     try:
+        out_path.mkdir(parents=True, exist_ok=True)
         return _write(summary, out_path)
     except OSError as error:
-        raise UserError(_cannot_write(out, error)) from error
+        raise UserError(_cannot_write(out, error.strerror)) from error
 
 
 def _distinct(run_dirs: Sequence[str | Path], out: Path) -> list[Path]:
@@ -83,8 +82,8 @@ def _distinct(run_dirs: Sequence[str | Path], out: Path) -> list[Path]:
     return outside[::-1]
 
 
-def _cannot_write(out: str | Path, error: OSError) -> Problem:
-    return Problem("out", str(out), f"a directory that can be written ({error.strerror})")
+def _cannot_write(out: str | Path, reason: str | None) -> Problem:
+    return Problem("out", str(out), f"a directory that can be written ({reason})")
 
 
 def _write(summary: Summary, out: Path) -> Report:
