@@ -107,7 +107,7 @@ def check_layers(
     checks.require(lies.model == 1 or computed_in_parts, "shard", given, allowed)
     ends = not computed_in_parts or {ALL, OWN} <= _names(program)
     allowed = f"a network whose {_TOGETHER} with shard {given}"
-    checks.require(ends, "task.apply", "one of others", allowed)
+    checks.require(ends, "task.apply", "another network", allowed)
     checks.done()
 
 
