@@ -1,6 +1,7 @@
 """Arrays in parts: the numbers of whole ones, their collectives, their memory."""
 
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -244,3 +245,20 @@ def test_a_state_goes_to_another_number_of_devices():
         for run in runs[1:]:
             *_, (_, state, _) = updates(run, run.on_devices(saved), 7)
             optimizers.assert_close(state._replace(copy=None), expected)
+
+
+def test_clipped_updates_of_a_matrix_in_parts_are_the_same_bits(monkeypatch):
+    """Fused, one of two products is rounded before they are added, by the length of the array."""
+
+    def init(key):
+        return {"kernel": jax.random.normal(key, (16, 32)) / 4, "out": jnp.ones(32) / 6}, {}
+
+    def apply(params, statistics, examples, train):
+        return jnp.tanh(jnp.tile(examples["x"], 4) @ params["kernel"]) @ params["out"], {}
+
+    monkeypatch.setattr(sys.modules[__name__], "TASK", Task(init, apply, loss))
+    (whole, _), (parts, _) = (
+        trained(prepared(OPTIMIZERS["adamw"](clip_norm=1.0), "adamw", shard=s, reproducible=True))
+        for s in ("none", "update")
+    )
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
